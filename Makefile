@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` shows the main job, `make test` proves it.
+# Both make the environment first (.venv, some minutes for the packages of the peers).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DONE   := $(VENV)/.installed
+
+.PHONY: demo test lint types mappings docs bench clean
+
+demo: $(DONE)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py
+
+test: $(DONE)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+lint: $(DONE)
+	$(BIN)/ruff check keymap tests tools
+	$(BIN)/ruff format --check keymap tests tools
+
+types: $(DONE)
+	$(BIN)/mypy
+
+mappings: $(DONE)
+	$(BIN)/python tools/check_mappings.py
+	$(BIN)/python tools/make_docs.py --check
+
+docs: $(DONE)
+	$(BIN)/python tools/make_docs.py
+
+bench: $(DONE)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/bench.py
+
+# openai-clip needs the pkg_resources of an older setuptools than torch asks for; nothing else is affected.
+$(DONE): pyproject.toml tools/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1,<26"
+	$(BIN)/pip install --quiet --constraint tools/constraints.txt --editable ".[cli]" --group peers --group dev
+	$(BIN)/pip install --quiet --no-deps "setuptools==69.5.1" "openai-clip==1.0.1"
+	touch $(DONE)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,50 @@
+"""Load any CLIP-family checkpoint into an existing OpenCLIP model, by rules that are data.
+
+>>> import keymap
+>>> "hf_clip" in keymap.list_formats()
+True
+"""
+
+from keymap.api import (
+    Inspection,
+    LoadResult,
+    Report,
+    convert_state_dict,
+    inspect_checkpoint,
+    load_checkpoint,
+    plan_load,
+)
+from keymap.errors import (
+    CheckpointError,
+    DetectionError,
+    KeymapError,
+    MappingError,
+    PlanError,
+    UnsafeCheckpointError,
+    VerifyError,
+)
+from keymap.plan import Plan
+from keymap.registry import list_formats, register_mappings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DetectionError",
+    "Inspection",
+    "KeymapError",
+    "LoadResult",
+    "MappingError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "UnsafeCheckpointError",
+    "VerifyError",
+    "__version__",
+    "convert_state_dict",
+    "inspect_checkpoint",
+    "list_formats",
+    "load_checkpoint",
+    "plan_load",
+    "register_mappings",
+]

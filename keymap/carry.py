@@ -1,0 +1,72 @@
+"""Carrying pieces out: strided copies from a source tensor to a destination tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+
+import torch
+
+from keymap.pieces import Layout, Piece
+
+__all__ = ["copy_pieces", "materialise"]
+
+Read = Callable[[str], torch.Tensor]
+
+
+def _strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A view of a contiguous tensor by element offset and strides."""
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destination: torch.Tensor) -> None:
+    """Copy plain and constant pieces into a contiguous destination; other pieces go through `materialise`.
+
+    Args:
+        pieces: all from one source tensor, or constants.
+        source: any strides; None for constants.
+        destination: contiguous; a dtype conversion happens in the same pass.
+    """
+    for piece in pieces:
+        target = _strided(destination, piece.shape, piece.target_strides, piece.target_offset)
+        if piece.source is None:
+            target.fill_(piece.term)
+            continue
+        assert source is not None
+        if not source.is_contiguous():
+            source = source.contiguous()
+        target.copy_(_strided(source, piece.shape, piece.source_strides, piece.source_offset))
+
+
+def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The tensor that a layout describes, in memory of its own.
+
+    Args:
+        layout: its pieces may compute (sums, factors).
+        read: a source tensor by key.
+        dtype: of the result; None keeps the layout's. Sums and factors are computed in float32 or better.
+    """
+    computes = any(p.add or p.factor != 1.0 or (p.term != 0.0 and p.source is not None) for p in layout.pieces)
+    wide = layout.dtype
+    if computes and layout.dtype.is_floating_point and layout.dtype != torch.float64:
+        wide = torch.float32
+    result = torch.empty(prod(layout.shape), dtype=wide)
+    for piece in layout.pieces:
+        target = _strided(result, piece.shape, piece.target_strides, piece.target_offset)
+        if piece.source is None:
+            if piece.add:
+                target.add_(piece.term)
+            else:
+                target.fill_(piece.term)
+            continue
+        source = read(piece.source)
+        if not source.is_contiguous():
+            source = source.contiguous()
+        value = _strided(source, piece.shape, piece.source_strides, piece.source_offset)
+        if piece.factor != 1.0 or piece.term != 0.0:
+            value = value.to(wide) * piece.factor + piece.term
+        if piece.add:
+            target.add_(value)
+        else:
+            target.copy_(value)
+    return result.reshape(layout.shape).to(dtype or layout.dtype)

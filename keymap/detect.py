@@ -1,0 +1,134 @@
+"""Which format a set of keys is, which spelling a tower has: evidence, read from names and ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingType
+from dataclasses import dataclass
+
+from keymap.errors import DetectionError
+from keymap.mapping import Clue, Evidence, Mapping
+from keymap.pieces import Layout
+from keymap.registry import Registry
+from keymap.rules import Fault, RuleTable, Step, apply_rules
+
+__all__ = ["Detection", "accept", "detect", "holds", "spelling"]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The format of a file, and its tensors under the format's preferred keys.
+
+    Attributes:
+        mapping: the format.
+        tensors: layouts by key, after the format's `accepts`.
+        evidence: what told the format, in words.
+        faults, steps: of `accepts`.
+    """
+
+    mapping: Mapping
+    tensors: MappingType[str, Layout]
+    evidence: tuple[str, ...]
+    faults: tuple[Fault, ...]
+    steps: tuple[Step, ...]
+
+
+def _witness(clue: Clue, tensors: MappingType[str, Layout]) -> str | None:
+    """The first key that a clue matches."""
+    if clue.side.literal:
+        key = clue.side.write({})
+        keys = [key] if key in tensors else []
+    else:
+        prefix = clue.side.prefix
+        keys = [key for key in tensors if key.startswith(prefix)]
+    for key in keys:
+        if (clue.ndim is None or len(tensors[key].shape) == clue.ndim) and clue.side.match(key) is not None:
+            return key
+    return None
+
+
+def holds(evidence: Evidence, tensors: MappingType[str, Layout]) -> list[str] | None:
+    """The keys that bear the evidence out, or None where it does not hold."""
+    found: list[str] = []
+    for clue in evidence.all:
+        witness = _witness(clue, tensors)
+        if witness is None:
+            return None
+        found.append(witness)
+    some = [witness for clue in evidence.any if (witness := _witness(clue, tensors)) is not None]
+    if evidence.any and not some:
+        return None
+    if any(_witness(clue, tensors) is not None for clue in evidence.none):
+        return None
+    return [*found, *some]
+
+
+def accept(
+    mapping: Mapping, tensors: MappingType[str, Layout], facts: MappingType[str, int]
+) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
+    """The tensors under the spelling that the format writes."""
+    faults: list[Fault] = []
+    steps: list[Step] = []
+    for block in mapping.accepts:
+        if block.when is not None and holds(block.when, tensors) is None:
+            continue
+        if not any(key.startswith(rule.source.prefix) for rule in block.table.rules for key in tensors):
+            continue
+        applied = apply_rules(block.table, tensors, facts, pass_others=True)
+        faults += applied.faults
+        steps += applied.steps
+        tensors = applied.out
+    return tensors, tuple(faults), tuple(steps)
+
+
+def spelling(hub: Mapping, tower: str, tensors: MappingType[str, Layout]) -> str | None:
+    """How the keys spell a tower; None where they hold nothing of it."""
+    for name, evidence in hub.spellings.get(tower, {}).items():
+        if holds(evidence, tensors) is not None:
+            return name
+    return None
+
+
+def detect(
+    known: Registry,
+    tensors: MappingType[str, Layout],
+    wanted: str | None = None,
+    facts: MappingType[str, int] | None = None,
+    file: str = "the state dict",
+) -> Detection:
+    """The one format that claims the keys, or the one that the caller names.
+
+    Raises:
+        DetectionError: no format claims the file, or several do.
+    """
+    found: list[Detection] = []
+    for mapping in [known.get(wanted)] if wanted is not None else known.formats:
+        accepted, faults, steps = accept(mapping, tensors, facts or {})
+        evidence = holds(mapping.detect, accepted)
+        if evidence is not None or wanted is not None:
+            said = tuple(evidence) if evidence is not None else ("named by the caller",)
+            found.append(Detection(mapping, accepted, said, faults, steps))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DetectionError(
+            f"{file}: {len(found)} formats claim its keys; name one with mapping=...",
+            [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
+        )
+    raise DetectionError(f"{file}: no known format has these keys", _near(known, tensors))
+
+
+def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
+    """What the keys look like, for a file that nobody claims."""
+    keys = list(tensors)
+    shown = ", ".join(f"{key!r} {list(tensors[key].shape)}" for key in keys[:5])
+    lines = [f"it holds {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {shown}{' ...' if len(keys) > 5 else ''}"]
+    scores = []
+    for mapping in known.formats:
+        table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
+        accepted, _, _ = accept(mapping, tensors, {})
+        scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
+    best, name = max(scores, default=(0, ""))
+    if best:
+        lines.append(f"nearest is {name}, whose rules know {best} of the {len(keys)} keys (mapping={name!r} forces it)")
+    lines.append(f"known formats: {', '.join(sorted(m.name for m in known.formats))}; a new one is a YAML file")
+    return lines

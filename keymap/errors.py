@@ -1,0 +1,49 @@
+"""What keymap refuses, and why: one base class, one subclass for each kind of refusal.
+
+A refusal never leaves a half-changed model behind: every one of these is raised before the first
+byte of a weight is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class KeymapError(Exception):
+    """Base of every refusal.
+
+    Attributes:
+        summary: the first line of the message.
+        faults: everything that was found wrong, one text each; all faults of a file or of a load are
+            collected before the error is raised.
+    """
+
+    def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
+        self.summary = summary
+        self.faults = tuple(faults)
+        lines = [summary, *(f"  - {fault}" for fault in self.faults)]
+        super().__init__("\n".join(lines))
+
+
+class CheckpointError(KeymapError):
+    """The file is missing, truncated, corrupt, or not a container of tensors that keymap reads."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """Reading the file as it asks would run code; nothing of it was run."""
+
+
+class MappingError(KeymapError):
+    """A mapping file is wrong. Every fault starts with ``file:line:column``."""
+
+
+class DetectionError(KeymapError):
+    """No registered format claims the file, or more than one does."""
+
+
+class PlanError(KeymapError):
+    """The file's tensors do not fit the model: keys, shapes or dtypes."""
+
+
+class VerifyError(KeymapError):
+    """A tensor does not hold the values that dropping it requires."""

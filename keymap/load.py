@@ -1,0 +1,134 @@
+"""Carrying a plan out into a model's own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from keymap.carry import copy_pieces, materialise
+from keymap.errors import PlanError, VerifyError
+from keymap.pieces import Piece
+from keymap.plan import Entry, Plan
+from keymap.read import LazyTensor
+from keymap.resize import resample
+from keymap.verify import failed
+
+__all__ = ["assign_plan", "load_plan", "verify_plan"]
+
+Tensors = Mapping[str, LazyTensor]
+
+
+def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[str]:
+    """Read what must be seen before anything is written: the plan's checks, and members that decompress.
+
+    Returns:
+        Sources of checks that do not hold, for a load that is not strict; they are unexpected then.
+
+    Raises:
+        VerifyError: a check does not hold, under strict.
+        CheckpointError: a compressed member is corrupt.
+    """
+    bad = failed(plan.checks, lambda key: tensors[key].read())
+    if bad and strict:
+        raise VerifyError(
+            f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
+            [text for _, text in bad],
+        )
+    for source in {p.source for entry in plan.entries for p in entry.layout.pieces} - {None}:
+        if source is not None and tensors[source].streamed:
+            tensors[source].read()
+    return [source for check, _ in bad for source in check.layout.sources]
+
+
+def _simple(entry: Entry, target: torch.Tensor) -> bool:
+    """True where pieces can be copied straight into the target's memory."""
+    plain = all(not p.computed or (p.source is None and not p.add) for p in entry.layout.pieces)
+    return plain and entry.resize is None and target.is_contiguous()
+
+
+def _value(entry: Entry, tensors: Tensors) -> torch.Tensor:
+    """One tensor of the model, made in memory of its own, shape and dtype as the model's."""
+    value = materialise(entry.layout, lambda key: tensors[key].read())
+    if entry.resize is not None:
+        value = resample(value, entry.resize)
+    return value.reshape(entry.shape).to(entry.dtype)
+
+
+@torch.no_grad()
+def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy every piece into the model's memory, source by source in the order of the file.
+
+    Only resized and computed tensors, and targets that are not contiguous, take a temporary, one at a time.
+    """
+    by_source: dict[str | None, list[tuple[str, Piece]]] = {}
+    others = []
+    for entry in plan.entries:
+        if not _simple(entry, targets[entry.key]):
+            others.append(entry)
+            continue
+        for piece in entry.layout.pieces:
+            by_source.setdefault(piece.source, []).append((entry.key, piece))
+    for source in sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position):
+        tensor = None if source is None else tensors[source].read()
+        for key, piece in by_source[source]:
+            copy_pieces([piece], tensor, targets[key].detach())
+    for entry in others:
+        targets[entry.key].copy_(_value(entry, tensors))
+
+
+@torch.no_grad()
+def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.device) -> list[str]:
+    """Hand tensors over to the model instead of copying into its memory.
+
+    A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
+    never to the file.
+
+    Returns:
+        The keys of the tensors that had to be made in memory of their own.
+    """
+    made: list[str] = []
+    values: dict[int, nn.Parameter | torch.Tensor] = {}
+    here = model.state_dict(keep_vars=True)
+    for entry in plan.entries:
+        source = entry.layout.sources[0] if entry.layout.sources else None
+        whole = entry.layout.copied_whole and entry.resize is None and source is not None
+        if whole and source is not None:
+            lazy = tensors[source]
+            numel = sum(piece.numel for piece in entry.layout.pieces)
+            whole = lazy.dtype == entry.dtype and torch.Size(lazy.shape).numel() == numel
+        value = tensors[source].read().reshape(entry.shape) if whole and source is not None else None
+        if value is None:
+            value = _value(entry, tensors)
+            made.append(entry.key)
+        old = here[entry.key]
+        values[id(old)] = value.to(device)
+    names = {id(old): key for key, old in here.items()}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in values:
+                new = values[id(parameter)]
+                if not isinstance(new, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=parameter.requires_grad)
+                    values[id(parameter)] = new
+                module._parameters[name] = new
+                values[id(new)] = new
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and id(buffer) in values and id(buffer) in names:
+                module._buffers[name] = values[id(buffer)]
+    return made
+
+
+def refuse_meta(targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
+    """A model without memory cannot be copied into.
+
+    Raises:
+        PlanError: a tensor of the plan is on the meta device.
+    """
+    empty = [entry.key for entry in plan.entries if targets[entry.key].device.type == "meta"]
+    if empty:
+        raise PlanError(
+            f"{plan.file}: {len(empty)} of the model's tensors are on the meta device and have no memory "
+            f"({', '.join(empty[:4])} ...); pass assign=True, or model.to_empty(device='cpu') first"
+        )

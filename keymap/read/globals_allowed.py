@@ -1,0 +1,361 @@
+"""The names a pickle may use under weights_only=True, and what each stands for here.
+
+Nothing below is what the name means in Python: torch._utils._rebuild_tensor_v2 makes a TensorView, which
+is three tuples and a reference; argparse.Namespace makes a Record. A name that is not here is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from keymap.read.lazy import Record
+from keymap.read.numpy_file import torch_dtype
+from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, Global, UnreadTensorError, check_key
+
+STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype): dtype
+    for dtype in (
+        *STORAGE_DTYPES.values(),
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.complex32,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+        torch.float8_e8m0fnu,
+    )
+}
+NAMES_ONLY = frozenset(
+    ["torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"]
+    + [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "bytes", "object")]
+)
+SIZED = (str, bytes, bytearray, list, dict, tuple, set, frozenset)
+UNREAD = {
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the meta device, which has no values",
+}
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """Where tensors of a pickle take their values from; ``torch_file`` finds its bytes afterwards."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+    first: int = 0  # of a view on a storage, in elements; older files have such
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TensorView:
+    """A tensor as the pickle states it; nothing of it is checked yet."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class NumpyType:
+    """A numpy dtype by its type string."""
+
+    descr: str
+
+
+@dataclass(eq=False, slots=True)
+class NumpyArray:
+    """A numpy array whose values lie in the pickle itself."""
+
+    descr: str = ""
+    shape: tuple[int, ...] = ()
+    fortran: bool = False
+    raw: bytes = b""
+
+
+@dataclass(eq=False, slots=True)
+class Instance:
+    """An object of a class that was not imported."""
+
+    name: str
+    state: Any = None
+
+
+class AllowedGlobals:
+    """The table, with the storages that a pickle referred to.
+
+    Attributes:
+        scripted: whether classes of a TorchScript archive (``__torch__.``) may be named.
+        storages: all that were referred to, in order.
+    """
+
+    def __init__(self, scripted: bool = False) -> None:
+        self.scripted = scripted
+        self.storages: list[Storage] = []
+
+    def find(self, module: str, name: str) -> Global:
+        """``module.name`` in one spelling, if it is allowed; raises ForbiddenGlobalError."""
+        module = {"__builtin__": "builtins", "torch.storage": "torch"}.get(module, module)
+        module = module.replace("numpy.core.", "numpy._core.").replace("pathlib._local", "pathlib")
+        full = f"{module}.{name}"
+        if full == "builtins.long":
+            full = "builtins.int"
+        if full == "builtins.unicode":
+            full = "builtins.str"
+        if full in UNREAD:
+            raise UnreadTensorError(f"it holds {UNREAD[full]}")
+        known = full in _CALLS or full in NAMES_ONLY or full in DTYPES
+        storage = module == "torch" and name in STORAGE_DTYPES
+        if known or storage or (self.scripted and module.split(".")[0] == "__torch__"):
+            return Global(full)
+        raise ForbiddenGlobalError(full)
+
+    def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
+        """The inert value of a call; raises BadPickleError where the arguments are not the known ones."""
+        if name.startswith("__torch__."):
+            return Instance(name)
+        function = _CALLS.get(name)
+        if function is None:
+            raise BadPickleError(f"it calls {name}, which may only be named")
+        spend(sum(len(value) for value in arguments if isinstance(value, SIZED)))
+        try:
+            return function(*arguments)
+        except (TypeError, ValueError, OverflowError, LookupError, AttributeError):
+            raise BadPickleError(f"it calls {name} with arguments that it does not take") from None
+
+    def build(self, target: Any, state: Any) -> None:
+        """Give an Instance, a numpy array or a numpy dtype its state; raises BadPickleError for the rest."""
+        if type(target) is Instance and target.state is None:
+            target.state = state
+        elif type(target) is NumpyType and type(state) is tuple and state[1:2] in (("<",), (">",), ("|",), ("=",)):
+            target.descr = state[1] + target.descr.lstrip("<>|=")
+        elif type(target) is NumpyArray and type(state) is tuple and len(state) == 5:
+            _, shape, dtype, fortran, raw = state
+            if type(dtype) is not NumpyType or type(shape) is not tuple or type(fortran) is not bool:
+                raise BadPickleError("a numpy array has a state that numpy does not write")
+            if not isinstance(raw, bytes):
+                raise BadPickleError("a numpy array holds Python objects")
+            target.descr, target.shape, target.fortran, target.raw = dtype.descr, shape, fortran, raw
+        else:
+            raise BadPickleError(f"it gives state to a {type(target).__name__}")
+
+    def persistent(self, reference: Any) -> Storage:
+        """The storage that a tensor lies in; raises BadPickleError for any other reference."""
+        if type(reference) is not tuple or len(reference) < 5 or reference[0] != "storage":
+            if type(reference) is tuple and reference[:1] == ("module",):
+                raise ForbiddenGlobalError("torch.nn.Module (with its source code)")
+            raise BadPickleError("it refers to something outside that is no storage")
+        kind, key, numel = reference[1], reference[2], reference[4]
+        dtype = STORAGE_DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
+        if dtype is None or type(key) is not str or type(numel) is not int or numel < 0:
+            raise BadPickleError("a storage has no known type, no key or no size")
+        storage = Storage(key, dtype, numel)
+        view = reference[5] if len(reference) > 5 else None
+        if view is not None:
+            if type(view) is not tuple or len(view) != 3 or any(type(n) is not int or n < 0 for n in view[1:]):
+                raise BadPickleError("a view of a storage has no offset or size")
+            if view[1] + view[2] > numel:
+                raise BadPickleError(f"a view of storage {key!r} runs past its {numel} elements")
+            storage.first = view[1]
+        self.storages.append(storage)
+        return storage
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView:
+    if type(storage) is not Storage:
+        raise TypeError
+    return TensorView(storage, storage.dtype, offset, _sizes(shape), _sizes(strides))
+
+
+def _tensor_v2(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any = None,
+    hooks: Any = None,
+    flags: Any = None,
+) -> TensorView:
+    if flags:
+        raise UnreadTensorError("it holds a tensor that is conjugated or negated only when used")
+    return _tensor(storage, offset, shape, strides)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, flags: Any = None
+) -> TensorView:
+    view = _tensor_v2(storage, offset, shape, strides, grad, hooks, flags)
+    return TensorView(view.storage, DTYPES[dtype.name], offset, view.shape, view.strides)
+
+
+def _tensor_of_type(function: Any, kind: Any, arguments: Any, state: Any) -> TensorView:
+    if function.name not in _TENSORS or kind.name not in NAMES_ONLY or type(arguments) is not tuple:
+        raise TypeError
+    return _parameter(_TENSORS[function.name](*arguments))
+
+
+def _parameter(tensor: Any, *_: Any) -> TensorView:
+    if type(tensor) is not TensorView:
+        raise TypeError
+    return tensor
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if type(value) not in (tuple, list):
+        raise TypeError
+    return tuple(value)
+
+
+def _plain_dict(items: Any = ()) -> dict[Any, Any]:
+    pairs = list(items.items()) if type(items) is dict else list(items)
+    for key, _ in pairs:
+        check_key(key)
+    return dict(pairs)
+
+
+def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    if factory is not None and type(factory) is not Global:
+        raise TypeError
+    return _plain_dict(items)
+
+
+def _members(items: Any = ()) -> list[Any]:
+    if type(items) not in (list, tuple, set):
+        raise TypeError
+    for item in items:
+        check_key(item)
+    return list(items)
+
+
+def _bytearray(*arguments: Any) -> bytearray:
+    if not arguments:
+        return bytearray()
+    if len(arguments) == 2:
+        return bytearray(_encode(*arguments))
+    if type(arguments[0]) not in (bytes, bytearray):
+        raise TypeError  # a number would ask for that many bytes
+    return bytearray(arguments[0])
+
+
+def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
+    if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
+        raise TypeError
+    return text.encode(encoding)
+
+
+def _complex(real: Any, imaginary: Any = 0.0) -> complex:
+    if type(real) not in (float, int) or type(imaginary) not in (float, int):
+        raise TypeError
+    return complex(real, imaginary)
+
+
+def _path(*parts: Any) -> str:
+    if not all(type(part) is str for part in parts):
+        raise TypeError
+    joined = "/".join(parts) or "."
+    return joined[1:] if joined.startswith("//") else joined
+
+
+def _numpy_type(descr: Any, *_: Any) -> NumpyType:
+    if type(descr) is not str or len(descr) > 16:
+        raise TypeError
+    return NumpyType(descr)
+
+
+def _numpy_scalar(dtype: Any, raw: Any) -> Any:
+    if type(dtype) is not NumpyType or type(raw) is not bytes or isinstance(torch_dtype(dtype.descr), str):
+        raise TypeError
+    if dtype.descr.lstrip("<>|=") == "V2":
+        raise TypeError
+    return numpy.frombuffer(raw, numpy.dtype(dtype.descr), 1)[0].item()
+
+
+def _numpy_array(*_: Any) -> NumpyArray:
+    return NumpyArray()
+
+
+def _numpy_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
+    if type(raw) not in (bytes, bytearray) or type(dtype) is not NumpyType:
+        raise TypeError
+    return NumpyArray(dtype.descr, _sizes(shape), order == "F", bytes(raw))
+
+
+def _script_list(items: Any) -> Any:
+    if type(items) is not list:
+        raise TypeError
+    return items
+
+
+_TENSORS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+_CALLS: dict[str, Callable[..., Any]] = {
+    **_TENSORS,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_type,
+    "torch.Size": lambda sizes=(): _sizes(sizes),
+    "torch.device": lambda *parts: ":".join(str(part) for part in parts if type(part) in (str, int)),
+    "torch.serialization._get_layout": lambda name: str(name),
+    "torch.jit._pickle.build_tensorlist": _script_list,
+    "torch.jit._pickle.build_intlist": _script_list,
+    "torch.jit._pickle.build_doublelist": _script_list,
+    "torch.jit._pickle.build_boollist": _script_list,
+    "torch.jit._pickle.restore_type_tag": lambda value, tag: value,
+    "collections.OrderedDict": _plain_dict,
+    "collections.defaultdict": _default_dict,
+    "collections.Counter": _plain_dict,
+    "argparse.Namespace": lambda: Instance("argparse.Namespace"),
+    "types.SimpleNamespace": lambda: Instance("types.SimpleNamespace"),
+    "pathlib.Path": _path,
+    "pathlib.PosixPath": _path,
+    "pathlib.PurePosixPath": _path,
+    "pathlib.WindowsPath": _path,
+    "pathlib.PureWindowsPath": _path,
+    "builtins.set": lambda items=(): set(_members(items)),
+    "builtins.frozenset": lambda items=(): frozenset(_members(items)),
+    "builtins.complex": _complex,
+    "builtins.bytearray": _bytearray,
+    "builtins.slice": lambda *ends: slice(*(end if type(end) is int else None for end in ends)),
+    "_codecs.encode": _encode,
+    "numpy.dtype": _numpy_type,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray._reconstruct": _numpy_array,
+    "numpy._core.numeric._frombuffer": _numpy_from_buffer,
+}
+
+
+def record_of(instance: Instance, convert: Callable[[Any], Any]) -> Record:
+    """The Record of an Instance, its attributes converted; a state that is no dict is kept as "state"."""
+    if instance.state is None:
+        return Record(instance.name, {})
+    converted = convert(instance.state)
+    return Record(instance.name, converted if isinstance(converted, dict) else {"state": converted})

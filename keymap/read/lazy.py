@@ -1,0 +1,242 @@
+"""What every reader gives back, and the one mapped file that all of them read from."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import reprlib
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keymap.errors import CheckpointError, UnsafeCheckpointError
+
+MAX_DIMS = 64
+MAX_INT64 = 2**63 - 1
+INFLATE_STEP = 1 << 16  # deflated bytes handed to zlib at a time
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor of a file, known by shape and dtype; its values are read only when asked for.
+
+    Attributes:
+        shape: sizes, outermost first; () for a scalar.
+        dtype: as the file states it (numpy's two-byte void is bfloat16).
+        read: gives a CPU tensor of that shape and dtype. Where the container permits, its memory is the
+            file's own, mapped privately: writing to it is allowed, never reaches the file, and is seen by
+            a later ``read`` from the same Checkpoint. Strides may be any, also of a transposed view.
+        position: byte position of the values, for reading in file order.
+        streamed: True when ``read`` decompresses; only then can it raise CheckpointError.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    position: int = 0
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A lazy view of one checkpoint file, or of the shards that one index names.
+
+    Attributes:
+        path: the file that was opened.
+        container: "safetensors", "torch", "torch_legacy", "torchscript", "npz" or "npy".
+        tree: as the file nests it; leaves are LazyTensor, Record or plain Python values. A file that
+            holds one value that is not a dict has it under the key "".
+        metadata: the ``__metadata__`` of safetensors, else empty.
+    """
+
+    path: Path
+    container: str
+    tree: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An object of the file whose class was not imported: the class's name, and its attributes."""
+
+    name: str
+    state: Mapping[str, Any]
+
+
+class SourceFile:
+    """A regular file mapped privately: readable, writable in memory, never changed on disk.
+
+    Attributes:
+        path: where it lies.
+        size: bytes.
+        data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map ``path``; raise CheckpointError where it is no readable, regular, non-empty file."""
+        self.path = path
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                raise self.bad("is not a regular file", "give the path of a checkpoint file")
+            if status.st_size == 0:
+                raise self.bad("is empty (0 bytes)", "download or save it again")
+            with path.open("rb") as handle:
+                self.size = os.fstat(handle.fileno()).st_size
+                self.data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                self.size = len(self.data)
+        except FileNotFoundError:
+            raise self.bad("does not exist", "check the path") from None
+        except PermissionError:
+            raise self.bad("may not be read (permission denied)", "change its permissions") from None
+        except (OSError, ValueError) as error:
+            raise self.bad(f"cannot be opened: {error}", "check the path") from error
+
+    def bad(self, fact: str, advice: str) -> CheckpointError:
+        """A refusal that names the file, the fact and what to do next."""
+        return CheckpointError(f"{self.path}: {fact}; {advice}")
+
+    def unsafe(self, fact: str, advice: str, faults: Sequence[str] = ()) -> UnsafeCheckpointError:
+        """A refusal of something that would run code."""
+        return UnsafeCheckpointError(f"{self.path}: {fact}; {advice}", faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The raw bytes of one array or storage: a region of the file, as it is or deflated.
+
+    Attributes:
+        file: where the region lies.
+        name: the member or key, for messages.
+        start: first byte of the region.
+        stored: bytes in the file.
+        nbytes: bytes that ``load`` gives.
+        skip: bytes before those that ``load`` leaves out (an array's header); only used when deflated.
+        crc: the checksum of all inflated bytes, or None for a region stored as it is.
+    """
+
+    file: SourceFile
+    name: str
+    start: int
+    stored: int
+    nbytes: int
+    skip: int = 0
+    crc: int | None = None
+
+    def head(self, count: int) -> bytes:
+        """The first bytes, ``count`` of them or all; raises CheckpointError where they do not inflate."""
+        if self.crc is None:
+            return self.file.data[self.start : self.start + min(count, self.nbytes)]
+        return b"".join(self._inflate(count))[:count]
+
+    def load(self) -> torch.Tensor:
+        """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory of its own.
+
+        Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared.
+        """
+        if self.nbytes == 0 and self.crc is None:
+            return torch.empty(0, dtype=torch.uint8)
+        if self.crc is None:
+            return torch.frombuffer(self.file.data, dtype=torch.uint8, offset=self.start, count=self.nbytes)
+        result = torch.empty(self.nbytes, dtype=torch.uint8)
+        target = result.numpy().data
+        total, crc = self.skip + self.nbytes, 0
+        at = -self.skip
+        for part in self._inflate(total):
+            crc = zlib.crc32(part, crc)
+            begin, end = at, at + len(part)
+            at = end
+            if end > self.nbytes:
+                break
+            if end > 0:
+                target[max(begin, 0) : end] = part[max(-begin, 0) :]
+        if at != self.nbytes or crc != self.crc:
+            what = "its checksum differs" if at == self.nbytes else f"it does not inflate to {total} bytes"
+            raise self.file.bad(f"member {self.name!r} is corrupt: {what}", "download the file again")
+        return result
+
+    def _inflate(self, limit: int) -> Iterator[bytes]:
+        """Inflated parts, never more than ``limit`` + 1 bytes in all, whatever the region claims."""
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        made, stop = 0, self.start + self.stored
+        for at in range(self.start, stop, INFLATE_STEP):
+            chunk = self.file.data[at : min(at + INFLATE_STEP, stop)]
+            try:
+                part = machine.decompress(chunk, limit + 1 - made)
+            except zlib.error as error:
+                fact = f"member {self.name!r} does not decompress ({error})"
+                raise self.file.bad(fact, "download the file again") from error
+            made += len(part)
+            yield part
+            if made > limit or machine.eof:
+                return
+
+
+def brief(value: object) -> str:
+    """A short text of any value of a hostile file: never long, never slow, however it nests."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong = 2, 80, 40
+    short.maxtuple = short.maxlist = 16
+    return short.repr(value)
+
+
+def element_count(shape: Sequence[object]) -> int | None:
+    """The product of ``shape``, or None where it is no shape that a tensor can have."""
+    count, extent = 1, 1
+    if len(shape) > MAX_DIMS:
+        return None
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= MAX_INT64:
+            return None
+        count *= size
+        extent *= size or 1
+        if extent > MAX_INT64:
+            return None
+    return count
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor of ``shape``."""
+    strides, step = [0] * len(shape), 1
+    for axis in range(len(shape) - 1, -1, -1):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def lazy_view(
+    block: Block,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None = None,
+    offset: int = 0,
+) -> LazyTensor:
+    """A tensor over ``block``; the caller has checked that the view lies inside it.
+
+    Args:
+        block: the raw bytes; those beyond a whole number of elements are left out.
+        dtype: how they are read.
+        shape: of the tensor.
+        strides: in elements; row-major where None.
+        offset: first element.
+    """
+    whole = block.nbytes - block.nbytes % dtype.itemsize
+
+    def read() -> torch.Tensor:
+        if whole == 0 or 0 in shape:
+            if block.crc is not None:
+                block.load()
+            return torch.empty(shape, dtype=dtype)
+        flat = block.load()[:whole].view(dtype)
+        if strides is None and offset == 0 and element_count(shape) == flat.numel():
+            return flat.view(shape)
+        return flat.as_strided(shape, strides or contiguous_strides(shape), offset)
+
+    streamed = block.crc is not None
+    position = block.start if streamed else block.start + offset * dtype.itemsize
+    return LazyTensor(shape, dtype, read, position, streamed)

@@ -1,0 +1,142 @@
+"""safetensors: eight bytes of length, a JSON header, then the values of all tensors without a gap."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from keymap.errors import CheckpointError
+from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count, lazy_view
+
+MAX_HEADER = 100_000_000
+AGAIN = "download or save the file again"
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object that gives one key twice."""
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object; raises DuplicateKeyError, which Python's own reader would not."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKeyError(key)
+            seen.add(key)
+    return result
+
+
+def parse_json(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in ``raw``; raises CheckpointError for anything else, named ``what``."""
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except DuplicateKeyError as error:
+        raise file.bad(f"{what} gives the key {error.args[0]!r} twice", AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise file.bad(f"{what} is not valid JSON ({error})", AGAIN) from None
+    if not isinstance(value, dict):
+        raise file.bad(f"{what} is not a JSON object", AGAIN)
+    return value
+
+
+def looks_like_safetensors(file: SourceFile) -> bool:
+    """Whether the file begins with a length and an opening brace; truncated files count, text does not."""
+    length = int.from_bytes(file.data[:8], "little")
+    fits = 2 <= length <= file.size - 8
+    return file.data[8:9] == b"{" and (fits or b"\0" in file.data[:8] or file.path.suffix == ".safetensors")
+
+
+def read_safetensors(file: SourceFile) -> Checkpoint:
+    """All tensors from the header alone; raises CheckpointError, with every fault, before one is made."""
+    if file.size < 8:
+        raise file.bad(f"is truncated: {file.size} bytes, no room for a header length", AGAIN)
+    length = int.from_bytes(file.data[:8], "little")
+    if length > MAX_HEADER:
+        raise file.bad(f"its header claims {length} bytes, more than the limit of {MAX_HEADER}", AGAIN)
+    if length > file.size - 8:
+        fact = f"is truncated: its header claims {length} bytes, the file has {file.size - 8} after the length"
+        raise file.bad(fact, AGAIN)
+    header = parse_json(file, file.data[8 : 8 + length], "its header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise file.bad("its __metadata__ is not an object of texts", AGAIN)
+
+    faults: list[str] = []
+    found: list[tuple[int, int, str, LazyTensor]] = []
+    base = 8 + length
+    for key, entry in header.items():
+        fault, begin, end, tensor = _entry(file, base, key, entry)
+        if fault or tensor is None:
+            faults.append(f"{key!r}: {fault}")
+        else:
+            found.append((begin, end, key, tensor))
+    found.sort(key=lambda item: item[:2])
+    if not faults:
+        faults = _layout_faults(found, file.size - base)
+    if faults:
+        raise CheckpointError(f"{file.path}: its header does not describe its tensors; {AGAIN}", faults)
+    return Checkpoint(file.path, "safetensors", {item[2]: item[3] for item in found}, metadata)
+
+
+def _entry(file: SourceFile, base: int, key: str, entry: object) -> tuple[str, int, int, LazyTensor | None]:
+    """One line of the header: (fault or "", begin, end, tensor or None)."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return "needs dtype, shape and data_offsets", 0, 0, None
+    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        return f"unknown dtype {brief(name)}", 0, 0, None
+    count = element_count(shape) if isinstance(shape, list) else None
+    if count is None:
+        return f"impossible shape {brief(shape)}", 0, 0, None
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int for at in offsets):
+        return f"data_offsets {brief(offsets)} are not two integers", 0, 0, None
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        return f"data_offsets {offsets} run backwards", 0, 0, None
+    if end > file.size - base:
+        return f"truncated: ends at {end}, the file has {file.size - base} bytes of values", 0, 0, None
+    if end - begin != count * dtype.itemsize:
+        needs = count * dtype.itemsize
+        return f"shape {shape} of {name} needs {needs} bytes, data_offsets give {end - begin}", 0, 0, None
+    block = Block(file, key, base + begin, end - begin, end - begin)
+    return "", begin, end, lazy_view(block, dtype, tuple(shape))
+
+
+def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:
+    """Holes, overlaps and left-over bytes, of entries sorted by offset."""
+    faults, at, before = [], 0, "the header"
+    for begin, end, key, _ in found:
+        if begin != at:
+            kind = "overlap of" if begin < at else "hole of"
+            faults.append(f"{key!r}: {kind} {abs(begin - at)} bytes with {before}, which ends at {at}")
+        at, before = max(at, end), repr(key)
+    if at != size:
+        faults.append(f"{size - at} bytes after the last tensor belong to none")
+    return faults

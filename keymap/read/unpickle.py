@@ -1,0 +1,394 @@
+"""A pickle machine of its own: it follows a pickle's opcodes and imports and calls nothing.
+
+A pickle is a program. Python's own machine imports what the program names and calls it. This one hands
+every name to ``allowed`` and every call to a short table there (see globals_allowed.py), so a name that is
+not in the table ends the reading before anything happened. What a program can cost is bounded by its
+length: no opcode allocates more than the bytes it is made of, and calls have a budget.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+MAX_INTEGER = 64  # bytes; a random generator's state needs 17
+KEY_DEPTH = 3  # of tuples that are keys: hashing shared, nested tuples can take for ever
+
+
+class BadPickleError(Exception):
+    """The pickle is malformed or asks for what no checkpoint needs. The text is one short fact."""
+
+
+class ForbiddenGlobalError(BadPickleError):
+    """The pickle names something that is not allowed; nothing was imported. The text is module.name."""
+
+
+class UnreadTensorError(BadPickleError):
+    """The pickle holds a kind of tensor that keymap does not read. The text is one short fact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """An allowed name. On the machine's stack it is only this text."""
+
+    name: str
+
+
+class Allowed(Protocol):
+    """What a pickle may name, call and refer to."""
+
+    def find(self, module: str, name: str) -> Global:
+        """The name, if it is allowed; raises ForbiddenGlobalError."""
+
+    def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
+        """The value of a call; raises BadPickleError. ``spend`` counts the bytes or items it makes."""
+
+    def build(self, target: Any, state: Any) -> None:
+        """Give ``target`` its state; raises BadPickleError."""
+
+    def persistent(self, reference: Any) -> Any:
+        """What the reference stands for: a storage; raises BadPickleError."""
+
+
+def run_pickle(data: Any, start: int, allowed: Allowed) -> tuple[Any, int]:
+    """The value of the pickle at ``start`` and the position after it.
+
+    Args:
+        data: bytes or a mapping.
+        start: first byte.
+        allowed: what the pickle may name.
+
+    Raises:
+        ForbiddenGlobalError: it names something that is not allowed.
+        BadPickleError: it is truncated, malformed, or uses an opcode that torch.save never writes.
+    """
+    machine = _Machine(data, start, allowed)
+    return machine.run(), machine.at
+
+
+def check_key(key: Any, depth: int = 0) -> None:
+    """Raise BadPickleError unless ``key`` is a plain value whose hash is cheap."""
+    if isinstance(key, tuple) and depth < KEY_DEPTH and len(key) <= 16:
+        for part in key:
+            check_key(part, depth + 1)
+    elif key is not None and type(key) not in (str, bytes, int, float, bool, Global):
+        raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}")
+
+
+class _Machine:
+    def __init__(self, data: Any, start: int, allowed: Allowed) -> None:
+        self.data, self.at, self.stop, self.allowed = data, start, len(data), allowed
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.budget = 4 * (self.stop - start) + (1 << 16)
+        self.done = False
+
+    def run(self) -> Any:
+        data, steps = self.data, _STEPS
+        while not self.done:
+            at = self.at
+            if at >= self.stop:
+                raise BadPickleError(f"it is truncated at byte {at} (an opcode expected)")
+            self.at = at + 1
+            step = steps.get(data[at])
+            if step is None:
+                code = bytes([data[at]])
+                raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
+            step(self)
+        if self.below or len(self.stack) != 1:
+            raise BadPickleError("it stops with more or less than one value")
+        return self.stack[0]
+
+    def take(self, count: int) -> bytes:
+        at = self.at
+        end = at + count
+        if end > self.stop:
+            raise BadPickleError(f"it is truncated at byte {at} ({count} more bytes expected)")
+        self.at = end
+        raw: bytes = self.data[at:end]
+        return raw
+
+    def byte(self) -> int:
+        at = self.at
+        if at >= self.stop:
+            raise BadPickleError(f"it is truncated at byte {at} (1 more byte expected)")
+        self.at = at + 1
+        value: int = self.data[at]
+        return value
+
+    def number(self, count: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(count), "little", signed=signed)
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, min(self.stop, self.at + 1024))
+        if end < 0:
+            raise BadPickleError(f"a name at byte {self.at} does not end")
+        return self.text(self.take(end + 1 - self.at)[:-1])
+
+    def text(self, raw: bytes) -> str:
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            raise BadPickleError(f"a text before byte {self.at} is not UTF-8") from None
+
+    def spend(self, amount: int) -> None:
+        self.budget -= amount
+        if self.budget < 0:
+            raise BadPickleError("it grows far beyond its own size when it is run")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if not self.stack:
+            raise BadPickleError(f"it takes a value that is not there, before byte {self.at}")
+        return self.stack.pop()
+
+    def top(self, kind: type) -> Any:
+        if not self.stack or type(self.stack[-1]) is not kind:
+            raise BadPickleError(f"it fills a {kind.__name__} that is not there, before byte {self.at}")
+        return self.stack[-1]
+
+    def marked(self) -> list[Any]:
+        if not self.below:
+            raise BadPickleError(f"it goes back to a mark that is not there, before byte {self.at}")
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top(dict)
+        if len(items) % 2:
+            raise BadPickleError("a dict has a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            check_key(key)
+            target[key] = value
+
+    def recall(self, index: int) -> None:
+        if index not in self.memo:
+            raise BadPickleError(f"it recalls value {index}, which it never stored")
+        self.push(self.memo[index])
+
+    def store(self, index: int) -> None:
+        if not self.stack:
+            raise BadPickleError("it stores a value that is not there")
+        self.memo[index] = self.stack[-1]
+
+    def find(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise BadPickleError("it names a global by something that is no text")
+        self.push(self.allowed.find(module, name))
+
+    def call(self, target: Any, arguments: Any) -> None:
+        if type(target) is not Global or type(arguments) is not tuple:
+            raise BadPickleError(f"it calls a {type(target).__name__}, before byte {self.at}")
+        self.push(self.allowed.call(target.name, arguments, self.spend))
+
+
+def _mark(m: _Machine) -> None:
+    m.below.append(m.stack)
+    m.stack = []
+
+
+def _stop(m: _Machine) -> None:
+    m.done = True
+
+
+def _protocol(m: _Machine) -> None:
+    version = m.number(1)
+    if version > 5:
+        raise BadPickleError(f"it has protocol {version}; the newest is 5")
+
+
+def _frame(m: _Machine) -> None:
+    m.take(8)  # a frame's length helps only a reader of streams
+
+
+def _constant(value: Any) -> Callable[[_Machine], None]:
+    return lambda m: m.stack.append(value)
+
+
+def _integer(count: int, signed: bool = False) -> Callable[[_Machine], None]:
+    return lambda m: m.push(m.number(count, signed))
+
+
+def _long(count: int) -> Callable[[_Machine], None]:
+    def step(m: _Machine) -> None:
+        size = m.number(count)
+        if size > MAX_INTEGER:
+            raise BadPickleError(f"it holds an integer of {size} bytes")
+        m.push(m.number(size, signed=True))
+
+    return step
+
+
+def _string(count: int) -> Callable[[_Machine], None]:
+    return lambda m: m.push(m.text(m.take(m.number(count))))
+
+
+def _bytes(count: int) -> Callable[[_Machine], None]:
+    return lambda m: m.push(m.take(m.number(count)))
+
+
+def _old_string(count: int) -> Callable[[_Machine], None]:
+    def step(m: _Machine) -> None:  # Python 2 wrote texts and bytes alike
+        raw = m.take(m.number(count))
+        try:
+            m.push(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            m.push(raw)
+
+    return step
+
+
+def _tuple_of(count: int) -> Callable[[_Machine], None]:
+    def step(m: _Machine) -> None:
+        items = [m.pop() for _ in range(count)]
+        m.push(tuple(reversed(items)))
+
+    return step
+
+
+def _append(m: _Machine) -> None:
+    value = m.pop()
+    m.top(list).append(value)
+
+
+def _appends(m: _Machine) -> None:
+    items = m.marked()
+    m.top(list).extend(items)
+
+
+def _set_item(m: _Machine) -> None:
+    value, key = m.pop(), m.pop()
+    m.set_items([key, value])
+
+
+def _dict(m: _Machine) -> None:
+    items = m.marked()
+    m.push({})
+    m.set_items(items)
+
+
+def _add_items(m: _Machine) -> None:
+    items = m.marked()
+    for item in items:
+        check_key(item)
+    m.top(set).update(items)
+
+
+def _frozen_set(m: _Machine) -> None:
+    items = m.marked()
+    for item in items:
+        check_key(item)
+    m.push(frozenset(items))
+
+
+def _float(m: _Machine) -> None:
+    m.push(struct.unpack(">d", m.take(8))[0])
+
+
+def _global(m: _Machine) -> None:
+    module = m.line()
+    m.find(module, m.line())
+
+
+def _stack_global(m: _Machine) -> None:
+    name, module = m.pop(), m.pop()
+    m.find(module, name)
+
+
+def _reduce(m: _Machine) -> None:
+    arguments, target = m.pop(), m.pop()
+    m.call(target, arguments)
+
+
+def _new_object_ex(m: _Machine) -> None:
+    named, arguments, target = m.pop(), m.pop(), m.pop()
+    if named != {}:
+        raise BadPickleError("it makes an object with named arguments")
+    m.call(target, arguments)
+
+
+def _build(m: _Machine) -> None:
+    state = m.pop()
+    if not m.stack:
+        raise BadPickleError("it gives state to a value that is not there")
+    target = m.stack[-1]
+    if type(target) is dict:
+        return  # attributes of an OrderedDict, such as a state dict's _metadata
+    m.allowed.build(target, state)
+
+
+def _persistent(m: _Machine) -> None:
+    m.push(m.allowed.persistent(m.pop()))
+
+
+def _pop_mark(m: _Machine) -> None:
+    m.marked()
+
+
+def _pop(m: _Machine) -> None:
+    if m.stack or not m.below:
+        m.pop()
+    else:
+        m.marked()
+
+
+_STEPS: dict[int, Callable[[_Machine], None]] = {
+    ord("\x80"): _protocol,
+    ord("\x95"): _frame,
+    ord("."): _stop,
+    ord("("): _mark,
+    ord("0"): _pop,
+    ord("1"): _pop_mark,
+    ord("N"): _constant(None),
+    ord("\x88"): _constant(True),
+    ord("\x89"): _constant(False),
+    ord("J"): _integer(4, signed=True),
+    ord("K"): lambda m: m.stack.append(m.byte()),
+    ord("M"): _integer(2),
+    ord("\x8a"): _long(1),
+    ord("\x8b"): _long(4),
+    ord("G"): _float,
+    ord("U"): _old_string(1),
+    ord("T"): _old_string(4),
+    ord("\x8c"): _string(1),
+    ord("X"): _string(4),
+    ord("\x8d"): _string(8),
+    ord("C"): _bytes(1),
+    ord("B"): _bytes(4),
+    ord("\x8e"): _bytes(8),
+    ord("\x96"): lambda m: m.push(bytearray(m.take(m.number(8)))),
+    ord("]"): lambda m: m.push([]),
+    ord("l"): lambda m: m.push(m.marked()),
+    ord("a"): _append,
+    ord("e"): _appends,
+    ord(")"): _constant(()),
+    ord("t"): lambda m: m.push(tuple(m.marked())),
+    ord("\x85"): _tuple_of(1),
+    ord("\x86"): _tuple_of(2),
+    ord("\x87"): _tuple_of(3),
+    ord("}"): lambda m: m.push({}),
+    ord("d"): _dict,
+    ord("s"): _set_item,
+    ord("u"): lambda m: m.set_items(m.marked()),
+    ord("\x8f"): lambda m: m.push(set()),
+    ord("\x90"): _add_items,
+    ord("\x91"): _frozen_set,
+    ord("q"): lambda m: m.store(m.byte()),
+    ord("r"): lambda m: m.store(m.number(4)),
+    ord("\x94"): lambda m: m.store(len(m.memo)),
+    ord("h"): lambda m: m.recall(m.byte()),
+    ord("j"): lambda m: m.recall(m.number(4)),
+    ord("2"): lambda m: m.push(m.stack[-1] if m.stack else m.pop()),
+    ord("c"): _global,
+    ord("\x93"): _stack_global,
+    ord("R"): _reduce,
+    ord("\x81"): _reduce,  # a new object and a call are the same to a table of names
+    ord("\x92"): _new_object_ex,
+    ord("b"): _build,
+    ord("Q"): _persistent,
+}

@@ -1,0 +1,95 @@
+"""The directory of a zip archive, checked against the archive itself: members as blocks of the file."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+
+from keymap.read.lazy import Block, SourceFile
+
+LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+MAX_RATIO = 1040  # deflate cannot reach more; a larger declared size is a lie
+AGAIN = "download or save the file again"
+BROKEN = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    EOFError,
+    OSError,
+    ValueError,
+    IndexError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+)
+
+
+def looks_like_zip(file: SourceFile) -> bool:
+    """Whether the file begins with a member's header, or is an archive without members."""
+    return file.data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def read_directory(file: SourceFile) -> dict[str, Block]:
+    """Every member's name and block, in the directory's order.
+
+    Raises CheckpointError for a truncated or corrupt directory, a name given twice, a member that is
+    encrypted, overlaps another, lies outside the file, or is compressed otherwise than by deflate.
+    """
+    try:
+        with file.path.open("rb") as handle, zipfile.ZipFile(handle) as archive:
+            entries = archive.infolist()
+            stop = archive.start_dir
+    except BROKEN as error:
+        raise file.bad(f"is a truncated or corrupt zip archive ({error})", AGAIN) from error
+    members: dict[str, Block] = {}
+    for entry in entries:
+        if entry.orig_filename in members:
+            raise file.bad(f"member {entry.orig_filename!r} is there twice", AGAIN)
+        if not entry.is_dir():
+            members[entry.orig_filename] = _member(file, entry, stop)
+    reached, before = 0, ""
+    for name, block in sorted(members.items(), key=lambda item: (item[1].start, item[1].stored)):
+        if block.start < reached:
+            raise file.bad(f"members {before!r} and {name!r} overlap", AGAIN)
+        reached, before = block.start + block.stored, name
+    return members
+
+
+def _member(file: SourceFile, entry: zipfile.ZipInfo, stop: int) -> Block:
+    """The block of one entry, after its own header was found to agree with the directory."""
+    name, at = entry.orig_filename, entry.header_offset
+    if not 0 <= at <= min(stop, file.size) - LOCAL_HEADER.size:
+        raise file.bad(f"member {name!r} lies outside the file (at byte {at} of {file.size})", AGAIN)
+    fields = LOCAL_HEADER.unpack(file.data[at : at + LOCAL_HEADER.size])
+    signature, flags, method, name_size, extra_size = fields[0], fields[2], fields[3], fields[9], fields[10]
+    raw = file.data[at + LOCAL_HEADER.size : at + LOCAL_HEADER.size + name_size]
+    written = raw.decode("utf-8" if entry.flag_bits & 0x800 or raw.isascii() else "cp437", "replace")
+    if signature != b"PK\x03\x04" or method != entry.compress_type or written != name:
+        raise file.bad(f"member {name!r}: its own header disagrees with the directory", AGAIN)
+    if (flags | entry.flag_bits) & 0x1:
+        raise file.bad(f"member {name!r} is encrypted", "save the file without a password")
+    start = at + LOCAL_HEADER.size + name_size + extra_size
+    if start + entry.compress_size > stop:
+        fact = f"member {name!r} is truncated: {entry.compress_size} bytes from byte {start}, "
+        raise file.bad(fact + f"the archive's members end at byte {stop}", AGAIN)
+    if method == zipfile.ZIP_STORED:
+        if entry.file_size != entry.compress_size:
+            sizes = f"{entry.compress_size} and {entry.file_size}"
+            raise file.bad(f"member {name!r} is stored, yet its sizes differ: {sizes}", AGAIN)
+        return Block(file, name, start, entry.compress_size, entry.file_size)
+    if method != zipfile.ZIP_DEFLATED:
+        raise file.bad(f"member {name!r} uses zip compression method {method}", "save it stored or deflated")
+    if entry.file_size > entry.compress_size * MAX_RATIO:
+        fact = f"member {name!r} claims {entry.file_size} bytes from {entry.compress_size} deflated ones"
+        raise file.bad(fact + ", more than deflate can hold", AGAIN)
+    return Block(file, name, start, entry.compress_size, entry.file_size, crc=entry.CRC)
+
+
+def whole_member(block: Block, limit: int) -> bytes:
+    """All bytes of a small member, checksum checked.
+
+    Raises CheckpointError where it is larger than ``limit``, corrupt, or its checksum differs.
+    """
+    file = block.file
+    if block.nbytes > limit:
+        raise file.bad(f"member {block.name!r} has {block.nbytes} bytes, the limit is {limit}", AGAIN)
+    return block.load().numpy().tobytes() if block.crc is not None else block.head(block.nbytes)

@@ -1,0 +1,204 @@
+"""All mappings that are known: the shipped ones, those of installed packages, those that the caller registers.
+
+The registry also joins respellings into paths: for each tower they form a forest, so a path between two
+spellings is unique or absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from keymap.errors import MappingError
+from keymap.mapping import Mapping, compile_mapping, data_folder
+from keymap.marked_yaml import Marked, parse_yaml
+from keymap.rules import RuleTable
+
+__all__ = ["Registry", "Respelling", "list_formats", "register_mappings", "registry"]
+
+
+@dataclass(frozen=True)
+class Respelling:
+    """One step between two spellings of a tower, in one direction."""
+
+    mapping: Mapping
+    table: RuleTable
+    source: str
+    target: str
+
+
+@dataclass
+class Registry:
+    """Mappings by name. ``files`` keeps the parsed text, for the tables that other files use."""
+
+    mappings: dict[str, Mapping] = field(default_factory=dict)
+    files: dict[str, Marked] = field(default_factory=dict)
+
+    @property
+    def hub(self) -> Mapping:
+        return next(m for m in self.mappings.values() if m.kind == "hub")
+
+    @property
+    def formats(self) -> list[Mapping]:
+        """What a file can be: the formats, and the hub's own."""
+        return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
+
+    @property
+    def containers(self) -> dict[str, tuple[str, ...]]:
+        names: dict[str, tuple[str, ...]] = {"wrappers": (), "prefixes": (), "training_state": ()}
+        for mapping in self.mappings.values():
+            for name, entries in mapping.containers.items():
+                names[name] = tuple(dict.fromkeys((*names[name], *entries)))
+        return names
+
+    def get(self, name: str) -> Mapping:
+        """The mapping of that name.
+
+        Raises:
+            MappingError: there is none; near names are listed.
+        """
+        if name in self.mappings:
+            return self.mappings[name]
+        near = get_close_matches(name, self.mappings, 3)
+        known = ", ".join(sorted(m.name for m in self.formats))
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise MappingError(f"there is no format {name!r}; {hint}known: {known}")
+
+    def add(self, files: Iterable[Path]) -> list[Mapping]:
+        """Compile files and add them, all or none.
+
+        Raises:
+            MappingError: a file is wrong, a name is taken, or respellings would form a cycle.
+        """
+        parsed = dict(self.files)
+        texts: list[tuple[Path, str]] = []
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise MappingError(f"{file} cannot be read: {error}") from None
+            marked = parse_yaml(text, _shown(file))
+            name = marked.data.get("format") if isinstance(marked.data, dict) else None
+            if isinstance(name, str):
+                parsed[name] = marked
+            texts.append((file, text))
+        added: dict[str, Mapping] = {}
+        for file, text in texts:
+            mapping = compile_mapping(text, _shown(file), parsed.get)
+            taken = self.mappings.get(mapping.name) or added.get(mapping.name)
+            if taken is not None:
+                raise MappingError(f"{_shown(file)}: the name {mapping.name!r} is taken by {taken.file}")
+            if file.stem != mapping.name:
+                raise MappingError(f"{_shown(file)}:1:1: format {mapping.name!r} belongs into {mapping.name}.yaml")
+            added[mapping.name] = mapping
+        together = Registry({**self.mappings, **added}, parsed)
+        together._check()
+        self.mappings, self.files = together.mappings, together.files
+        return list(added.values())
+
+    def _check(self) -> None:
+        hubs = [m for m in self.mappings.values() if m.kind == "hub"]
+        if len(hubs) != 1:
+            raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
+        for tower, spellings in hubs[0].spellings.items():
+            parent = {name: name for name in spellings}
+
+            def root(name: str, parent: dict[str, str] = parent) -> str:
+                while parent[name] != name:
+                    name = parent[name]
+                return name
+
+            for mapping in self.mappings.values():
+                spoken = mapping.between if mapping.tower == tower else mapping.speaks.get(tower, ())
+                unknown = [name for name in spoken if name not in spellings]
+                if unknown:
+                    raise MappingError(
+                        f"{mapping.file}: the hub knows no {tower} spelling {unknown[0]!r}; "
+                        f"known: {', '.join(spellings)}"
+                    )
+                if mapping.tower != tower:
+                    continue
+                one, two = (root(name) for name in mapping.between)
+                if one == two:
+                    raise MappingError(
+                        f"{mapping.file}: a second path between {tower} spellings {' and '.join(mapping.between)}; "
+                        f"respellings of a tower must form a forest"
+                    )
+                parent[one] = two
+
+    def path(self, tower: str, source: str, target: str) -> list[Respelling] | None:
+        """The respellings that lead from one spelling to another; None where none do."""
+        steps = []
+        for mapping in self.mappings.values():
+            if mapping.kind == "respelling" and mapping.tower == tower:
+                forward = RuleTable(mapping.rules)
+                steps.append(Respelling(mapping, forward, *mapping.between))
+                steps.append(Respelling(mapping, forward.inverse(), *reversed(mapping.between)))
+        paths: dict[str, list[Respelling]] = {source: []}
+        queue = [source]
+        while queue:
+            here = queue.pop()
+            for step in steps:
+                if step.source == here and step.target not in paths:
+                    paths[step.target] = [*paths[here], step]
+                    queue.append(step.target)
+        return paths.get(target)
+
+
+def _shown(file: Path) -> str:
+    """A path as messages show it: relative to the working folder where it lies in it."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(path.glob("*.yaml"))
+        if not found:
+            raise MappingError(f"{path} holds no .yaml file")
+        return found
+    if not path.is_file():
+        raise MappingError(f"{path}: there is no such file")
+    return [path]
+
+
+_known: list[Registry] = []
+
+
+def registry() -> Registry:
+    """The mappings known to this process; read at first use."""
+    if not _known:
+        new = Registry()
+        new.add(_files(data_folder("mappings")))
+        for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
+            place = point.load()
+            new.add(_files(Path(place() if callable(place) else place)))
+        _known.append(new)
+    return _known[0]
+
+
+def register_mappings(path: str | os.PathLike[str]) -> list[str]:
+    """Add the mapping file, or all ``*.yaml`` files of a folder, to those that are known.
+
+    An installed package does the same with an entry point in the group ``keymap.mappings`` that names a path,
+    or a function that returns one.
+
+    Returns:
+        The names of the mappings added.
+
+    Raises:
+        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, or a respelling
+            would give two paths between spellings. Nothing is added then.
+    """
+    return [mapping.name for mapping in registry().add(_files(Path(path)))]
+
+
+def list_formats() -> dict[str, str]:
+    """The formats that a file may have and that `convert_state_dict` writes: name to title."""
+    return {m.name: m.title for m in sorted(registry().mappings.values(), key=lambda m: m.name) if m.rules}

@@ -1,0 +1,472 @@
+"""Rules at work: from one set of keys to another, moving layouts and touching no element.
+
+The operations of a rule have one fixed order: view each member, join them, view the whole, cut it, view each
+part. Read backwards the same order holds, so the inverse of a rule is the rule with its sides exchanged and its
+operations reversed, each by its own inverse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+
+from keymap.pattern import Side
+from keymap.pieces import Layout, Piece, cut, place, whole
+from keymap.view import View, ViewError
+
+__all__ = ["Applied", "Check", "Fault", "Part", "Rule", "RuleTable", "Step", "apply_rules"]
+
+Sizes = Mapping[str, int | str]
+
+
+class _RuleError(ValueError):
+    """A rule does not fit the tensors that it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How several tensors make one, and the other way round.
+
+    Attributes:
+        kind: ``concat`` along an axis, ``stack`` on a new axis, or ``rows`` merged by ranges of axis 0.
+        axis: its number in the tensor that is joined (after ``view``).
+        variables: the captures that number the members.
+        members: what the last of the variables may be, in order; None stands for a member of zeros. Empty for
+            an open index, whose members are 0, 1, 2, ...
+        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts.
+        ranges: for ``rows``.
+    """
+
+    kind: str
+    axis: int
+    variables: tuple[str, ...]
+    members: tuple[str | None, ...] = ()
+    lengths: tuple[int | None, ...] = ()
+    ranges: tuple[tuple[int, int | None], ...] = ()
+
+    def bounds(self, total: int) -> list[tuple[int, int]]:
+        """Where each member lies on the axis of a whole that is ``total`` long."""
+        lengths: tuple[int | None, ...] = self.lengths or (1,) * len(self.members)
+        told = sum(n for n in lengths if n is not None)
+        if None in lengths:
+            exact = [total - told if n is None else n for n in lengths]
+        else:
+            if total % told:
+                raise _RuleError(f"an axis of length {total} cannot be cut in proportions {list(lengths)}")
+            exact = [n * (total // told) for n in lengths if n is not None]
+        if min(exact) < 1:
+            raise _RuleError(f"an axis of length {total} is too short for parts {list(self.lengths)}")
+        ends = [sum(exact[: i + 1]) for i in range(len(exact))]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One rule in one direction.
+
+    Attributes:
+        place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
+        group: the tower it belongs to, empty for `accepts`.
+        source, targets: the sides; more than one target for tied weights.
+        before, join, then, cut, after: the operations, in this order.
+        optional, oneway, rest: as in the mapping.
+        sizes: axis lengths that no shape tells.
+        add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
+            square root is the factor.
+        tied: the key whose values this one must repeat (the way back of a rule with several targets).
+    """
+
+    place: str
+    text: str
+    group: str
+    source: Side
+    targets: tuple[Side, ...]
+    before: View | None = None
+    join: Part | None = None
+    then: View | None = None
+    cut: Part | None = None
+    after: View | None = None
+    optional: bool = False
+    oneway: bool = False
+    rest: bool = False
+    sizes: Sizes = field(default_factory=dict)
+    add: tuple[str, int | None] | None = None
+    factor: float = 1.0
+    root: int | None = None
+    term: float = 0.0
+    tied: Side | None = None
+
+    @cached_property
+    def renames(self) -> bool:
+        """True when the rule only renames one key."""
+        does = (self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
+        return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
+
+    @property
+    def computes(self) -> bool:
+        return self.factor != 1.0 or self.term != 0.0 or self.root is not None
+
+    def inverse(self) -> tuple[Rule, ...]:
+        """The way back; one rule a target where several are tied, and none for a one-way rule."""
+        if self.oneway:
+            return ()
+        main = replace(
+            self,
+            source=self.targets[0],
+            targets=(self.source,),
+            before=self.after.inverse() if self.after else None,
+            join=self.cut,
+            then=self.then.inverse() if self.then else None,
+            cut=self.join,
+            after=self.before.inverse() if self.before else None,
+        )
+        twins = [replace(main, source=side, tied=self.targets[0]) for side in self.targets[1:]]
+        return (main, *twins)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A value that must be seen before anything is written.
+
+    Attributes:
+        key: what is checked, in the words of the report.
+        layout: the elements to read.
+        value: 0, 1 or ``eye``; or the layout that must be equal.
+        why: what follows from it.
+    """
+
+    key: str
+    layout: Layout
+    value: float | str | Layout
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong.
+
+    Attributes:
+        text: what, in a sentence.
+        sources: the source keys that it concerns.
+        fatal: True where not even a partial load is safe: two keys that become one.
+    """
+
+    text: str
+    sources: tuple[str, ...] = ()
+    fatal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One application of a rule, for `Plan.explain`."""
+
+    place: str
+    text: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Applied:
+    """What one set of rules made of one set of keys."""
+
+    out: dict[str, Layout] = field(default_factory=dict)
+    left: dict[str, Layout] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+_DIGITS = re.compile(r"[0-9]+")
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Rules that share no key, apart from `rest` rules, which own what no other rule owns."""
+
+    rules: tuple[Rule, ...]
+
+    @cached_property
+    def _literal(self) -> dict[str, Rule]:
+        return {rule.source.write({}): rule for rule in self.rules if rule.source.literal}
+
+    @cached_property
+    def _patterns(self) -> tuple[list[Rule], list[Rule]]:
+        open_rules = [rule for rule in self.rules if not rule.source.literal]
+        return [r for r in open_rules if not r.rest], [r for r in open_rules if r.rest]
+
+    @cached_property
+    def _seen(self) -> dict[str, list[Rule]]:
+        return {}
+
+    def find(self, key: str) -> tuple[Rule, dict[str, str]] | None:
+        """The rule that owns the key, and its captures.
+
+        Keys of a repeated block differ in their numbers alone, so the rules that took such a key are tried
+        first: the time for a key does not grow with the number of rules.
+        """
+        literal = self._literal.get(key)
+        if literal is not None:
+            return literal, {}
+        plain, rest = self._patterns
+        shape = _DIGITS.sub("0", key) if len(key) < 1000 else key
+        seen = self._seen.get(shape, ())
+        for rule in seen:
+            values = rule.source.match(key)
+            if values is not None:
+                return rule, values
+        for rule in plain:
+            if rule in seen:
+                continue
+            values = rule.source.match(key)
+            if values is not None:
+                self._seen.setdefault(shape, []).append(rule)
+                return rule, values
+        for rule in rest:
+            values = rule.source.match(key)
+            if values is not None:
+                return rule, values
+        return None
+
+    def inverse(self) -> RuleTable:
+        return RuleTable(tuple(back for rule in self.rules for back in rule.inverse()))
+
+
+def _sizes(rule: Rule, facts: Mapping[str, int]) -> Sizes:
+    return {name: facts.get(size, size) if isinstance(size, str) else size for name, size in rule.sizes.items()}
+
+
+def _in_order(part: Part, found: Iterable[tuple[str, ...]]) -> list[tuple[str | None, ...]]:
+    """Every member that a join needs, in order: the indices' product with the alternatives."""
+    keys = list(found)
+    product: list[tuple[str | None, ...]] = [()]
+    for i in range(len(part.variables)):
+        column: list[str | None]
+        if i == len(part.variables) - 1 and part.members:
+            column = list(part.members)
+        else:
+            there = sorted({int(key[i]) for key in keys})
+            gap = next((n for n, index in enumerate(there) if n != index), None)
+            if gap is not None:
+                raise _RuleError(f"the index leaves a gap: there is {there[-1]}, but no {gap}")
+            column = [str(n) for n in there]
+        product = [(*row, cell) for row in product for cell in column]
+    return product
+
+
+def _joined(part: Part, members: list[Layout]) -> Layout:
+    """The members of a join, in order, as one tensor."""
+    shapes = {m.shape for m in members}
+    first = members[0]
+    dtype = first.dtype
+    if part.kind == "rows":
+        if len(shapes) > 1:
+            raise _RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
+        pieces: list[Piece] = []
+        total = first.shape[0]
+        for member, (start, stop) in zip(members, part.ranges, strict=True):
+            taken = cut(member, 0, start, total if stop is None else stop)
+            pieces += place(taken, first.shape, 0, start)
+        covered = [(a, total if b is None else b) for a, b in part.ranges]
+        ends = [0, *(b for _, b in covered)]
+        if ends[-1] != total or any(a != b for (a, _), b in zip(covered, ends, strict=False)):
+            raise _RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
+        return Layout(first.shape, dtype, tuple(pieces))
+    if part.kind == "stack":
+        if len(shapes) > 1:
+            raise _RuleError(f"a stack needs equal shapes, got {_list(m.shape for m in members)}")
+        members = [replace(m, shape=(*m.shape[: part.axis], 1, *m.shape[part.axis :])) for m in members]
+    axis = part.axis
+    if axis >= len(members[0].shape):
+        raise _RuleError(f"there is no axis {axis} in {list(first.shape)}")
+    others = {(*m.shape[:axis], *m.shape[axis + 1 :]) for m in members}
+    if len(others) > 1 or len({len(m.shape) for m in members}) > 1:
+        raise _RuleError(f"members differ in more than axis {axis}: {_list(m.shape for m in members)}")
+    total = sum(m.shape[axis] for m in members)
+    if part.kind == "concat":
+        want = [b - a for a, b in part.bounds(total)]
+        got = [m.shape[axis] for m in members]
+        if want != got:
+            said = "equal parts" if not part.lengths else f"parts {['*' if n is None else n for n in part.lengths]}"
+            raise _RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
+    shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
+    joined: list[Piece] = []
+    start = 0
+    for member in members:
+        joined += place(member, shape, axis, start)
+        start += member.shape[axis]
+    return Layout(shape, dtype, tuple(joined))
+
+
+def _list(shapes: Iterable[tuple[int, ...]]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
+
+
+def _join_all(rule: Rule, part: Part, members: Mapping[tuple[str, ...], Layout]) -> Layout:
+    """Join over the alternatives first, then over each index, the last one first."""
+    rows = _in_order(part, members)
+    absent = [row for row in rows if None not in row and row not in members]
+    if absent:
+        raise _RuleError(f"the join lacks {len(absent)} of {len(rows)} members")
+    model = next(iter(members.values()))
+    made_up = whole(None, model.shape, model.dtype)
+    level = [(row, made_up if None in row else members[tuple(cell or "" for cell in row)]) for row in rows]
+    for depth in range(len(part.variables), 0, -1):
+        now = part if depth == len(part.variables) else Part("stack", 0, part.variables)
+        merged: dict[tuple[str | None, ...], list[Layout]] = {}
+        for row, layout in level:
+            merged.setdefault(row[:-1], []).append(layout)
+        level = [(row, _joined(now, group)) for row, group in merged.items()]
+    return level[0][1]
+
+
+def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+    """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
+
+    def slices(
+        at: int, axis: int, now: Layout, values: dict[str, str]
+    ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+        last = at == len(part.variables) - 1
+        if axis >= len(now.shape):
+            raise _RuleError(f"there is no axis {axis} to cut in {list(now.shape)}")
+        if last and part.members and part.kind == "concat":
+            for member, (start, stop) in zip(part.members, part.bounds(now.shape[axis]), strict=True):
+                taken = cut(now, axis, start, stop)
+                yield {**values, part.variables[at]: member or ""}, taken, member is None
+            return
+        names = part.members if last and part.members else tuple(str(n) for n in range(now.shape[axis]))
+        if len(names) != now.shape[axis]:
+            raise _RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
+        for number, name in enumerate(names):
+            taken = cut(now, axis, number, number + 1)
+            taken = replace(taken, shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
+            step = {**values, part.variables[at]: name or ""}
+            if last:
+                yield step, taken, name is None
+            else:
+                yield from slices(at + 1, 0 if at + 2 < len(part.variables) else part.axis, taken, step)
+
+    yield from slices(0, 0 if len(part.variables) > 1 else part.axis, layout, {})
+
+
+def _run(
+    rule: Rule, values: Mapping[str, str], members: Mapping[tuple[str, ...], Layout], facts: Mapping[str, int]
+) -> Iterator[tuple[str | None, Layout]]:
+    """The targets of one application; a key of None is a part that must hold zeros."""
+    sizes = _sizes(rule, facts)
+    if rule.before is not None:
+        members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
+    now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
+    if rule.computes:
+        factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
+        now = replace(
+            now,
+            pieces=tuple(replace(p, factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
+        )
+    if rule.then is not None:
+        now = rule.then.apply(now, sizes)
+    parts = _cut_all(rule.cut, now) if rule.cut is not None else iter([({}, now, False)])
+    for part_values, layout, zeros in parts:
+        if rule.after is not None:
+            layout = rule.after.apply(layout, sizes)
+        for side in rule.targets:
+            yield (None if zeros else side.write({**values, **part_values})), layout
+
+
+def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
+    key, row = rule.add or ("", None)
+    if key not in tensors:
+        raise _RuleError(f"it adds {key!r}, which is not there")
+    other = tensors[key]
+    if row is not None:
+        other = cut(other, 0, row, row + 1)
+    if prod(other.shape) != prod(layout.shape):
+        raise _RuleError(f"it adds {key!r} of shape {list(other.shape)} to {list(layout.shape)}")
+    return replace(layout, pieces=layout.pieces + tuple(replace(p, add=True) for p in other.pieces))
+
+
+def apply_rules(
+    table: RuleTable, tensors: Mapping[str, Layout], facts: Mapping[str, int], pass_others: bool = False
+) -> Applied:
+    """Apply rules to all keys at once, so that cycles of names are safe.
+
+    Args:
+        table: the rules, in the direction wanted.
+        tensors: layouts by key; not changed.
+        facts: lengths that views may ask for.
+        pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
+    """
+    result = Applied()
+    jobs: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[str, ...], str]] = {}
+    rules: dict[int, Rule] = {}
+    for key, layout in tensors.items():
+        found = table.find(key)
+        if found is None:
+            (result.out if pass_others else result.left)[key] = layout
+            continue
+        rule, values = found
+        if rule.renames:
+            _put(result, rule.targets[0].write(values), layout, rule, (key,))
+            continue
+        rules[id(rule)] = rule
+        lost = rule.join.variables if rule.join is not None else ()
+        kept = tuple((name, value) for name, value in values.items() if name not in lost)
+        jobs.setdefault((id(rule), kept), {})[tuple(values[name] for name in lost)] = key
+    for (number, kept), keys in jobs.items():
+        rule = rules[number]
+        members = {row: tensors[key] for row, key in keys.items()}
+        sources = tuple(keys.values())
+        values = dict(kept)
+        try:
+            outputs = list(_run(rule, values, members, facts))
+            if rule.add is not None:
+                outputs = [(target, _with_sum(rule, layout, tensors)) for target, layout in outputs]
+        except (_RuleError, ViewError) as error:
+            result.faults.append(_fault(rule, values, keys, members, str(error)))
+            continue
+        for target, layout in outputs:
+            if target is None:
+                made = f"the part of {', '.join(sources)} that the format has no key for"
+                result.checks.append(Check(made, layout, 0, "it is left out"))
+            elif rule.tied is not None:
+                twin = rule.tied.write(values)
+                if twin in tensors:
+                    result.checks.append(Check(sources[0], layout, tensors[twin], f"it is tied to {twin}"))
+            else:
+                _put(result, target, layout, rule, sources)
+    return result
+
+
+def _put(result: Applied, target: str, layout: Layout, rule: Rule, sources: tuple[str, ...]) -> None:
+    if target in result.out:
+        before = ", ".join(result.out[target].sources)
+        text = f"{rule.place}: both {before} and {', '.join(sources)} become {target!r} (rule {rule.text})"
+        result.faults.append(Fault(text, (*result.out[target].sources, *sources), fatal=True))
+        return
+    result.out[target] = layout
+    result.steps.append(Step(rule.place, rule.text, sources, (target,)))
+
+
+def _fault(
+    rule: Rule,
+    values: Mapping[str, str],
+    keys: Mapping[tuple[str, ...], str],
+    members: Mapping[tuple[str, ...], Layout],
+    what: str,
+) -> Fault:
+    shapes = ", ".join(f"{key} {list(members[row].shape)}" for row, key in list(keys.items())[:6])
+    missing: list[str] = []
+    if rule.join is not None:
+        try:
+            rows = [row for row in _in_order(rule.join, keys) if None not in row and row not in keys]
+        except _RuleError:  # a gap in an index, which `what` tells
+            rows = []
+        for row in rows[:6]:
+            named = {n: v for n, v in zip(rule.join.variables, row, strict=True) if v is not None}
+            missing.append(rule.source.write({**values, **named}))
+    lacks = f"; missing: {', '.join(missing)}" if missing else ""
+    text = f"{rule.place}: rule {rule.text}: {what} (from {shapes}{lacks})"
+    return Fault(text, tuple(source for layout in members.values() for source in layout.sources))

@@ -1,0 +1,190 @@
+"""Between a format's names and the hub's, and between the hub's spellings of a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping as MappingType
+from dataclasses import dataclass, field
+from itertools import product
+
+from keymap.detect import Detection, holds, spelling
+from keymap.mapping import Mapping
+from keymap.pieces import Layout
+from keymap.registry import Registry
+from keymap.rules import Check, Fault, Rule, RuleTable, Step, apply_rules
+
+__all__ = ["Translated", "from_hub", "incomplete", "respell", "to_hub", "tower_of"]
+
+
+@dataclass
+class Translated:
+    """Tensors under other names, and all that was learnt on the way.
+
+    Attributes:
+        tensors: layouts by their new key.
+        unowned: source keys that no rule owns.
+        dropped: source keys that carry no weights, with the reason.
+        spellings: for each tower the chain of spellings that it went through.
+    """
+
+    tensors: MappingType[str, Layout]
+    unowned: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    spellings: dict[str, list[str]] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+def file_rules(mapping: Mapping, tensors: MappingType[str, Layout]) -> RuleTable:
+    """The rules that hold for these source keys: the mapping's own, and those of the variants that fit."""
+    extra = [v.rules for v in mapping.variants if holds(v.when, tensors) is not None]
+    return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules)))
+
+
+def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
+    """A detected file under the hub's names, in the spelling that its format speaks."""
+    mapping = found.mapping
+    table = file_rules(mapping, found.tensors)
+    dropped: dict[str, str] = {}
+    kept: dict[str, Layout] = {}
+    for key, layout in found.tensors.items():
+        why = next((why for side, why in mapping.drop if side.match(key) is not None), None)
+        if why is not None and mapping.kind != "hub":
+            dropped[key] = why
+        else:
+            kept[key] = layout
+    applied = apply_rules(table, kept, facts)
+    result = Translated(applied.out, [k for lay in applied.left.values() for k in lay.sources], dropped)
+    result.faults = [*found.faults, *applied.faults]
+    result.checks = applied.checks
+    result.steps = [*found.steps, *applied.steps]
+    if mapping.kind != "hub":
+        lost = incomplete(table.rules, found.tensors)
+        result.faults += [Fault(f"{mapping.name}: group {group}: {text}") for group, text in lost]
+    return result
+
+
+def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[str]]) -> None:
+    """Bring each tower of ``now`` to one of the wanted spellings, where a path of respellings leads there.
+
+    Args:
+        wanted: for a tower the spellings that the target has or reads; a tower that is not listed stays as it is.
+    """
+    for tower in known.hub.spellings:
+        here = spelling(known.hub, tower, now.tensors)
+        if here is None:
+            continue
+        now.spellings[tower] = [here]
+        targets = list(wanted.get(tower, ()))
+        if not targets or here in targets:
+            continue
+        paths = [path for there in targets if (path := known.path(tower, here, there)) is not None]
+        if not paths:
+            now.faults.append(
+                Fault(
+                    f"the file's {tower} tower is spelled {here}, the target's {' or '.join(targets)}, and no "
+                    f"respelling leads from one to the other: these are different architectures",
+                    tuple(key for key in now.tensors if tower_of(known.hub, key) == tower),
+                )
+            )
+            continue
+        for step in min(paths, key=len):
+            applied = apply_rules(step.table, now.tensors, {}, pass_others=True)
+            now.tensors = applied.out
+            now.faults += applied.faults
+            now.checks += applied.checks
+            now.steps += applied.steps
+            now.spellings[tower].append(step.target)
+
+
+def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType[str, int]) -> None:
+    """Hub names (in a spelling that the format speaks) to the format's own."""
+    if mapping.kind == "hub":
+        return
+    extra = [v.rules for v in mapping.variants if holds(v.when_hub, now.tensors) is not None]
+    rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
+    applied = apply_rules(RuleTable(rules).inverse(), now.tensors, facts)
+    now.tensors = applied.out
+    for key, layout in applied.left.items():
+        why = next((why for side, why in hub.drop if side.match(key) is not None), None)
+        if why is not None:
+            now.dropped[key] = why
+        elif key in hub.absent_means:
+            because = f"{mapping.name} has no place for {key}"
+            now.checks.append(Check(", ".join(layout.sources), layout, hub.absent_means[key][0], because))
+        else:
+            now.unowned.append(key)
+    now.faults += applied.faults
+    now.checks += applied.checks
+    now.steps += applied.steps
+    lost = incomplete(rules, now.tensors)
+    now.faults += [Fault(f"{mapping.name}: group {group}: {text}") for group, text in lost]
+
+
+def tower_of(hub: Mapping, key: str) -> str:
+    """The tower that a hub key belongs to: image, text, decoder, scale; empty for a key that is none of the hub's."""
+    found = _hub_table(hub).find(key)
+    return found[0].group if found is not None else ""
+
+
+_tables: dict[int, tuple[Mapping, RuleTable]] = {}
+
+
+def _hub_table(hub: Mapping) -> RuleTable:
+    if id(hub) not in _tables:
+        _tables[id(hub)] = (hub, RuleTable(hub.rules))
+    return _tables[id(hub)][1]
+
+
+def _indexed(rule: Rule) -> str:
+    """The rule's pattern up to its last index: rules that count the same blocks share it."""
+    tokens = rule.source.tokens
+    last = max((i for i, t in enumerate(tokens) if not isinstance(t, str) and t.kind == "int"), default=-1)
+    return "".join(t if isinstance(t, str) else t.regex() for t in tokens[: last + 1])
+
+
+def incomplete(rules: Iterable[Rule], keys: Iterable[str]) -> list[tuple[str, str]]:
+    """Groups that are there in part: (group, what they lack).
+
+    A group is there whole, for every index that any of its rules counts, or not at all. Optional rules, `rest`
+    rules and rules with open-ended words demand nothing.
+    """
+    checked = [r for r in rules if not r.rest and all(s.kind in ("int", "alts") for s in r.source.slots)]
+    table = RuleTable(tuple(checked))
+    present: dict[int, set[tuple[str, ...]]] = {id(rule): set() for rule in checked}
+    blocks: dict[str, set[tuple[str, ...]]] = {}
+    for key in keys:
+        found = table.find(key)
+        if found is None:
+            continue
+        rule, values = found
+        present[id(rule)].add(tuple(values[name] for name in rule.source.variables))
+        index = tuple(values[n] for slot in rule.source.slots if slot.kind == "int" for n in slot.names)
+        if index:
+            blocks.setdefault(_indexed(rule), set()).add(index)
+    out = []
+    for group in dict.fromkeys(rule.group for rule in checked):
+        members = [rule for rule in checked if rule.group == group and not rule.optional]
+        if not any(present[id(rule)] for rule in members):
+            continue
+        lacking: list[str] = []
+        for rule in members:
+            indices: list[tuple[str, ...]] = sorted(blocks.get(_indexed(rule), set())) if _indexed(rule) else [()]
+            if _indexed(rule) and not indices:
+                lacking.append(str(rule.source))
+            names = [n for slot in rule.source.slots if slot.kind == "int" for n in slot.names]
+            if len(names) == 1:
+                there = sorted(int(index[0]) for index in indices)
+                indices = [(str(n),) for n in range(there[-1] + 1 if there and there[-1] < 10_000 else 0)] or indices
+            choices = [[value for value, _ in slot.options] for slot in rule.source.slots if slot.kind == "alts"]
+            others = [slot.names[0] for slot in rule.source.slots if slot.kind == "alts"]
+            for index in indices:
+                for chosen in product(*choices):
+                    values = dict(zip([*names, *others], [*index, *chosen], strict=True))
+                    if tuple(values[name] for name in rule.source.variables) not in present[id(rule)]:
+                        lacking.append(rule.source.write(values))
+        if lacking:
+            more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
+            out.append((group, f"it is there in part; the file lacks {', '.join(lacking[:6])}{more}"))
+    return out

@@ -1,0 +1,30 @@
+"""Settings for every test: no network, at most two threads, a fixed seed."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)  # so that `from peers import openclip` works in every import mode
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    import torch
+
+    # one for a pytest-xdist worker: on shared cores a second thread mostly spins
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _seed(_threads):
+    import torch
+
+    torch.manual_seed(0)

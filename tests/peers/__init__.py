@@ -1,0 +1,1 @@
+"""Small real models of every peer library, with every weight randomised."""
