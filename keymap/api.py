@@ -24,7 +24,7 @@ from keymap.pieces import Layout, whole
 from keymap.plan import Plan, Request, make_plan
 from keymap.read import LazyTensor, open_checkpoint
 from keymap.registry import Registry, registry
-from keymap.translate import Translated, from_hub, respell, to_hub
+from keymap.translate import Translated, from_hub, incomplete, respell, to_hub
 from keymap.unwrap import Unwrapped, unwrap
 from keymap.verify import failed
 
@@ -279,7 +279,10 @@ def load_checkpoint(
         KeymapError: the load is refused (see its subclasses). The model is then bit for bit what it was.
     """
     start = time.perf_counter()
-    target_device = torch.device(device)
+    try:
+        target_device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(f"device={device!r} is no device of torch: {error}") from None
     opened = _open(checkpoint_path, weights_only, mapping, wrapper)
     view = view_model(model, opened.known.hub)
     plan = _plan(opened, view, _request(opened.file, strict, towers, source_grid, facts))
@@ -398,6 +401,7 @@ def convert_state_dict(
     unwrapped = unwrap(lazy, known.containers, "the state dict")
     found = detect(known, _layouts(unwrapped.tensors), wanted, facts)
     now = to_hub(found, facts or {})
+    now.faults += incomplete(found.mapping, now.rules, now.source_keys)
     _bring(known, now, target)
     if target.kind == "format":
         from_hub(known.hub, target, now, facts or {})

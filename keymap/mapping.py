@@ -66,7 +66,7 @@ class Position:
     prefix: int | tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapping:
     """One mapping file, compiled. Fields are as in the schema."""
 

@@ -23,7 +23,7 @@ from keymap.pieces import Layout, Piece, join_runs, whole
 from keymap.registry import Registry
 from keymap.resize import Resize, ResizeError, plan_resize
 from keymap.rules import Check, RuleTable, Step
-from keymap.translate import Translated, respell, to_hub, tower_of
+from keymap.translate import Translated, incomplete, respell, to_hub, tower_of
 from keymap.unwrap import Unwrapped
 
 __all__ = ["Entry", "Plan", "Request", "make_plan"]
@@ -255,6 +255,7 @@ def make_plan(
     work = _Work(known, found.mapping, now, model, request, asked)
     work.config_grid = config_grid
     work.match()
+    work.ties()
     work.absent()
     work.judge(in_file, unwrapped)
     if unwrapped.skipped:
@@ -363,6 +364,16 @@ class _Work:
             grid = self.config_grid if fits else None
         return plan_resize(position, layout.shape, shape, prefixes, grid, self.model.grid)
 
+    def ties(self) -> None:
+        """Tensors of the model that share their memory must get equal values."""
+        shared: dict[tuple[int, int], Entry] = {}
+        for entry in self.entries:
+            place = self._storage(self.targets[entry.key])
+            first = shared.setdefault(place, entry) if place is not None else entry
+            if first.layout.pieces != entry.layout.pieces:
+                why = f"{entry.key} and {first.key} are one tensor of the model"
+                self.checks.append(Check(", ".join(entry.layout.sources), entry.layout, first.layout, why))
+
     def absent(self) -> None:
         """Keys that only one side has: what their absence means, derived buffers, ties, and what is left."""
         written = {entry.key for entry in self.entries}
@@ -396,7 +407,8 @@ class _Work:
                 self.checks.append(
                     Check(named, layout, meaning[0], f"the model has no {key}, which stands for {value}")
                 )
-                self.now.dropped[named] = f"it holds {value}, as its absence from the model means"
+                why = f"it holds {value}, as its absence from the model means"
+                self.now.dropped.update(dict.fromkeys(layout.sources, why))
             else:
                 self.unexpected += [k for k in layout.sources if k not in self.unexpected]
 
@@ -431,6 +443,8 @@ class _Work:
             PlanError: with everything that is wrong.
         """
         strict, name = self.request.strict, self.mapping.name
+        if self.missing:
+            self.now.faults += incomplete(self.mapping, self.now.rules, self.now.source_keys)
         faults = [f for f in self.now.faults if strict or f.fatal]
         told = [fault.text for fault in faults]
         got = Counter(entry.tower for entry in self.entries if not entry.filled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 
 from keymap.detect import Detection, holds, spelling
@@ -25,12 +26,15 @@ class Translated:
         unowned: source keys that no rule owns.
         dropped: source keys that carry no weights, with the reason.
         spellings: for each tower the chain of spellings that it went through.
+        rules: those of the source's format that held; ``source_keys`` what they were applied to.
     """
 
     tensors: MappingType[str, Layout]
     unowned: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     spellings: dict[str, list[str]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    source_keys: MappingType[str, Layout] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -59,9 +63,7 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
     result.faults = [*found.faults, *applied.faults]
     result.checks = applied.checks
     result.steps = [*found.steps, *applied.steps]
-    if mapping.kind != "hub":
-        lost = incomplete(table.rules, found.tensors)
-        result.faults += [Fault(f"{mapping.name}: group {group}: {text}") for group, text in lost]
+    result.rules, result.source_keys = table.rules, found.tensors
     return result
 
 
@@ -118,23 +120,13 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
     now.faults += applied.faults
     now.checks += applied.checks
     now.steps += applied.steps
-    lost = incomplete(rules, now.tensors)
-    now.faults += [Fault(f"{mapping.name}: group {group}: {text}") for group, text in lost]
+    now.faults += incomplete(mapping, rules, now.tensors)
 
 
+@lru_cache(maxsize=1 << 17)
 def tower_of(hub: Mapping, key: str) -> str:
     """The tower that a hub key belongs to: image, text, decoder, scale; empty for a key that is none of the hub's."""
-    found = _hub_table(hub).find(key)
-    return found[0].group if found is not None else ""
-
-
-_tables: dict[int, tuple[Mapping, RuleTable]] = {}
-
-
-def _hub_table(hub: Mapping) -> RuleTable:
-    if id(hub) not in _tables:
-        _tables[id(hub)] = (hub, RuleTable(hub.rules))
-    return _tables[id(hub)][1]
+    return next((rule.group for rule in hub.rules if rule.source.match(key) is not None), "")
 
 
 def _indexed(rule: Rule) -> str:
@@ -144,8 +136,8 @@ def _indexed(rule: Rule) -> str:
     return "".join(t if isinstance(t, str) else t.regex() for t in tokens[: last + 1])
 
 
-def incomplete(rules: Iterable[Rule], keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Groups that are there in part: (group, what they lack).
+def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> list[Fault]:
+    """Groups of a format that are there in part, and what they lack.
 
     A group is there whole, for every index that any of its rules counts, or not at all. Optional rules, `rest`
     rules and rules with open-ended words demand nothing.
@@ -163,7 +155,9 @@ def incomplete(rules: Iterable[Rule], keys: Iterable[str]) -> list[tuple[str, st
         index = tuple(values[n] for slot in rule.source.slots if slot.kind == "int" for n in slot.names)
         if index:
             blocks.setdefault(_indexed(rule), set()).add(index)
-    out = []
+    out: list[Fault] = []
+    if mapping.kind == "hub":
+        return out
     for group in dict.fromkeys(rule.group for rule in checked):
         members = [rule for rule in checked if rule.group == group and not rule.optional]
         if not any(present[id(rule)] for rule in members):
@@ -186,5 +180,6 @@ def incomplete(rules: Iterable[Rule], keys: Iterable[str]) -> list[tuple[str, st
                         lacking.append(rule.source.write(values))
         if lacking:
             more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
-            out.append((group, f"it is there in part; the file lacks {', '.join(lacking[:6])}{more}"))
+            text = f"{mapping.name}: group {group} is there in part; it lacks {', '.join(lacking[:6])}{more}"
+            out.append(Fault(text))
     return out

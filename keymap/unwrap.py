@@ -46,7 +46,7 @@ def _found(tree: Any, wrappers: tuple[str, ...], path: tuple[str, ...] = ()) -> 
         return
     inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name))]
     yield from inner
-    if _flat(tree) and not inner:
+    if _flat(tree):
         yield path
 
 
@@ -92,7 +92,7 @@ def unwrap(
             break
         prefixes.append(prefix)
         tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
-    others = tuple(".".join(path) for path in paths if path != chosen)
+    others = tuple(".".join(path) or "(top level)" for path in paths if path != chosen)
     return Unwrapped(tensors, ".".join(chosen), others, tuple(prefixes), skipped)
 
 

@@ -19,7 +19,7 @@ def failed(checks: Iterable[Check], read: Read) -> list[tuple[Check, str]]:
     for check in checks:
         tensor = materialise(check.layout, read)
         if isinstance(check.value, Layout):
-            wanted, name = materialise(check.value, read), "the tensor it is tied to"
+            wanted, name = materialise(check.value, read), "the same values as the tensor it is tied to"
         elif check.value == "eye":
             square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
             wanted = torch.eye(*tensor.shape, dtype=tensor.dtype) if square else torch.empty(0)
