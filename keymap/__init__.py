@@ -5,15 +5,8 @@
 True
 """
 
-from keymap.api import (
-    Inspection,
-    LoadResult,
-    Report,
-    convert_state_dict,
-    inspect_checkpoint,
-    load_checkpoint,
-    plan_load,
-)
+from keymap.api import inspect_checkpoint, load_checkpoint, plan_load
+from keymap.convert import convert_state_dict
 from keymap.errors import (
     CheckpointError,
     DetectionError,
@@ -25,6 +18,7 @@ from keymap.errors import (
 )
 from keymap.plan import Plan
 from keymap.registry import list_formats, register_mappings
+from keymap.report import Inspection, LoadResult, Report
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,106 @@
+"""A state dict in memory, from one format to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from keymap.carry import Read, materialise
+from keymap.detect import detect, spelling
+from keymap.errors import MappingError, PlanError, VerifyError
+from keymap.mapping import Mapping as Format
+from keymap.pieces import Layout
+from keymap.read import LazyTensor
+from keymap.registry import Registry
+from keymap.source import PathLike, known_with, layouts_of
+from keymap.translate import Translated, from_hub, incomplete, respell, to_hub
+from keymap.unwrap import unwrap
+from keymap.verify import failed
+
+__all__ = ["convert_state_dict"]
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    to: str,
+    *,
+    mapping: PathLike | None = None,
+    facts: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Rewrite a state dict in memory, from any known format to another.
+
+    Args:
+        state_dict: tensors by key; it is not changed.
+        to: the name of a format; or of a respelling, which gives the hub's keys with that tower in the second
+            spelling (``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` as CLIP has it).
+        mapping: name of the source format, or path of a YAML file; None detects it.
+        facts: what no weight tells and the target's shapes need, as ``{"image.heads": 12, "text.heads": 8}``.
+
+    Returns:
+        New dict. Tensors that are only renamed are the caller's own; the others are new, contiguous.
+
+    Raises:
+        KeymapError: the source is not whole, a key has no place in the target, or a fact is lacking.
+    """
+    known, wanted = known_with(mapping)
+    target = known.get(to)
+    if not target.rules:
+        raise MappingError(f"{to} is no format that can be written (it is {target.kind})")
+    bad = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    if bad:
+        raise PlanError(f"the state dict holds values that are no tensors: {', '.join(map(str, bad[:8]))}")
+    lazy = {
+        key: LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())  # type: ignore[misc]
+        for key, value in state_dict.items()
+    }
+    unwrapped = unwrap(lazy, known.containers, "the state dict")
+    found = detect(known, layouts_of(unwrapped.tensors), wanted, facts)
+    now = to_hub(found, facts or {})
+    now.faults += incomplete(found.mapping, now.rules, now.source_keys)
+    _bring(known, now, target)
+    if target.kind == "format":
+        from_hub(known.hub, target, now, facts or {})
+    faults = [fault.text for fault in now.faults]
+    if now.unowned:
+        faults.append(f"{len(now.unowned)} keys have no place in {to}: {', '.join(now.unowned[:8])}")
+    if faults:
+        raise PlanError(f"the state dict (format {found.mapping.name}) cannot be written as {to}", faults)
+
+    def read(key: str) -> torch.Tensor:
+        return unwrapped.tensors[key].read()
+
+    wrong = failed(now.checks, read)
+    if wrong:
+        raise VerifyError(f"the state dict cannot be written as {to}", [text for _, text in wrong])
+    return {key: _written(target, key, layout, read) for key, layout in now.tensors.items()}
+
+
+def _bring(known: Registry, now: Translated, target: Format) -> None:
+    """Each tower to a spelling that the target speaks; to the hub, towers go as respellings start."""
+    for tower in known.hub.spellings:
+        if target.kind == "respelling":
+            wanted: tuple[str, ...] = (target.between[1],) if tower == target.tower else ()
+        elif target.kind == "hub":
+            here = spelling(known.hub, tower, now.tensors)
+            first = {m.between[0] for m in known.mappings.values() if m.kind == "respelling" and m.tower == tower}
+            wanted = tuple(s for s in first if tower == "text" and here and known.path(tower, here, s))
+        else:
+            wanted = target.speaks.get(tower, ())
+        respell(known, now, {tower: wanted})
+
+
+def _written(target: Format, key: str, layout: Layout, read: Read) -> torch.Tensor:
+    """One tensor of the result, in the dtype and shape that the format fixes for it."""
+    value: torch.Tensor | None = None
+    if layout.copied_whole:
+        original = read(layout.sources[0])
+        if original.numel() == layout.pieces[0].numel:
+            value = original.reshape(layout.shape)
+    if value is None:
+        value = materialise(layout, read)
+    dtype = next((name for side, name in target.dtypes if side.match(key) is not None), None)
+    shape = next((shape for side, shape in target.shapes if side.match(key) is not None), None)
+    if dtype is not None:
+        value = value.to(getattr(torch, dtype))
+    return value.reshape(shape) if shape is not None and value.numel() == 1 else value

@@ -1,0 +1,305 @@
+"""Making a plan: the file's tensors, under the model's names, matched with the model's own.
+
+Everything is decided from names, shapes and dtypes; all faults are collected before anything is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping as MappingType
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from keymap.detect import Detection, spelling
+from keymap.errors import PlanError
+from keymap.mapping import Mapping, Position
+from keymap.model import ModelView
+from keymap.pieces import Layout, Piece, join_runs, whole
+from keymap.plan import SHOWN, Entry, Plan, Request, dtype_name, some
+from keymap.registry import Registry
+from keymap.resize import Resize, ResizeError, plan_resize
+from keymap.rules import Check, RuleTable
+from keymap.translate import Translated, incomplete, respell, to_hub, tower_of
+from keymap.unwrap import Unwrapped
+
+__all__ = ["make_plan"]
+
+FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
+
+
+def make_plan(
+    known: Registry,
+    found: Detection,
+    unwrapped: Unwrapped,
+    container: str,
+    model: ModelView,
+    request: Request,
+    config_grid: tuple[int, int] | None = None,
+) -> Plan:
+    """Plan the load of a detected checkpoint into a model.
+
+    Raises:
+        PlanError: with every fault of the load: keys, shapes, dtypes, a tower that would stay empty.
+    """
+    hub = known.hub
+    facts = {**model.facts, **request.facts}
+    now = to_hub(found, facts)
+    asked = _asked(request, hub)
+    other = {key for key in now.tensors if tower_of(hub, key) not in asked}
+    notes = []
+    if other and request.towers is not None:
+        notes.append(f"{len(other)} tensors of other towers were not asked for")
+    now.tensors = {key: layout for key, layout in now.tensors.items() if key not in other}
+    if not now.tensors:
+        raise PlanError(
+            f"{request.file}: format {found.mapping.name} holds nothing of the towers asked for",
+            [f"asked for {', '.join(asked)}; towers are {', '.join(_towers(hub))}", *(f.text for f in now.faults)],
+        )
+    in_file = Counter(tower_of(hub, key) for key in now.tensors)
+    wanted = {tower: [here] for tower in hub.spellings if (here := spelling(hub, tower, model.layouts)) is not None}
+    respell(known, now, wanted)
+    work = _Work(known, found.mapping, now, model, request, asked)
+    work.config_grid = config_grid
+    work.match()
+    work.ties()
+    work.absent()
+    work.judge(in_file, unwrapped)
+    if unwrapped.skipped:
+        notes.append(f"entries that are no tensors were skipped: {some(unwrapped.skipped)}")
+    return Plan(
+        file=request.file,
+        container=container,
+        format=found.mapping.name,
+        title=found.mapping.title,
+        evidence=found.evidence,
+        wrapper=unwrapped.wrapper,
+        other_wrappers=unwrapped.others,
+        prefixes=unwrapped.prefixes,
+        spellings={tower: tuple(chain) for tower, chain in now.spellings.items()},
+        entries=tuple(work.entries),
+        checks=(*now.checks, *work.checks),
+        dropped=now.dropped,
+        missing_keys=tuple(work.missing),
+        unexpected_keys=tuple(work.unexpected),
+        mismatched=work.mismatched,
+        notes=(*notes, *work.notes),
+        steps=tuple(now.steps),
+    )
+
+
+def _towers(hub: Mapping) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(rule.group for rule in hub.rules))
+
+
+def _asked(request: Request, hub: Mapping) -> tuple[str, ...]:
+    """The towers to load; no tower named means all, and keys that the hub does not know."""
+    if request.towers is None:
+        return (*_towers(hub), "")
+    unknown = [tower for tower in request.towers if tower not in _towers(hub)]
+    if unknown or not request.towers:
+        raise PlanError(f"towers={request.towers!r}: known towers are {', '.join(_towers(hub))}")
+    return request.towers
+
+
+class _Work:
+    """The matching of translated tensors with a model's, step by step."""
+
+    def __init__(
+        self,
+        known: Registry,
+        mapping: Mapping,
+        now: Translated,
+        model: ModelView,
+        request: Request,
+        asked: Sequence[str],
+    ) -> None:
+        self.known, self.hub, self.mapping, self.now = known, known.hub, mapping, now
+        self.model, self.request = model, request
+        self.targets = {k: t for k, t in model.tensors.items() if tower_of(self.hub, k) in asked}
+        self.config_grid: tuple[int, int] | None = None
+        self.entries: list[Entry] = []
+        self.checks: list[Check] = []
+        self.missing: list[str] = []
+        self.unexpected: list[str] = list(now.unowned)
+        self.mismatched: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def match(self) -> None:
+        """Each of the model's tensors with the file's of the same hub key."""
+        for key, target in self.targets.items():
+            layout = self.now.tensors.get(key)
+            if layout is None:
+                continue
+            shape = tuple(target.shape)
+            try:
+                entry = self._entry(key, layout, shape, target.dtype)
+            except ResizeError as error:
+                self.mismatched[key] = f"{error} (from {some(layout.sources)})"
+                continue
+            self.entries.append(entry)
+
+    def _entry(self, key: str, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+        resize = None
+        if layout.dtype.is_floating_point != dtype.is_floating_point or layout.dtype.is_complex != dtype.is_complex:
+            raise ResizeError(
+                f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: not a cast keymap makes"
+            )
+        position = self.hub.positions.get(key)
+        if position is not None:
+            resize = self._resize(position, layout, shape)
+        if resize is None and layout.shape != shape:
+            if key in self.hub.scalars and prod(layout.shape) == prod(shape) == 1:
+                self.notes.append(f"{key}: shape {list(layout.shape)} became {list(shape)}")
+                layout = replace(layout, shape=shape)
+            else:
+                raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
+        layout = replace(layout, pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
+        filled = sum(piece.numel for piece in layout.pieces if not piece.add)
+        assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
+        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize)
+
+    def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
+        prefixes = [position.prefix] if isinstance(position.prefix, int) else [0]
+        if not isinstance(position.prefix, int):
+            there = [self.model.layouts[name].shape for name in position.prefix if name in self.model.layouts]
+            total = sum(s[1] if len(s) == 3 else 1 for s in there)
+            prefixes += [total] if total else []
+        grid = self.request.source_grid
+        if grid is None and self.config_grid is not None and len(layout.shape) > position.lead:
+            fits = layout.shape[position.lead] - prod(self.config_grid) in prefixes
+            grid = self.config_grid if fits else None
+        return plan_resize(position, layout.shape, shape, prefixes, grid, self.model.grid)
+
+    def ties(self) -> None:
+        """Tensors of the model that share their memory must get equal values."""
+        shared: dict[tuple[int, int], Entry] = {}
+        for entry in self.entries:
+            place = self._storage(self.targets[entry.key])
+            first = shared.setdefault(place, entry) if place is not None else entry
+            if first.layout.pieces != entry.layout.pieces:
+                why = f"{entry.key} and {first.key} are one tensor of the model"
+                self.checks.append(Check(", ".join(entry.layout.sources), entry.layout, first.layout, why))
+
+    def absent(self) -> None:
+        """Keys that only one side has: what their absence means, derived buffers, ties, and what is left."""
+        written = {entry.key for entry in self.entries}
+        storages = {self._storage(self.targets[key]) for key in written} - {None}
+        towers = {entry.tower for entry in self.entries}
+        for key, target in self.targets.items():
+            if key in written or key in self.mismatched:
+                continue
+            tower = tower_of(self.hub, key)
+            if any(side.match(key) is not None for side, _ in self.hub.drop):
+                self.notes.append(f"{key}: derived by the model, left as it is")
+            elif self._storage(target) in storages:
+                self.notes.append(f"{key}: tied to a tensor that is loaded")
+            elif tower in towers and self._may_fill(key):
+                value = self.hub.absent_means[key][0]
+                layout = _constant(value, tuple(target.shape), target.dtype)
+                self.entries.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=True))
+                self.notes.append(f"{key}: filled with {'the identity' if value == 'eye' else value}")
+            else:
+                self.missing.append(key)
+        for key, layout in self.now.tensors.items():
+            if key in self.targets:
+                continue
+            meaning = self.hub.absent_means.get(key)
+            why = next((why for side, why in self.hub.drop if side.match(key) is not None), None)
+            if why is not None:
+                self.now.dropped.update(dict.fromkeys(layout.sources, why))
+            elif meaning is not None:
+                value = "the identity" if meaning[0] == "eye" else meaning[0]
+                named = ", ".join(layout.sources)
+                self.checks.append(
+                    Check(named, layout, meaning[0], f"the model has no {key}, which stands for {value}")
+                )
+                why = f"it holds {value}, as its absence from the model means"
+                self.now.dropped.update(dict.fromkeys(layout.sources, why))
+            else:
+                self.unexpected += [k for k in layout.sources if k not in self.unexpected]
+
+    @staticmethod
+    def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Where a tensor lies; equal for tied tensors."""
+        if tensor.device.type == "meta" or not tensor.numel():
+            return None
+        return tensor.data_ptr(), tensor.numel()
+
+    def _may_fill(self, key: str) -> bool:
+        """True where absence has a meaning, and the source's format has no place for the key."""
+        if key not in self.hub.absent_means:
+            return False
+        if self.hub.absent_means[key][1]:
+            return True
+        tower = tower_of(self.hub, key)
+        chain = self.now.spellings.get(tower, [])
+        name = key
+        for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+            for step in self.known.path(tower, target, source) or []:
+                found = step.table.find(name)
+                name = found[0].targets[0].write(found[1]) if found is not None else name
+        if name in self.hub.file_only:
+            return self.mapping.kind == "hub" or RuleTable(self.mapping.rules).inverse().find(name) is None
+        return RuleTable(self.mapping.rules).inverse().find(name) is None
+
+    def judge(self, in_file: MappingType[str, int], unwrapped: Unwrapped) -> None:
+        """Refuse what must be refused.
+
+        Raises:
+            PlanError: with everything that is wrong.
+        """
+        strict, name = self.request.strict, self.mapping.name
+        if self.missing:
+            self.now.faults += incomplete(self.mapping, self.now.rules, self.now.source_keys)
+        faults = [f for f in self.now.faults if strict or f.fatal]
+        told = [fault.text for fault in faults]
+        got = Counter(entry.tower for entry in self.entries if not entry.filled)
+        held = f"{self.request.file} (format {name})"
+        if strict:
+            if self.missing:
+                told.append(f"{len(self.missing)} of the model's keys are not in the file: {some(self.missing)}")
+            if self.unexpected:
+                told.append(
+                    f"{len(self.unexpected)} of the file's keys have no place in the model: {some(self.unexpected)}"
+                )
+            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[: 4 * SHOWN]]
+            if len(self.mismatched) > 4 * SHOWN:
+                told.append(f"and {len(self.mismatched) - 4 * SHOWN} more keys of other shape")
+            if told:
+                lacking = [t for t in ("image", "text") if t not in in_file and self.request.towers is None]
+                if self.missing and lacking:
+                    has = ", ".join(repr(t) for t in ("image", "text") if t in in_file)
+                    told.append(f"the file holds no {' or '.join(lacking)} tower: load with towers=({has},)")
+                else:
+                    told.append("strict=False loads what fits and reports the rest")
+                raise PlanError(f"{held} does not fit the model; nothing was changed", told)
+        else:
+            for tower, count in in_file.items():
+                if tower in self.hub.spellings and got[tower] < FLOOR * count:
+                    told.append(
+                        f"only {got[tower]} of the {count} tensors of the {tower} tower in the file would load: "
+                        f"{some(f'{k}: {w}' for k, w in self.mismatched.items()) or some(self.unexpected)}"
+                    )
+            if not self.entries:
+                told.append("nothing of the file would load")
+            if told:
+                told += [f.text for f in self.now.faults if not f.fatal]
+                raise PlanError(f"{held} does not fit the model, not even in part; nothing was changed", told)
+            self.notes += [f.text for f in self.now.faults]
+            lost = {k for key in self.mismatched if (lay := self.now.tensors.get(key)) for k in lay.sources}
+            lost |= {source for fault in self.now.faults for source in fault.sources}
+            self.missing += list(self.mismatched)
+            used = {k for entry in self.entries for k in entry.layout.sources}
+            self.unexpected += sorted(k for k in lost if k not in self.unexpected and k not in used)
+
+
+def _constant(value: float | str, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """A layout of zeros, ones or the identity."""
+    if value != "eye":
+        return whole(None, shape, dtype, float(value))
+    zeros = whole(None, shape, dtype)
+    diagonal = Piece(None, (min(shape),), 0, (0,), 0, (shape[-1] + 1,), term=1.0, add=True)
+    return replace(zeros, pieces=(*zeros.pieces, diagonal))
