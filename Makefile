@@ -35,7 +35,7 @@ bench: $(DONE)
 $(DONE): pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1,<26"
-	$(BIN)/pip install --quiet --constraint tools/constraints.txt --editable ".[cli]" --group peers --group dev
+	$(BIN)/pip install --quiet --constraint tools/constraints.txt --editable . --group peers --group dev
 	$(BIN)/pip install --quiet --no-deps "setuptools==69.5.1" "openai-clip==1.0.1"
 	touch $(DONE)
 

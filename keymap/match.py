@@ -197,10 +197,11 @@ class _Work:
             elif self._storage(target) in storages:
                 self.notes.append(f"{key}: tied to a tensor that is loaded")
             elif tower in towers and self._may_fill(key):
-                value = self.hub.absent_means[key][0]
+                value, always = self.hub.absent_means[key]
+                why = "the file has none" if always else "the file's format has no place for it"
                 layout = _constant(value, tuple(target.shape), target.dtype)
-                self.entries.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=True))
-                self.notes.append(f"{key}: filled with {'the identity' if value == 'eye' else value}")
+                said = f"with {'the identity' if value == 'eye' else value}: {why}"
+                self.entries.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=said))
             else:
                 self.missing.append(key)
         for key, layout in self.now.tensors.items():

@@ -32,7 +32,7 @@ class Entry:
         layout: the pieces, at the source's size.
         shape, dtype: of the model's tensor.
         resize: how the position embedding is resampled, or None.
-        filled: True where the source's format has no place for the key and a constant stands in.
+        filled: where a constant stands in for a key that the file has not: with what, and why. Else empty.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     resize: Resize | None = None
-    filled: bool = False
+    filled: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def filled(self) -> dict[str, str]:
-        return {e.key: "the format has no place for it" for e in self.entries if e.filled}
+        return {entry.key: entry.filled for entry in self.entries if entry.filled}
 
     @property
     def cast(self) -> dict[str, int]:
