@@ -198,9 +198,9 @@ class _Work:
                 self.notes.append(f"{key}: tied to a tensor that is loaded")
             elif tower in towers and self._may_fill(key):
                 value, always = self.hub.absent_means[key]
-                why = "the file has none" if always else "the file's format has no place for it"
+                because = "the file has none" if always else "the file's format has no place for it"
                 layout = _constant(value, tuple(target.shape), target.dtype)
-                said = f"with {'the identity' if value == 'eye' else value}: {why}"
+                said = f"with {'the identity' if value == 'eye' else value}: {because}"
                 self.entries.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=said))
             else:
                 self.missing.append(key)
@@ -217,8 +217,8 @@ class _Work:
                 self.checks.append(
                     Check(named, layout, meaning[0], f"the model has no {key}, which stands for {value}")
                 )
-                why = f"it holds {value}, as its absence from the model means"
-                self.now.dropped.update(dict.fromkeys(layout.sources, why))
+                because = f"it holds {value}, as its absence from the model means"
+                self.now.dropped.update(dict.fromkeys(layout.sources, because))
             else:
                 self.unexpected += [k for k in layout.sources if k not in self.unexpected]
 

@@ -1,0 +1,304 @@
+"""The public API: what it returns, what it leaves alone, what it says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peers import big_vision, hf, openai, openclip, timm_towers
+from peers.common import assert_unchanged, bits, same_bits
+from safetensors.torch import save_file
+
+import keymap
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def hf_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in hf.disk_keys(hf.clip()).items()}, path)
+    return path
+
+
+# --- results ---
+
+
+def test_the_result_is_a_dict_with_the_two_lists_and_a_report(hf_file):
+    result = keymap.load_checkpoint(openclip.clip(), str(hf_file))
+    assert result == {"missing_keys": [], "unexpected_keys": []}
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    told = json.loads(json.dumps(result.to_dict()))
+    assert told["format"] == "hf_clip"
+    assert told["loaded"] == {"text": 41, "scale": 1, "image": 32}
+    assert told["spellings"]["text"] == ["native", "flat"]
+    assert "hf_clip" in str(result) and "74 tensors" in str(result)
+
+
+def test_for_npz_the_result_equals_an_empty_dict_and_the_attributes_answer(tmp_path):
+    big_vision.save(big_vision.init(), tmp_path / "model.npz")
+    result = keymap.load_checkpoint(openclip.siglip(), tmp_path / "model.npz")
+    assert result == {}
+    assert result.missing_keys == [] and result.unexpected_keys == []
+
+
+def test_a_plan_tells_pieces_and_explains_a_key(hf_file):
+    model = openclip.clip()
+    before = bits(model)
+    plan = keymap.plan_load(model, hf_file)
+    assert_unchanged(model, before)
+    key = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    pieces = [piece for piece in plan.pieces if piece.target == key]
+    assert [piece.source.split(".")[-2] for piece in pieces] == ["q_proj", "k_proj", "v_proj"]
+    assert [piece.target_offset for piece in pieces] == [0, 48 * 48, 2 * 48 * 48]
+    told = plan.explain(key)
+    assert "self_attn.(q|k|v)_proj" in told and "hf_blocks.yaml:" in told
+    assert key in plan.explain()
+    with pytest.raises(KeyError, match="fills no 'nonsense'"):
+        plan.explain("nonsense")
+
+
+def test_every_element_of_the_model_is_covered_exactly_once(hf_file):
+    model = openclip.clip_trunk()
+    plan = keymap.plan_load(model, hf_file)
+    for entry in plan.entries:
+        count = torch.zeros(entry.layout.shape).reshape(-1)
+        for piece in entry.layout.pieces:
+            count.as_strided(piece.shape, piece.target_strides, piece.target_offset).add_(1)
+        assert bool((count == 1).all()), entry.key
+
+
+# --- inspection ---
+
+
+def test_inspect_tells_format_wrapper_prefixes_and_tensors(tmp_path):
+    state = {f"module.{k}": v for k, v in hf.disk_keys(hf.clip()).items()}
+    torch.save({"epoch": 3, "model": state}, tmp_path / "run.pt")
+    found = keymap.inspect_checkpoint(tmp_path / "run.pt")
+    assert (found.format, found.container, found.wrapper, found.prefixes) == ("hf_clip", "torch", "model", ("module.",))
+    assert found.spellings == {"image": "native_vit", "text": "native"}
+    assert found.tensors["visual_projection.weight"] == ((24, 48), torch.float32)
+    assert found.dtypes == {"float32": len(state)}
+    assert json.loads(json.dumps(found.to_dict()))["tensors"]["logit_scale"] == {"shape": [], "dtype": "float32"}
+    assert "hf_clip" in str(found)
+
+
+def test_inspect_tells_of_an_unknown_file_what_it_holds(tmp_path):
+    save_file({"some.key": torch.zeros(3, 5)}, tmp_path / "x.safetensors")
+    found = keymap.inspect_checkpoint(tmp_path / "x.safetensors")
+    assert found.format is None
+    assert "'some.key' [3, 5]" in " ".join(found.evidence)
+
+
+def test_inspect_reads_the_configuration_beside_the_file(hf_file):
+    (hf_file.parent / "config.json").write_text('{"vision_config": {"image_size": 28, "patch_size": 14}}')
+    assert keymap.inspect_checkpoint(hf_file).config_hints == {"image_size": (28, 28), "patch_size": (14, 14)}
+
+
+# --- choosing ---
+
+
+def test_a_wrapper_is_chosen_and_the_others_are_told(tmp_path):
+    raw, ema = openclip.clip(seed=1), openclip.clip(seed=2)
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "run.pt")
+    model = openclip.clip(seed=3)
+    result = keymap.load_checkpoint(model, tmp_path / "run.pt")
+    assert result.report.plan.wrapper == "state_dict"
+    assert result.report.plan.other_wrappers == ("state_dict_ema",)
+    assert same_bits(model.visual.proj, raw.visual.proj)
+    keymap.load_checkpoint(model, tmp_path / "run.pt", wrapper="state_dict_ema")
+    assert same_bits(model.visual.proj, ema.visual.proj)
+
+
+@pytest.mark.parametrize("nested", [("state_dict",), ("model",), ("model", "state_dict"), ("ema", "module")])
+@pytest.mark.parametrize("prefixes", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."])
+def test_wrappers_and_prefixes_in_any_nesting(nested, prefixes, tmp_path):
+    source, model = openclip.clip(seed=1), openclip.clip(seed=2)
+    tree = {prefixes + k: v for k, v in source.state_dict().items()}
+    for name in reversed(nested):
+        tree = {"epoch": 3, name: tree}
+    torch.save(tree, tmp_path / "run.pt")
+    keymap.load_checkpoint(model, tmp_path / "run.pt")
+    assert all(same_bits(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_tower_is_picked_out_of_a_full_checkpoint(tower, hf_file):
+    model = openclip.clip(seed=9)
+    before = bits(model)
+    result = keymap.load_checkpoint(model, hf_file, towers=(tower,))
+    changed = {k for k, v in bits(model).items() if not same_bits(v, before[k])}
+    visual = {k for k in model.state_dict() if k.startswith("visual.")}
+    text = set(model.state_dict()) - visual - {"logit_scale"}
+    assert changed == (visual if tower == "image" else text)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
+BARE = {
+    "vit": (openclip.clip, "visual", "image"),
+    "resnet": (openclip.resnet, "visual", "image"),
+    "timm trunk": (openclip.siglip, "visual", "image"),
+    "convnext": (openclip.convnext, "visual", "image"),
+    "text": (openclip.custom, "text", "text"),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_tower_saved_alone_goes_to_the_tower_that_it_is(name, tmp_path):
+    """Also where image and text tower are equally wide, and share names."""
+    build, attribute, tower = BARE[name]
+    sizes = {"text_width": 48, "text_mlp": 2.5, "text_heads": 3} if name in ("vit", "text") else {}
+    source, model = build(seed=1, **sizes), build(seed=2, **sizes)
+    torch.save(getattr(source, attribute).state_dict(), tmp_path / "tower.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "tower.pt", strict=False)
+    assert set(result.report.plan.loaded) == {tower}
+    loaded, wanted = getattr(model, attribute).state_dict(), getattr(source, attribute).state_dict()
+    assert all(same_bits(v, loaded[k]) for k, v in wanted.items())
+
+
+# --- assign ---
+
+
+def test_assign_makes_a_meta_model_usable(hf_file):
+    meta, model = openclip.clip().to("meta"), openclip.clip(seed=9)
+    result = keymap.load_checkpoint(meta, hf_file, assign=True)
+    keymap.load_checkpoint(model, hf_file)
+    assert all(same_bits(v, meta.state_dict()[k]) for k, v in model.state_dict().items())
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in result.report.materialised
+    assert "visual.conv1.weight" not in result.report.materialised
+
+
+def test_an_assigned_tensor_can_be_trained_without_touching_the_file(tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_file(openclip.clip(seed=1).state_dict(), path)
+    before = path.read_bytes()
+    model = openclip.clip(seed=2)
+    result = keymap.load_checkpoint(model, path, assign=True)
+    assert result.report.materialised == ()
+    assert isinstance(model.visual.proj, torch.nn.Parameter) and model.visual.proj.requires_grad
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert path.read_bytes() == before
+
+
+# --- conversion in memory ---
+
+
+def test_convert_changes_nothing_of_the_callers_dict():
+    state = hf.disk_keys(hf.clip())
+    copied = copy.deepcopy(state)
+    converted = keymap.convert_state_dict(state, "open_clip_flat")
+    assert list(state) == list(copied) and all(same_bits(state[k], copied[k]) for k in copied)
+    assert set(converted) == set(openclip.clip().state_dict())
+
+
+def test_convert_from_one_format_to_another_through_the_hub():
+    state = timm_towers.clip_vit().state_dict()
+    there = keymap.convert_state_dict(state, "hf_clip")
+    assert "vision_model.embeddings.class_embedding" in there
+    back = keymap.convert_state_dict(there, "timm")
+    head_bias = state.pop("head.bias")  # CLIP has no place for it; it was seen to be zero
+    assert not bool(head_bias.any())
+    assert set(back) == set(state) and all(same_bits(state[k], back[k]) for k in state)
+
+
+def test_convert_to_openai_gives_the_dtypes_of_openais_files():
+    state = openai.state_dict(openai.vit(), extras=False)
+    wide = {k: v.float() for k, v in state.items()}
+    written = keymap.convert_state_dict(wide, "openai")
+    assert {k: v.dtype for k, v in written.items()} == {k: v.dtype for k, v in state.items()}
+    assert all(same_bits(v, written[k]) for k, v in state.items())
+
+
+def test_convert_names_the_fact_that_it_needs():
+    with pytest.raises(keymap.PlanError, match=r"h is 'image.heads', which is not known"):
+        keymap.convert_state_dict(openclip.siglip().state_dict(), "big_vision_siglip")
+
+
+def test_convert_finds_a_lost_tensor_without_a_model():
+    state = hf.disk_keys(hf.clip())
+    del state["text_model.encoder.layers.1.layer_norm2.bias"]
+    with pytest.raises(keymap.PlanError, match=r"lacks text_model.encoder.layers.1.layer_norm2.bias"):
+        keymap.convert_state_dict(state, "open_clip")
+
+
+def test_convert_refuses_what_the_target_cannot_hold():
+    with pytest.raises(keymap.PlanError, match="no place in hf_siglip"):
+        keymap.convert_state_dict(openclip.clip().state_dict(), "hf_siglip")
+
+
+# --- mappings of others ---
+
+MINE = """\
+format: mine
+title: a spelling of my own
+reference: my own code
+speaks: {image: native_vit, text: native}
+detect: {all: [mine.image.class_embedding]}
+groups:
+  image:
+    mine.image.(.+): visual.\\1
+  text:
+    mine.text.(.+): text.\\1
+  scale:
+    mine.logit_scale: logit_scale
+"""
+
+
+def spelled_mine(model):
+    return {
+        ("mine." + k.replace("visual.", "image.", 1) if k.startswith("visual.") else "mine." + k): v
+        for k, v in model.state_dict().items()
+    }
+
+
+def test_a_mapping_file_is_used_by_its_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text(MINE)
+    source, model = openclip.custom(seed=1), openclip.clip(seed=2)
+    save_file(spelled_mine(source), tmp_path / "x.safetensors")
+    with pytest.raises(keymap.DetectionError):
+        keymap.load_checkpoint(model, tmp_path / "x.safetensors")
+    keymap.load_checkpoint(model, tmp_path / "x.safetensors", mapping=tmp_path / "mine.yaml")
+    assert same_bits(model.visual.proj, source.visual.proj)
+    assert "mine" not in keymap.list_formats()
+
+
+def test_a_registered_mapping_is_detected(tmp_path):
+    """In a process of its own: registering is for good."""
+    (tmp_path / "mine.yaml").write_text(MINE)
+    save_file(spelled_mine(openclip.custom(seed=1)), tmp_path / "x.safetensors")
+    code = (
+        "import keymap, sys; folder = sys.argv[1]\n"
+        "assert keymap.register_mappings(folder + '/mine.yaml') == ['mine']\n"
+        "print(keymap.inspect_checkpoint(folder + '/x.safetensors').format, 'mine' in keymap.list_formats())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["mine", "True"], done.stderr
+
+
+def test_the_wheel_holds_mappings_and_schema(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    shipped = {f"keymap/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
+    assert shipped | {"keymap/schemas/mapping.schema.json", "keymap/py.typed"} <= names
+    assert not any(name.startswith(("tests/", "tools/")) for name in names)
+    code = "import keymap; print(keymap.__file__, len(keymap.list_formats()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site", check=True
+    )
+    place, count = done.stdout.split()
+    assert Path(place).is_relative_to(tmp_path) and int(count) == len(keymap.list_formats())
