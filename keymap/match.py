@@ -45,6 +45,11 @@ def make_plan(
         PlanError: with every fault of the load: keys, shapes, dtypes, a tower that would stay empty.
     """
     hub = known.hub
+    if not any(tower_of(hub, key) for key in model.tensors):
+        raise PlanError(
+            f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
+            f"pass the model inside a wrapper (model.module, model._orig_mod)"
+        )
     facts = {**model.facts, **request.facts}
     now = to_hub(found, facts)
     asked = _asked(request, hub)
@@ -59,7 +64,8 @@ def make_plan(
             [f"asked for {', '.join(asked)}; towers are {', '.join(_towers(hub))}", *(f.text for f in now.faults)],
         )
     in_file = Counter(tower_of(hub, key) for key in now.tensors)
-    wanted = {tower: [here] for tower in hub.spellings if (here := spelling(hub, tower, model.layouts)) is not None}
+    foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
+    wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.layouts)) is not None}
     respell(known, now, wanted)
     work = _Work(known, found.mapping, now, model, request, asked)
     work.config_grid = config_grid

@@ -83,13 +83,14 @@ def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[
             continue
         paths = [path for there in targets if (path := known.path(tower, here, there)) is not None]
         if not paths:
-            now.faults.append(
-                Fault(
-                    f"the file's {tower} tower is spelled {here}, the target's {' or '.join(targets)}, and no "
-                    f"respelling leads from one to the other: these are different architectures",
-                    tuple(key for key in now.tensors if tower_of(known.hub, key) == tower),
-                )
+            text = (
+                f"the file's {tower} tower is spelled {here}, the target's {' or '.join(targets)}, and no "
+                f"respelling leads from one to the other: these are different architectures"
             )
+            now.faults.append(Fault(text))
+            foreign = [key for key in now.tensors if tower_of(known.hub, key) == tower]
+            now.unowned += [source for key in foreign for source in now.tensors[key].sources]
+            now.tensors = {key: layout for key, layout in now.tensors.items() if key not in foreign}
             continue
         for step in min(paths, key=len):
             applied = apply_rules(step.table, now.tensors, {}, pass_others=True)
