@@ -13,7 +13,7 @@ from torch import nn
 
 from keymap.detect import detect, spelling
 from keymap.errors import KeymapError, PlanError
-from keymap.load import assign_plan, load_plan, refuse_meta, verify_plan
+from keymap.load import assign_plan, load_plan, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.match import make_plan
 from keymap.model import ModelView, view_model
 from keymap.plan import Plan, Request
@@ -34,10 +34,15 @@ def _request(
     source_grid: Sequence[int] | None,
     facts: Mapping[str, int] | None,
 ) -> Request:
-    if source_grid is not None and (len(source_grid) != 2 or any(not isinstance(n, int) or n < 1 for n in source_grid)):
-        raise PlanError(f"source_grid={source_grid!r}: give (h, w), the rows and columns of patches")
+    grid = None
+    if source_grid is not None:
+        sizes = list(source_grid) if isinstance(source_grid, (tuple, list)) else []
+        if len(sizes) != 2 or any(type(n) is not int or n < 1 for n in sizes):
+            raise PlanError(f"source_grid={source_grid!r}: give (h, w), the rows and columns of patches")
+        grid = (sizes[0], sizes[1])
+    if not isinstance(towers, (str, tuple, list, set, type(None))):
+        raise PlanError(f"towers={towers!r}: give a name or a tuple of names, as ('image',)")
     chosen = (towers,) if isinstance(towers, str) else tuple(towers) if towers is not None else None
-    grid = (source_grid[0], source_grid[1]) if source_grid is not None else None
     return Request(file, strict, chosen, grid, facts or {})
 
 
@@ -74,7 +79,9 @@ def load_checkpoint(
         towers: load only these: ``("image",)``, ``("text",)``; ``strict`` holds within them.
         wrapper: which state dict of the file to take, as ``"state_dict_ema"``.
         source_grid: (h, w) of the file's position embedding, in patches, where nothing tells it.
-        assign: hand the file's tensors over instead of copying; makes a model on the meta device usable.
+        assign: hand the file's tensors over instead of copying; makes a model on the meta device usable. The
+            model then reads from the file for as long as it lives: do not overwrite the file in place (save to
+            another name, then rename), or the process may be killed.
         facts: what no weight tells, as ``{"image.heads": 12}``.
 
     Returns:
@@ -86,14 +93,17 @@ def load_checkpoint(
     start = time.perf_counter()
     try:
         target_device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise PlanError(f"device={device!r} is no device of torch: {error}") from None
+        torch.empty(0, device=target_device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise PlanError(f"device={device!r} is no device that torch has here: {error}") from None
     opened = open_source(checkpoint_path, weights_only, mapping, wrapper)
     view = view_model(model, opened.known.hub)
     plan = _plan(opened, view, _request(opened.file, strict, towers, source_grid, facts))
     tensors = opened.unwrapped.tensors
-    if not assign:
-        refuse_meta(view.tensors, plan)
+    if assign:
+        refuse_unassignable(model, plan, opened.known.hub.causal_masks, target_device)
+    else:
+        refuse_unwritable(model, view.tensors, plan)
     bad = verify_plan(plan, tensors, strict)
     if bad:
         plan = replace(

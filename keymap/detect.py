@@ -129,6 +129,13 @@ def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
         scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
     best, name = max(scores, default=(0, ""))
     if best:
-        lines.append(f"nearest is {name}, whose rules know {best} of the {len(keys)} keys (mapping={name!r} forces it)")
+        lines.append(f"nearest is {name}, whose rules know {best} of the {len(keys)} keys")
+    for prefix in known.containers["prefixes"]:
+        without = [key for key in keys if not key.startswith(prefix)]
+        if len(without) < len(keys) / 2:
+            told = ", ".join(without[:5])
+            lines.append(
+                f"{len(keys) - len(without)} keys begin with {prefix!r}, which is cut only where all do: {told}"
+            )
     lines.append(f"known formats: {', '.join(sorted(m.name for m in known.formats))}; a new one is a YAML file")
     return lines

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_SHOWN = 24  # faults that the message lists
+
 
 class KeymapError(Exception):
     """Base of every refusal.
@@ -21,7 +23,9 @@ class KeymapError(Exception):
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
         self.summary = summary
         self.faults = tuple(faults)
-        lines = [summary, *(f"  - {fault}" for fault in self.faults)]
+        lines = [summary, *(f"  - {fault}" for fault in self.faults[:_SHOWN])]
+        if len(self.faults) > _SHOWN:
+            lines.append(f"  and {len(self.faults) - _SHOWN} more (in .faults)")
         super().__init__("\n".join(lines))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -10,12 +10,12 @@ from torch import nn
 from keymap.carry import copy_pieces, materialise
 from keymap.errors import PlanError, VerifyError
 from keymap.pieces import Piece
-from keymap.plan import Entry, Plan
+from keymap.plan import Entry, Plan, some
 from keymap.read import LazyTensor
 from keymap.resize import resample
 from keymap.verify import failed
 
-__all__ = ["assign_plan", "load_plan", "verify_plan"]
+__all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable", "verify_plan"]
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -89,6 +89,7 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
         The keys of the tensors that had to be made in memory of their own.
     """
     made: list[str] = []
+    handed: set[int] = set()
     values: dict[int, nn.Parameter | torch.Tensor] = {}
     here = model.state_dict(keep_vars=True)
     for entry in plan.entries:
@@ -98,13 +99,15 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
             lazy = tensors[source]
             numel = sum(piece.numel for piece in entry.layout.pieces)
             whole = lazy.dtype == entry.dtype and torch.Size(lazy.shape).numel() == numel
-        value = tensors[source].read().reshape(entry.shape) if whole and source is not None else None
-        if value is None:
+        value = tensors[source].read() if whole and source is not None else None
+        if value is not None and value.is_contiguous() and value.data_ptr() not in handed:
+            handed.add(value.data_ptr())  # two tensors of the model must not come to share memory
+            value = value.reshape(entry.shape)
+        else:
             value = _value(entry, tensors)
             made.append(entry.key)
         old = here[entry.key]
         values[id(old)] = value.to(device)
-    names = {id(old): key for key, old in here.items()}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in values:
@@ -115,20 +118,65 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
                 module._parameters[name] = new
                 values[id(new)] = new
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and id(buffer) in values and id(buffer) in names:
+            if buffer is not None and id(buffer) in values:
                 module._buffers[name] = values[id(buffer)]
+    for path, buffer in absent_buffers(model):
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner)._buffers[name] = causal_mask(buffer, device)
     return made
 
 
-def refuse_meta(targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
-    """A model without memory cannot be copied into.
+def absent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers on the meta device that no state dict holds, by dotted path."""
+    stored = {id(value) for value in model.state_dict(keep_vars=True).values()}
+    return [(path, b) for path, b in model.named_buffers() if b.device.type == "meta" and id(b) not in stored]
+
+
+def causal_mask(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An additive causal mask, (length, length): 0 on and below the diagonal, -inf above."""
+    return torch.full(like.shape, float("-inf"), dtype=like.dtype, device=device).triu_(1)
+
+
+def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
+    """What a copying load cannot write to.
 
     Raises:
-        PlanError: a tensor of the plan is on the meta device.
+        PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, or was made
+            in inference mode.
     """
-    empty = [entry.key for entry in plan.entries if targets[entry.key].device.type == "meta"]
+    written = {entry.key: targets[entry.key] for entry in plan.entries}
+    empty = [key for key, target in written.items() if target.device.type == "meta"]
     if empty:
         raise PlanError(
             f"{plan.file}: {len(empty)} of the model's tensors are on the meta device and have no memory "
-            f"({', '.join(empty[:4])} ...); pass assign=True, or model.to_empty(device='cpu') first"
+            f"({some(empty)}); pass assign=True, or model.to_empty(device='cpu') first"
+        )
+    overlapping = [
+        key for key, t in written.items() if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+    ]
+    frozen = [key for key, target in written.items() if target.is_inference() and not torch.is_inference_mode_enabled()]
+    if overlapping or frozen:
+        what = "are expanded views" if overlapping else "were made under torch.inference_mode"
+        raise PlanError(
+            f"{plan.file}: tensors of the model {what} and cannot be written to: {some(overlapping or frozen)}; "
+            f"pass assign=True, or clone them first"
+        )
+
+
+def refuse_unassignable(model: nn.Module, plan: Plan, masks: Collection[str], device: torch.device) -> None:
+    """What handing tensors over would leave without values.
+
+    Args:
+        masks: names of buffers that are causal masks, which can be made anew.
+
+    Raises:
+        PlanError: the device is meta, or a buffer that no checkpoint holds is on the meta device.
+    """
+    if device.type == "meta":
+        raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
+    lost = [path for path, _ in absent_buffers(model) if path not in masks]
+    if lost:
+        raise PlanError(
+            f"{plan.file}: buffers of the model are on the meta device, and no checkpoint holds them: {some(lost)}; "
+            f"build the model on a real device"
         )

@@ -93,6 +93,7 @@ class Mapping:
     file_only: frozenset[str] = frozenset()
     positions: MappingType[str, Position] = field(default_factory=dict)
     facts: MappingType[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    causal_masks: frozenset[str] = frozenset()
     containers: MappingType[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -445,6 +446,7 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
             fact: tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in paths)
             for fact, paths in data.get("facts", {}).items()
         },
+        causal_masks=frozenset(data.get("causal_masks", ())),
         containers={n: tuple(data[n]) for n in ("wrappers", "prefixes", "training_state") if n in data},
     )
 

@@ -64,6 +64,7 @@ def make_plan(
             [f"asked for {', '.join(asked)}; towers are {', '.join(_towers(hub))}", *(f.text for f in now.faults)],
         )
     in_file = Counter(tower_of(hub, key) for key in now.tensors)
+    now.source_hub = now.tensors
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
     wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.layouts)) is not None}
     respell(known, now, wanted)
@@ -168,16 +169,31 @@ class _Work:
         return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
-        prefixes = [position.prefix] if isinstance(position.prefix, int) else [0]
-        if not isinstance(position.prefix, int):
-            there = [self.model.layouts[name].shape for name in position.prefix if name in self.model.layouts]
-            total = sum(s[1] if len(s) == 3 else 1 for s in there)
-            prefixes += [total] if total else []
+        target_prefixes = self._prefixes(position)
+        origin = self.hub.positions.get(self._origin(position.key), position)
+        source_prefixes = self._prefixes(origin)
         grid = self.request.source_grid
         if grid is None and self.config_grid is not None and len(layout.shape) > position.lead:
-            fits = layout.shape[position.lead] - prod(self.config_grid) in prefixes
+            fits = layout.shape[position.lead] - prod(self.config_grid) in source_prefixes
             grid = self.config_grid if fits else None
-        return plan_resize(position, layout.shape, shape, prefixes, grid, self.model.grid)
+        return plan_resize(position, layout.shape, shape, source_prefixes, target_prefixes, grid, self.model.grid)
+
+    def _prefixes(self, position: Position) -> list[int]:
+        """How many rows may stand before the grid; prefix tokens may bring rows, or none."""
+        if isinstance(position.prefix, int):
+            return [position.prefix]
+        keys = {name: lay.shape for name, lay in (*self.model.layouts.items(), *self.now.source_hub.items())}
+        total = sum(keys[name][1] if len(keys[name]) == 3 else 1 for name in position.prefix if name in keys)
+        return [0, total] if total else [0]
+
+    def _origin(self, key: str) -> str:
+        """The hub key in the source's own spelling that becomes this key of the model."""
+        chain = self.now.spellings.get(tower_of(self.hub, key), [])
+        for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+            for step in self.known.path(tower_of(self.hub, key), target, source) or []:
+                found = step.table.find(key)
+                key = found[0].targets[0].write(found[1]) if found is not None else key
+        return key
 
     def ties(self) -> None:
         """Tensors of the model that share their memory must get equal values."""
@@ -241,13 +257,7 @@ class _Work:
             return False
         if self.hub.absent_means[key][1]:
             return True
-        tower = tower_of(self.hub, key)
-        chain = self.now.spellings.get(tower, [])
-        name = key
-        for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
-            for step in self.known.path(tower, target, source) or []:
-                found = step.table.find(name)
-                name = found[0].targets[0].write(found[1]) if found is not None else name
+        name = self._origin(key)
         if name in self.hub.file_only:
             return self.mapping.kind == "hub" or RuleTable(self.mapping.rules).inverse().find(name) is None
         return RuleTable(self.mapping.rules).inverse().find(name) is None
@@ -277,7 +287,7 @@ class _Work:
                 told.append(f"and {len(self.mismatched) - 4 * SHOWN} more keys of other shape")
             if told:
                 lacking = [t for t in ("image", "text") if t not in in_file and self.request.towers is None]
-                if self.missing and lacking:
+                if self.missing and len(lacking) == 1:
                     has = ", ".join(repr(t) for t in ("image", "text") if t in in_file)
                     told.append(f"the file holds no {' or '.join(lacking)} tower: load with towers=({has},)")
                 else:
@@ -290,8 +300,10 @@ class _Work:
                         f"only {got[tower]} of the {count} tensors of the {tower} tower in the file would load: "
                         f"{some(f'{k}: {w}' for k, w in self.mismatched.items()) or some(self.unexpected)}"
                     )
-            if not self.entries:
-                told.append("nothing of the file would load")
+            used = {source for entry in self.entries for source in entry.layout.sources}
+            held_keys = used | set(self.unexpected) | {k for lay in self.now.tensors.values() for k in lay.sources}
+            if len(used) < FLOOR * len(held_keys) or not self.entries:
+                told.append(f"only {len(used)} of the file's {len(held_keys)} tensors would load")
             if told:
                 told += [f.text for f in self.now.faults if not f.fatal]
                 raise PlanError(f"{held} does not fit the model, not even in part; nothing was changed", told)

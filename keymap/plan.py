@@ -177,7 +177,9 @@ class Plan:
         if self.wrapper:
             lines.append(f"  wrapper: {self.wrapper}")
         if self.other_wrappers:
-            lines.append(f"  also in the file, not taken: {', '.join(self.other_wrappers)} (choose with wrapper=)")
+            lines.append(
+                f"  also in the file, not taken: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)"
+            )
         if self.prefixes:
             lines.append(f"  prefixes cut: {' '.join(self.prefixes)}")
         for tower, chain in self.spellings.items():

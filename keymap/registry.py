@@ -68,11 +68,16 @@ class Registry:
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise MappingError(f"there is no format {name!r}; {hint}known: {known}")
 
-    def add(self, files: Iterable[Path]) -> list[Mapping]:
+    def add(self, files: Iterable[Path], detected: bool = False) -> list[Mapping]:
         """Compile files and add them, all or none.
 
+        Args:
+            files: YAML files.
+            detected: the new formats will be told from the others by their evidence, so that has to be clear cut.
+
         Raises:
-            MappingError: a file is wrong, a name is taken, or respellings would form a cycle.
+            MappingError: a file is wrong, a name is taken, respellings would form a cycle, or two formats claim
+                the same keys.
         """
         parsed = dict(self.files)
         texts: list[tuple[Path, str]] = []
@@ -96,11 +101,11 @@ class Registry:
                 raise MappingError(f"{_shown(file)}:1:1: format {mapping.name!r} belongs into {mapping.name}.yaml")
             added[mapping.name] = mapping
         together = Registry({**self.mappings, **added}, parsed)
-        together._check()
+        together._check(tuple(added) if detected else ())
         self.mappings, self.files = together.mappings, together.files
         return list(added.values())
 
-    def _check(self) -> None:
+    def _check(self, detected: tuple[str, ...]) -> None:
         hubs = [m for m in self.mappings.values() if m.kind == "hub"]
         if len(hubs) != 1:
             raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
@@ -129,6 +134,12 @@ class Registry:
                         f"respellings of a tower must form a forest"
                     )
                 parent[one] = two
+        if detected:
+            from keymap.samples import claims  # which needs detect, which needs this module
+
+            faults = tuple(claims(self, detected))
+            if faults:
+                raise MappingError("the evidence of formats does not keep them apart", faults)
 
     def path(self, tower: str, source: str, target: str) -> list[Respelling] | None:
         """The respellings that lead from one spelling to another; None where none do."""
@@ -178,7 +189,7 @@ def registry() -> Registry:
         new.add(_files(data_folder("mappings")))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             place = point.load()
-            new.add(_files(Path(place() if callable(place) else place)))
+            new.add(_files(Path(place() if callable(place) else place)), detected=True)
         _known.append(new)
     return _known[0]
 
@@ -193,10 +204,11 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
         The names of the mappings added.
 
     Raises:
-        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, or a respelling
-            would give two paths between spellings. Nothing is added then.
+        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, a respelling would
+            give two paths between spellings, or the evidence claims what another format's rules own, or the
+            other way round. Nothing is added then.
     """
-    return [mapping.name for mapping in registry().add(_files(Path(path)))]
+    return [mapping.name for mapping in registry().add(_files(Path(path)), detected=True)]
 
 
 def list_formats() -> dict[str, str]:

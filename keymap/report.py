@@ -112,7 +112,7 @@ class Inspection:
         if self.wrapper or self.prefixes:
             lines.append(f"  wrapper: {self.wrapper or 'none'}; prefixes: {' '.join(self.prefixes) or 'none'}")
         if self.other_wrappers:
-            lines.append(f"  also in the file: {', '.join(self.other_wrappers)}")
+            lines.append(f"  also in the file: {', '.join(map(repr, self.other_wrappers))}")
         for tower, name in self.spellings.items():
             lines.append(f"  {tower} tower: {name}")
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())

@@ -65,7 +65,8 @@ def plan_resize(
     position: Position,
     source_shape: Sequence[int],
     target_shape: Sequence[int],
-    prefixes: Sequence[int],
+    source_prefixes: Sequence[int],
+    target_prefixes: Sequence[int],
     source_grid: tuple[int, int] | None,
     target_grid: tuple[int, int] | None,
 ) -> Resize | None:
@@ -74,7 +75,7 @@ def plan_resize(
     Args:
         position: what the hub says of the key.
         source_shape, target_shape: of the tensor on either side.
-        prefixes: how many rows may stand before the grid.
+        source_prefixes, target_prefixes: how many rows may stand before the grid, on either side.
         source_grid: (h, w) told by the caller or the source's configuration.
         target_grid: (h, w) told by the model.
 
@@ -86,22 +87,25 @@ def plan_resize(
     if len(source_shape) != lead + 2 or len(target_shape) != lead + 2 or source_shape[-1] != target_shape[-1]:
         if same:
             return None
+        ranks = len(source_shape) != len(target_shape)
         raise ResizeError(
             f"shape {list(source_shape)} in the file, {list(target_shape)} in the model: only the number of "
-            f"positions can be resized, not the width"
+            f"positions can be resized, not the {'number of axes' if ranks else 'width'}"
         )
     rows, wanted = source_shape[lead], target_shape[lead]
+    if not rows:
+        raise ResizeError("the file's has no rows")
     if not position.grid:
         return None if rows == wanted else Resize(lead, 0, 0, (rows,), (wanted,))
     if target_grid is not None:
         target_prefix = wanted - prod(target_grid)
-        if target_prefix not in prefixes:
+        if target_prefix not in target_prefixes:
             raise ResizeError(
                 f"the model has {wanted} positions and a grid of {target_grid[0]}x{target_grid[1]}, which leaves "
-                f"{target_prefix} rows before the grid; expected {' or '.join(map(str, prefixes))}"
+                f"{target_prefix} rows before the grid; expected {' or '.join(map(str, target_prefixes))}"
             )
     else:
-        found = _readings(wanted, prefixes)
+        found = _readings(wanted, target_prefixes)
         if same and source_grid is None:
             return None
         if len(found) != 1:
@@ -111,13 +115,13 @@ def plan_resize(
     assumed = source_grid is None
     if source_grid is not None:
         source_prefix = rows - prod(source_grid)
-        if source_prefix not in prefixes:
+        if source_prefix not in source_prefixes:
             raise ResizeError(
                 f"source_grid {source_grid[0]}x{source_grid[1]} does not fit {rows} positions with "
-                f"{' or '.join(map(str, prefixes))} rows before the grid"
+                f"{' or '.join(map(str, source_prefixes))} rows before the grid"
             )
     else:
-        found = _readings(rows, prefixes)
+        found = _readings(rows, source_prefixes)
         square = target_grid[0] == target_grid[1]
         if len(found) == 1 and (square or not same):
             source_prefix, side = found[0]
@@ -125,9 +129,10 @@ def plan_resize(
         elif len(found) > 1 and same and square:
             return None
         else:
-            count = rows - max(prefixes)
-            sizes = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
-            choices = ", ".join(f"({h}, {w})" for h, w in sizes[:8])
+            fitting = [p for p in source_prefixes if p in (0, target_prefix) and p < rows]
+            counts = {p: rows - p for p in fitting}
+            sizes = [(h, n // h, p) for p, n in counts.items() for h in range(1, n + 1) if n % h == 0]
+            choices = ", ".join(f"({h}, {w}){f' after {p} rows' if len(fitting) > 1 else ''}" for h, w, p in sizes[:16])
             known = f"; the model's is {target_grid[0]}x{target_grid[1]}"
             raise ResizeError(
                 f"nothing tells the grid of the file's {rows} positions{known}: pass source_grid=(h, w), "

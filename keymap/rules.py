@@ -404,8 +404,11 @@ def apply_rules(
     rules: dict[int, Rule] = {}
     for key, layout in tensors.items():
         found = table.find(key)
+        if found is None and not pass_others:
+            result.left[key] = layout
+            continue
         if found is None:
-            (result.out if pass_others else result.left)[key] = layout
+            _put(result, key, layout, None, (key,))
             continue
         rule, values = found
         if rule.renames:
@@ -440,14 +443,17 @@ def apply_rules(
     return result
 
 
-def _put(result: Applied, target: str, layout: Layout, rule: Rule, sources: tuple[str, ...]) -> None:
+def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, sources: tuple[str, ...]) -> None:
+    """Enter a target; ``rule`` is None for a key that keeps its name."""
     if target in result.out:
-        before = ", ".join(result.out[target].sources)
-        text = f"{rule.place}: both {before} and {', '.join(sources)} become {target!r} (rule {rule.text})"
-        result.faults.append(Fault(text, (*result.out[target].sources, *sources), fatal=True))
+        first, second = result.out[target].sources, layout.sources
+        why = f"{rule.place}: rule {rule.text}: " if rule is not None else ""
+        text = f"{why}both {', '.join(first)} and {', '.join(second)} become {target!r}; keep one of them in the file"
+        result.faults.append(Fault(text, (*first, *second), fatal=True))
         return
     result.out[target] = layout
-    result.steps.append(Step(rule.place, rule.text, sources, (target,)))
+    if rule is not None:
+        result.steps.append(Step(rule.place, rule.text, sources, (target,)))
 
 
 def _fault(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from keymap.detect import Detection, detect
-from keymap.errors import MappingError
+from keymap.errors import CheckpointError, MappingError
 from keymap.pieces import Layout, whole
 from keymap.read import LazyTensor, open_checkpoint
 from keymap.registry import Registry, registry
@@ -59,6 +59,8 @@ def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
 
 def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None) -> Opened:
     known, wanted = known_with(mapping)
+    if not os.fspath(path):
+        raise CheckpointError("the path of the checkpoint is empty")
     checkpoint = open_checkpoint(path, weights_only)
     file = str(checkpoint.path)
     unwrapped = unwrap(checkpoint.tree, known.containers, file, wrapper)

@@ -27,6 +27,7 @@ class Translated:
         dropped: source keys that carry no weights, with the reason.
         spellings: for each tower the chain of spellings that it went through.
         rules: those of the source's format that held; ``source_keys`` what they were applied to.
+        source_hub: the tensors before any respelling.
     """
 
     tensors: MappingType[str, Layout]
@@ -34,6 +35,7 @@ class Translated:
     dropped: dict[str, str] = field(default_factory=dict)
     spellings: dict[str, list[str]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    source_hub: MappingType[str, Layout] = field(default_factory=dict)
     source_keys: MappingType[str, Layout] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)

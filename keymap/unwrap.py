@@ -24,7 +24,7 @@ class Unwrapped:
     Attributes:
         tensors: by key, without wrapper and prefixes.
         wrapper: dotted path of the wrapper, empty for none.
-        others: paths of further state dicts in the file, which were not taken.
+        others: paths of further state dicts in the file, which were not taken; empty text for the top level.
         prefixes: what was cut from every key, outermost first.
         skipped: entries of the chosen dict that are no tensors.
     """
@@ -92,7 +92,7 @@ def unwrap(
             break
         prefixes.append(prefix)
         tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
-    others = tuple(".".join(path) or "(top level)" for path in paths if path != chosen)
+    others = tuple(".".join(path) for path in paths if path != chosen)
     return Unwrapped(tensors, ".".join(chosen), others, tuple(prefixes), skipped)
 
 
@@ -100,6 +100,8 @@ def _what(tree: Mapping[str, Any], containers: Mapping[str, tuple[str, ...]]) ->
     """In words, what a file without a state dict is."""
     if not tree:
         return "the dict is empty: save model.state_dict()"
+    if list(tree) == [""]:
+        return f"it holds a {type(tree['']).__name__}, not a dict of tensors: save model.state_dict()"
     names = ", ".join(repr(str(key)) for key in list(tree)[:8])
     training = [name for name in containers["training_state"] if name in tree]
     if training:
