@@ -276,15 +276,16 @@ class _Work:
         got = Counter(entry.tower for entry in self.entries if not entry.filled)
         held = f"{self.request.file} (format {name})"
         if strict:
+            shown = 3 if any(fault.foreign for fault in faults) else SHOWN
             if self.missing:
-                told.append(f"{len(self.missing)} of the model's keys are not in the file: {some(self.missing)}")
+                listed = some(self.missing, shown)
+                told.append(f"{len(self.missing)} of the model's keys are not in the file: {listed}")
             if self.unexpected:
-                told.append(
-                    f"{len(self.unexpected)} of the file's keys have no place in the model: {some(self.unexpected)}"
-                )
-            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[: 4 * SHOWN]]
-            if len(self.mismatched) > 4 * SHOWN:
-                told.append(f"and {len(self.mismatched) - 4 * SHOWN} more keys of other shape")
+                listed = some(self.unexpected, shown)
+                told.append(f"{len(self.unexpected)} of the file's keys have no place in the model: {listed}")
+            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[: 4 * shown]]
+            if len(self.mismatched) > 4 * shown:
+                told.append(f"and {len(self.mismatched) - 4 * shown} more keys of other shape")
             if told:
                 lacking = [t for t in ("image", "text") if t not in in_file and self.request.towers is None]
                 if self.missing and len(lacking) == 1:

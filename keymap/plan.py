@@ -207,8 +207,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def some(keys: Iterable[str]) -> str:
+def some(keys: Iterable[str], count: int = SHOWN) -> str:
     """The first few of many keys, for a message."""
     listed = list(keys)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more

@@ -152,11 +152,13 @@ class Fault:
         text: what, in a sentence.
         sources: the source keys that it concerns.
         fatal: True where not even a partial load is safe: two keys that become one.
+        foreign: True where a whole tower is of another architecture.
     """
 
     text: str
     sources: tuple[str, ...] = ()
     fatal: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)

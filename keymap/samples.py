@@ -159,7 +159,7 @@ def samples(mapping: Mapping, known: Registry) -> Iterator[Sample]:
     """Samples of a mapping: of its own rules, and of each variant.
 
     Where the rules tell no literal key that the evidence asks for (a prefix before ``(.+)``), the evidence's own
-    keys are added, and there is one sample for each clue of `any`.
+    keys are added, and there is one sample more for each such clue of `any`.
     """
     cases: list[tuple[str, tuple[Rule, ...], Evidence]] = [(mapping.name, mapping.rules, Evidence())]
     for number, variant in enumerate(mapping.variants, 1):
@@ -174,11 +174,11 @@ def samples(mapping: Mapping, known: Registry) -> Iterator[Sample]:
                 shapes |= _clue_keys(clue)
         if when.any and not any(_borne_out(clue, shapes) for clue in when.any):
             shapes |= _clue_keys(when.any[0])
-        if not own.any or any(_borne_out(clue, shapes) for clue in own.any):
+        untold = [clue for clue in own.any if not _borne_out(clue, shapes)]
+        if not own.any or len(untold) < len(own.any):
             yield Sample(name, shapes, facts)
-        else:
-            for clue in own.any:
-                yield Sample(f"{name}, by {clue}", {**shapes, **_clue_keys(clue)}, facts)
+        for clue in untold:
+            yield Sample(f"{name}, by {clue}", {**shapes, **_clue_keys(clue)}, facts)
 
 
 def _towers(mapping: Mapping, layouts: MappingType[str, Layout]) -> Iterator[tuple[str, dict[str, Layout]]]:

@@ -14,6 +14,8 @@ from keymap.pieces import Layout
 from keymap.registry import Registry
 from keymap.rules import Check, Fault, Rule, RuleTable, Step, apply_rules
 
+_MOST = 10_000  # indices that a group is asked to be complete for
+
 __all__ = ["Translated", "from_hub", "incomplete", "respell", "to_hub", "tower_of"]
 
 
@@ -89,7 +91,7 @@ def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[
                 f"the file's {tower} tower is spelled {here}, the target's {' or '.join(targets)}, and no "
                 f"respelling leads from one to the other: these are different architectures"
             )
-            now.faults.append(Fault(text))
+            now.faults.append(Fault(text, foreign=True))
             foreign = [key for key in now.tensors if tower_of(known.hub, key) == tower]
             now.unowned += [source for key in foreign for source in now.tensors[key].sources]
             now.tensors = {key: layout for key, layout in now.tensors.items() if key not in foreign}
@@ -139,6 +141,12 @@ def _indexed(rule: Rule) -> str:
     return "".join(t if isinstance(t, str) else t.regex() for t in tokens[: last + 1])
 
 
+def _first(rule: Rule, name: str) -> int:
+    """The first index that a rule counts: 0, or what its arithmetic needs (``<1-1>`` counts from 1)."""
+    slots = (slot for side in rule.targets for slot in side.slots if slot.names == (name,))
+    return max([0, *(-slot.shift for slot in slots)])
+
+
 def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> list[Fault]:
     """Groups of a format that are there in part, and what they lack.
 
@@ -172,8 +180,8 @@ def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> 
                 lacking.append(str(rule.source))
             names = [n for slot in rule.source.slots if slot.kind == "int" for n in slot.names]
             if len(names) == 1:
-                there = sorted(int(index[0]) for index in indices)
-                indices = [(str(n),) for n in range(there[-1] + 1 if there and there[-1] < 10_000 else 0)] or indices
+                last = min(max((int(index[0]) for index in indices), default=-1), _MOST)
+                indices = [(str(n),) for n in range(_first(rule, names[0]), last + 1)]
             choices = [[value for value, _ in slot.options] for slot in rule.source.slots if slot.kind == "alts"]
             others = [slot.names[0] for slot in rule.source.slots if slot.kind == "alts"]
             for index in indices:

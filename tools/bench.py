@@ -1,0 +1,307 @@
+"""Time loads against the floor: what it takes to copy the same bytes between two allocated tensors.
+
+    python tools/bench.py             all cases, some minutes
+    python tools/bench.py --quick     tiny models, to see that it runs
+
+Every figure is a ratio of times of one run: rounds are interleaved, files are in the page cache, and medians
+are shown with the least and the greatest. Memory is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import open_clip
+import torch
+from peers import big_vision, hf, openclip
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import keymap
+
+VIT = {"image_size": 224, "image_width": 768, "image_heads": 12, "image_depth": 12, "image_mlp": 4, "text_mlp": 4}
+CLIP_TEXT = {"context_length": 77, "vocab": 49408, "text_width": 512, "text_heads": 8, "text_depth": 12}
+SIGLIP_TEXT = {"context_length": 64, "vocab": 32000, "text_width": 768, "text_heads": 12, "text_depth": 12}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "clip": {**VIT, **CLIP_TEXT, "patch": 32, "embed_dim": 512},
+    "siglip": {**VIT, **SIGLIP_TEXT, "patch": 16, "embed_dim": 768},
+}
+
+
+@dataclass
+class Case:
+    """A file, the model that it goes into, and what the targets say of the load."""
+
+    name: str
+    file: Path
+    model: str
+    target: float
+    against: dict[str, Callable[[nn.Module, Path], object]] = field(default_factory=dict)
+
+
+def model_of(kind: str, quick: bool, seed: int = 3) -> nn.Module:
+    """A ViT-B-32 or a ViT-B-16-SigLIP; small with ``quick``."""
+    build = openclip.clip if kind == "clip" else openclip.siglip
+    made: nn.Module = build(seed=seed, **({} if quick else SIZES[kind]))
+    return made
+
+
+def with_open_clip(model: nn.Module, file: Path) -> object:
+    return open_clip.load_checkpoint(model, str(file))
+
+
+def with_safetensors(model: nn.Module, file: Path) -> object:
+    return model.load_state_dict(load_file(str(file)))
+
+
+def cases(folder: Path, quick: bool) -> list[Case]:
+    """Write the files."""
+    source = model_of("clip", quick)
+    state = {key: value.contiguous() for key, value in source.state_dict().items()}
+    save_file(state, folder / "clip.safetensors")
+    torch.save(state, folder / "clip.pt")
+    del source, state
+    hf.clip(**({} if quick else SIZES["clip"])).save_pretrained(folder / "hf")
+    np.savez(folder / "siglip.npz", **big_vision.init(**({} if quick else SIZES["siglip"])))
+    own: dict[str, Callable[[nn.Module, Path], object]] = {"open_clip": with_open_clip}
+    return [
+        Case(
+            "ViT-B-32 .safetensors",
+            folder / "clip.safetensors",
+            "clip",
+            1.10,
+            {**own, "safetensors + load_state_dict": with_safetensors},
+        ),
+        Case("ViT-B-32 .pt", folder / "clip.pt", "clip", 1.10, own),
+        Case("transformers CLIP -> ViT-B-32", folder / "hf" / "model.safetensors", "clip", 1.15),
+        Case("SigLIP B/16 .npz", folder / "siglip.npz", "siglip", 2.0, own),
+    ]
+
+
+def floor_of(model: nn.Module) -> Callable[[], None]:
+    """Copy the model's bytes, tensor by tensor, into tensors that are allocated and touched already."""
+    source = [value.detach() for value in model.state_dict().values()]
+    target = [torch.zeros_like(value) for value in source]
+
+    def copy() -> None:
+        for one, other in zip(target, source, strict=True):
+            one.copy_(other)
+
+    return copy
+
+
+def timed(rounds: int, work: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each, round after round, after one round that does not count."""
+    spent: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, act in work.items():
+            start = time.perf_counter()
+            act()
+            if number:
+                spent[name].append(time.perf_counter() - start)
+    return spent
+
+
+def line(name: str, seconds: Sequence[float], floor: float, note: str = "") -> str:
+    middle, least, greatest = statistics.median(seconds), min(seconds), max(seconds)
+    return (
+        f"  {name:32} {middle * 1e3:9.1f} ms  ({least * 1e3:.1f} - {greatest * 1e3:.1f})"
+        f"  {middle / floor:7.2f} x floor  {note}".rstrip()
+    )
+
+
+def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
+    """One file: the floor, keymap, what others need. Returns medians in seconds."""
+    model, other = model_of(case.model, quick), model_of(case.model, quick, seed=4)
+    work: dict[str, Callable[[], object]] = {
+        "floor": floor_of(model),
+        "keymap": lambda: keymap.load_checkpoint(model, case.file),
+        "keymap, plan alone": lambda: keymap.plan_load(model, case.file),
+        "keymap, assign=True": lambda: keymap.load_checkpoint(other, case.file, assign=True),
+    }
+    for name, act in case.against.items():
+        work[name] = lambda act=act: act(model, case.file)  # type: ignore[misc]
+    spent = timed(rounds, work)
+    medians = {name: statistics.median(times) for name, times in spent.items()}
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    print(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
+    for name, times in spent.items():
+        note = f"(target {case.target:g})" if name == "keymap" else ""
+        if name in case.against:
+            note = f"{medians[name] / medians['keymap']:.1f} x keymap"
+        if name == "keymap, assign=True":
+            note = f"{medians[name] / medians['keymap']:.2f} x keymap"
+        print(line(name, times, medians["floor"], note))
+    return medians
+
+
+# --- plans ---------------------------------------------------------------------------------------------------
+
+
+class Many(nn.Module):
+    """A stand-in for a model of many tiny tensors: OpenCLIP's names, and no modules to walk through."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self, **options: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return self.tensors
+
+
+def many(count: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """An image tower as transformers writes it (16 keys a block), about ``count`` keys, and OpenCLIP's keys of it."""
+    w = 2
+    file = {
+        "vision_model.embeddings.class_embedding": torch.zeros(w),
+        "vision_model.embeddings.patch_embedding.weight": torch.zeros(w, 3, 1, 1),
+        "vision_model.embeddings.position_embedding.weight": torch.zeros(2, w),
+    }
+    hub = {
+        "visual.class_embedding": torch.zeros(w),
+        "visual.conv1.weight": torch.zeros(w, 3, 1, 1),
+        "visual.positional_embedding": torch.zeros(2, w),
+    }
+    for theirs, ours in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
+        for part in ("weight", "bias"):
+            file[f"vision_model.{theirs}.{part}"] = torch.zeros(w)
+            hub[f"visual.{ours}.{part}"] = torch.zeros(w)
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
+    names |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for number in range((count - len(file)) // 16):
+        old, new = f"vision_model.encoder.layers.{number}.", f"visual.transformer.resblocks.{number}."
+        for part in ("weight", "bias"):
+            wide = (w, w) if part == "weight" else (w,)
+            for letter in "qkv":
+                file[f"{old}self_attn.{letter}_proj.{part}"] = torch.zeros(wide)
+            hub[f"{new}attn.in_proj_{part}"] = torch.zeros(3 * w, *wide[1:])
+            for theirs, ours in names.items():
+                shape = (w,) if "norm" in theirs else wide
+                file[f"{old}{theirs}.{part}"] = torch.zeros(shape)
+                hub[f"{new}{ours}.{part}"] = torch.zeros(shape)
+    return file, hub
+
+
+def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
+    """The time of a plan by the number of keys."""
+    print("plan_load of a transformers CLIP image tower by the number of keys; reading the header is within")
+    first = 0.0
+    for count in counts:
+        tensors, hub = many(count)
+        save_file(tensors, folder / "many.safetensors")
+        model = Many(hub)
+        spent = timed(rounds, {"plan": lambda m=model: keymap.plan_load(m, folder / "many.safetensors")})["plan"]  # type: ignore[misc]
+        each = statistics.median(spent) / len(tensors)
+        first = first or each
+        print(
+            f"  {len(tensors):7} keys {statistics.median(spent) * 1e3:9.1f} ms  ({min(spent) * 1e3:.1f} - "
+            f"{max(spent) * 1e3:.1f})  {each * 1e6:6.1f} us a key  {each / first:.2f} x the first row's"
+        )
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process, or 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next(int(row.split()[1]) * 1024 for row in text.splitlines() if row.startswith("Anonymous:"))
+
+
+def memory_of(kind: str, file: Path, quick: bool) -> None:
+    """(In a process of its own) load, watched by a thread; prints what the load took beyond the model."""
+    model = model_of(kind, quick)
+    keymap.list_formats()  # what only the first call reads
+    small = openclip.clip()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({k: v.contiguous() for k, v in small.state_dict().items()}, Path(folder) / "small.safetensors")
+        keymap.load_checkpoint(small, Path(folder) / "small.safetensors")
+    done = threading.Event()
+    before = peak = anonymous()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            done.wait(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = keymap.load_checkpoint(model, file)
+    peak = max(peak, anonymous())
+    done.set()
+    watcher.join()
+    largest = max(value.numel() * value.element_size() for value in model.state_dict().values())
+    del result
+    print(f"{(peak - before) / 1e6:.1f} {largest / 1e6:.1f}")
+
+
+def run_memory(case: Case, quick: bool) -> None:
+    command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file)]
+    found = subprocess.run([*command, *(["--quick"] if quick else [])], capture_output=True, text=True, check=False)
+    if found.returncode:
+        print(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
+        return
+    extra, largest = (float(word) for word in found.stdout.split()[-2:])
+    print(f"  {case.name:32} {extra:8.1f} MB  (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)")
+
+
+# --- all -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time keymap's loads against a plain copy of the same bytes.")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each is timed (9)")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few rounds")
+    parser.add_argument("--only", default="", help="only cases whose name holds this, without plans and memory")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads (as torch chooses)")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    if asked.memory_of:
+        memory_of(asked.memory_of, asked.file, asked.quick)
+        return 0
+    rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
+    print(f"{rounds} rounds, torch {torch.__version__} with {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory(prefix="keymap-bench-") as name:
+        folder = Path(name)
+        some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
+        for case in some:
+            run_case(case, rounds, asked.quick)
+        if asked.only:
+            return 0
+        run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
+        print("extra anonymous memory while loading, at most")
+        for case in some:
+            run_memory(case, asked.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Check mapping files: the shipped ones, or those named.
+
+    python tools/check_mappings.py                     all of mappings/
+    python tools/check_mappings.py my_format.yaml ...  these, beside the shipped ones
+
+One line for each file, and every fault of every file with file:line:column. The exit status is 1 if there
+are faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from keymap.errors import MappingError
+from keymap.mapping import Mapping, compile_mapping, data_folder
+from keymap.marked_yaml import Marked, parse_yaml
+from keymap.registry import Registry
+
+
+def shown(file: Path) -> str:
+    """A path as messages show it."""
+    here = Path.cwd()
+    return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
+
+
+def count(mapping: Mapping) -> int:
+    """The rules of a file, tables written out."""
+    accepts = sum(len(block.table.rules) for block in mapping.accepts)
+    return len(mapping.rules) + accepts + sum(len(variant.rules) for variant in mapping.variants)
+
+
+def told(error: MappingError) -> list[str]:
+    return list(error.faults or (error.summary,))
+
+
+def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Lines about the files that are right, and all faults of the others."""
+    lines: list[str] = []
+    faults: list[str] = []
+    shipped = sorted(data_folder("mappings").glob("*.yaml"))
+    together = {file.resolve(): file for file in [*shipped, *files]}
+    parsed: dict[str, Marked] = {}  # for the tables that one file takes from another
+    texts: dict[Path, str] = {}
+    for place, file in together.items():
+        try:
+            texts[place] = file.read_text(encoding="utf-8")
+            marked = parse_yaml(texts[place], shown(place))
+            parsed[str(marked.data.get("format"))] = marked
+        except MappingError as error:
+            faults += told(error)
+        except (OSError, UnicodeDecodeError, AttributeError) as fault:
+            faults.append(f"{shown(place)}:1:1: {fault}")
+    if faults:
+        return lines, faults
+    for file in files:
+        start = time.perf_counter()
+        try:
+            mapping = compile_mapping(texts[file.resolve()], shown(file.resolve()), parsed.get)
+        except MappingError as error:
+            faults += told(error)
+            continue
+        spent = (time.perf_counter() - start) * 1000
+        lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
+    if not faults:  # what only all files together show: names, spellings, paths of respellings
+        try:
+            Registry().add(together)
+        except MappingError as error:
+            faults += told(error)
+    return lines, faults
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check mapping files; exit status 1 if one is wrong.")
+    parser.add_argument("files", nargs="*", type=Path, help="mapping files; all shipped ones if none is named")
+    files = parser.parse_args(arguments).files or sorted(data_folder("mappings").glob("*.yaml"))
+    lines, faults = check(files)
+    for text in [*lines, *faults]:
+        print(text)
+    print(f"{len(lines)} of {len(files)} files are right, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
