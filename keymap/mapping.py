@@ -151,13 +151,12 @@ class _Compiler:
             for number, item in enumerate(data.get(name, [])):
                 text, ndim = (item, None) if isinstance(item, str) else (item["key"], item.get("ndim"))
                 side = self.side(text, (*where, name, number))
-                if side is not None:
+                if text == "(.+)":
+                    self.fault(self.marked, (*where, name, number), "(.+) matches every file: it is no evidence")
+                elif side is not None:
                     found.append(Clue(side, ndim))
             return tuple(found)
 
-        for number, item in enumerate([*data.get("all", []), *data.get("any", [])]):
-            if (item if isinstance(item, str) else item["key"]) == "(.+)":
-                self.fault(self.marked, (*where,), f"item {number + 1}: (.+) matches every file: it is no evidence")
         return Evidence(clues("all"), clues("any"), clues("none"))
 
     # --- rules ---
@@ -208,7 +207,8 @@ class _Compiler:
                 parse_target((*target_prefix, (t, groups_before)), source, self.lookups, options.get("unstack"))
                 for t in targets
             )
-            yield self._operations(options, source, sides, marked.at(where), _text(key, value), group, sizes)
+            text = _text(key, value)
+            yield self._operations(options, source, sides, marked.at(where), text, group, sizes, groups_before)
         except (PatternError, ViewError) as error:
             self.fault(marked, where, str(error))
 
@@ -221,6 +221,7 @@ class _Compiler:
         text: str,
         group: str,
         sizes: MappingType[str, int | str],
+        groups_before: int,
     ) -> Rule:
         before = parse_view(options["view"]) if "view" in options else None
         then = parse_view(options["then"]) if "then" in options else None
@@ -234,9 +235,11 @@ class _Compiler:
         lost = tuple(name for name in source.variables if name not in held)
         gained = tuple(name for name in targets[0].variables if name not in source.variables)
         if lost and not joins:
+            number = int(lost[0]) - groups_before
+            shown = f"group {number}" if number > 0 else f"group {lost[0]} of the prefix"
             raise PatternError(
-                f"group {', '.join(lost)} is captured and not used by the target: several keys would become one. "
-                f"Use it as \\{lost[0]}, or say how they join: concat, stack or rows"
+                f"{shown} is captured and not used by the target: several keys would become one. "
+                f"Use it as \\{number if number > 0 else lost[0]}, or say how they join: concat, stack or rows"
             )
         if gained and not cuts:
             raise PatternError("the target has a group of its own: say how the tensor is cut, with split or unstack")
@@ -315,6 +318,9 @@ class _Compiler:
             raise PatternError(f"{kind} writes one group of the target's own, here are {len(gained)}")
         axis = int(options.get("axis", 0))
         if kind == "unstack":
+            name = options["unstack"]
+            if gained != (name,):
+                raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
             return Part("stack", axis, gained)
         options_of = next(slot for slot in target.slots if slot.names == gained).options
         lengths = tuple(int(n) for n in options["split"])
@@ -372,6 +378,8 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
         MappingError: with every fault found, each with its place.
     """
     marked = parse_yaml(text, file)
+    if not isinstance(marked.data, dict):
+        raise MappingError(f"{file} is not a mapping", [f"{file}:1:1: it holds no fields, as format: and groups:"])
     faults = []
     for error in sorted(_validator().iter_errors(marked.data), key=lambda e: list(map(str, e.absolute_path))):
         faults += _schema_fault(marked, error)
@@ -470,6 +478,9 @@ def _schema_fault(marked: Marked, error: Any) -> list[str]:
         if branch:
             best = max(branch, key=lambda e: len(e.absolute_path))
             return _schema_fault(marked, best)
+    if error.validator == "oneOf" and not error.context:
+        fields = [name for branch in error.validator_value for name in branch.get("required", ())]
+        return [f"{marked.at(where)}: give only one of {', '.join(fields)}"]
     if error.validator == "not":
         return [f"{marked.at(where)}: a field of the hub stands in a file that is not the hub"]
     said = error.message if len(error.message) < 200 else error.message[:200] + " ..."

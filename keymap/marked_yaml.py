@@ -80,6 +80,8 @@ def parse_yaml(text: str, file: str) -> Marked:
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise refuse(key_node.start_mark, "a key must be plain text")
                 key = key_node.value
+                if key_node.tag.endswith(":merge"):
+                    raise refuse(key_node.start_mark, "merge keys (<<) are not used: share rules with `tables`")
                 if key in data:
                     first = marks[(*path, key)][0]
                     raise refuse(key_node.start_mark, f"key {key!r} is given twice (first in line {first})")

@@ -5,7 +5,7 @@ variable. Both sides of a rule are made of the same tokens over the same variabl
 matched and either can be written: the inverse of a rule is the rule with its sides exchanged.
 
 ==================  ============================================================================
-``(\d+)``           an index: 0, 1, 2, ... without leading zeros
+``(\d+)``           an index: 0, 1, 2, ... without leading zeros, at most nine digits
 ``(\w+)``           letters, digits, underscores
 ``([^.]+)``         anything up to a dot
 ``(a|b|c)``         one of the alternatives
@@ -18,7 +18,8 @@ matched and either can be written: the inverse of a rule is the rule with its si
 ==================  ============================================================================
 
 Everything else is literal; a dot is a dot. An open-ended group must be followed by something that it cannot
-match itself, so matching is deterministic and takes linear time.
+match itself, and alternatives must be told apart by what follows them, so a key has one reading and matching
+takes linear time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import permutations
 
 __all__ = ["PatternError", "Side", "Slot", "overlap", "parse_source", "parse_target"]
 
@@ -38,16 +40,17 @@ class PatternError(ValueError):
 _OPEN: dict[
     str, tuple[str, Callable[[str], bool]]
 ] = {  # kind -> (regular expression, "can this character occur in it?")
-    "int": (r"(?:0|[1-9][0-9]*)", lambda c: c in "0123456789"),
+    "int": (r"(?:0|[1-9][0-9]{0,8})", lambda c: c in "0123456789"),
     "word": (r"[A-Za-z0-9_]+", lambda c: c.isascii() and (c.isalnum() or c == "_")),
     "part": (r"[^.]+", lambda c: c != "."),
     "rest": (r".+", lambda c: True),
 }
 _GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "part", ".+": "rest"}
-_LITERAL = re.compile(r"[A-Za-z0-9_./:#@$~ -]+")
+_LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _ADVICE = {
     "\\": "a dot outside a group is already a dot, and only \\d and \\w exist, inside a group",
     "^": "a pattern always matches the whole key: leave ^ out",
+    "$": "a pattern always matches the whole key: leave $ out",
     "*": "write (\\d+), (\\w+), ([^.]+), (a|b) or, at the end, (.+)",
     "+": "write (\\d+), (\\w+), ([^.]+) or, at the end, (.+)",
     "?": "list the alternatives instead: (|x), or mark the rule optional",
@@ -170,15 +173,15 @@ class Side:
 def _literal(text: str, at: int, whole: str) -> str:
     found = _LITERAL.match(text, at)
     if found is None:
-        advice = _ADVICE.get(text[at], "keys hold letters, digits and _ . / : # @ $ ~ -")
-        raise PatternError(f"{text[at]!r} at character {at + 1} of {whole!r}: {advice}")
+        advice = _ADVICE.get(text[at], "keys hold letters, digits and _ . / : # @ ~ -")
+        raise PatternError(f"'{text[at]}' at character {at + 1} of '{whole}': {advice}")
     return found.group()
 
 
 def _group_end(text: str, at: int) -> int:
     end = text.find(")", at)
     if end < 0:
-        raise PatternError(f"the group that opens at character {at + 1} of {text!r} is not closed")
+        raise PatternError(f"the group that opens at character {at + 1} of '{text}' is not closed")
     return end
 
 
@@ -187,9 +190,9 @@ def _alternatives(body: str, text: str) -> tuple[tuple[str, str], ...]:
     for option in options:
         if option and not _LITERAL.fullmatch(option):
             kinds = ", ".join(f"({g})" for g in _GROUPS)
-            raise PatternError(f"({body}) in {text!r} is neither one of {kinds} nor a list of plain alternatives (a|b)")
+            raise PatternError(f"({body}) in '{text}' is neither one of {kinds} nor a list of plain alternatives (a|b)")
     if len(set(options)) != len(options):
-        raise PatternError(f"({body}) in {text!r} lists an alternative twice")
+        raise PatternError(f"({body}) in '{text}' lists an alternative twice")
     return tuple((option, option) for option in options)
 
 
@@ -214,7 +217,7 @@ def parse_source(text: str, first: int = 1) -> Side:
             at += len(literal)
     if not tokens:
         raise PatternError("an empty pattern matches no key")
-    check_linear(tokens, text)
+    _check_readings(tokens, text)
     return Side(tuple(tokens))
 
 
@@ -246,10 +249,10 @@ def parse_target(
                 tokens.append(token)
     names = [name for token in tokens if isinstance(token, Slot) for name in token.names]
     if len(set(names)) != len(names):
-        raise PatternError(f"{text!r} uses a group twice: the way back could not tell which one to believe")
+        raise PatternError(f"'{text}' uses a group twice: the way back could not tell which one to believe")
     if not tokens:
         raise PatternError("an empty target")
-    check_linear(tokens, text)
+    _check_readings(tokens, text)
     return Side(tuple(tokens))
 
 
@@ -263,13 +266,13 @@ def _target_tokens(
         if char == "\\":
             number = text[at + 1 : at + 2]
             if not number.isdigit():
-                raise PatternError(f"{text!r}: after a backslash stands the number of a group, as in \\1")
+                raise PatternError(f"'{text}': after a backslash stands the number of a group, as in \\1")
             yield _same(known, str(int(number) + offset), text, offset)
             at += 2
         elif char == "<":
             end = text.find(">", at)
             if end < 0:
-                raise PatternError(f"{text!r}: the < at character {at + 1} is not closed")
+                raise PatternError(f"'{text}': the < at character {at + 1} is not closed")
             yield _computed(text[at + 1 : end], known, lookups, text, offset, index)
             at = end + 1
         elif char == "(":
@@ -286,7 +289,7 @@ def _target_tokens(
 def _same(known: Mapping[str, Slot], name: str, text: str, offset: int) -> Slot:
     if name not in known:
         shown = str(int(name) - offset) if name.isdigit() else name
-        raise PatternError(f"{text!r} uses group {shown}, which the source pattern does not have")
+        raise PatternError(f"'{text}' uses group {shown}, which the source pattern does not have")
     slot = known[name]
     return Slot((name,), slot.kind, tuple((value, value) for value, _ in slot.options))
 
@@ -318,31 +321,39 @@ def _computed(
         return Slot(slot.names, "alts", options)
     found = _ARITHMETIC.fullmatch(body)
     if found is None:
-        raise PatternError(f"<{body}> in {text!r}: write <1+1>, <1*6+2>, <1:lookup> or <name> with unstack")
+        raise PatternError(f"<{body}> in '{text}': write <1+1>, <1*6+2>, <1:lookup> or <name> with unstack")
     high, base, low, shift = found.groups()
     first = _same(known, str(int(high) + offset), text, offset)
     if not base:
         if first.kind != "int":
-            raise PatternError(f"<{body}> in {text!r}: arithmetic needs a (\\d+) group")
+            raise PatternError(f"<{body}> in '{text}': arithmetic needs a (\\d+) group")
         return Slot(first.names, "int", shift=int(shift or 0))
     second = _same(known, str(int(low) + offset), text, offset)
     values = [value for value, _ in second.options]
     if first.kind != "int" or values != [str(i) for i in range(int(base))]:
         raise PatternError(
-            f"<{body}> in {text!r}: group {high} must be (\\d+) and group {low} must list "
+            f"<{body}> in '{text}': group {high} must be (\\d+) and group {low} must list "
             f"0 to {int(base) - 1}, as (0|1|...)"
         )
     return Slot((*first.names, *second.names), "int", shift=int(shift or 0), base=int(base))
 
 
-def check_linear(tokens: Sequence[Token], text: str) -> None:
-    """Refuse an open-ended group that is followed by something it could match itself."""
+def _check_readings(tokens: Sequence[Token], text: str) -> None:
+    """Refuse an open-ended group that is followed by something it could match itself, and such alternatives."""
     for i, token in enumerate(tokens):
-        if isinstance(token, str) or token.kind == "alts":
+        if isinstance(token, str):
+            continue
+        if token.kind == "alts":
+            after = tuple(tokens[i + 1 :])
+            for short, long in permutations([spelled for _, spelled in token.options], 2):
+                if long.startswith(short) and long != short:
+                    key = overlap(Side(after), Side((long[len(short) :], *after)))
+                    if key is not None:
+                        raise PatternError(f"'{text}': '{short + key}' has two readings, with {short!r} and {long!r}")
             continue
         if token.kind == "rest":
             if i + 1 < len(tokens):
-                raise PatternError(f"{text!r}: (.+) stands only at the end; use ([^.]+) or (\\w+) before")
+                raise PatternError(f"'{text}': (.+) stands only at the end; use ([^.]+) or (\\w+) before")
             continue
         inside = _OPEN[token.kind][1]
         for follow in tokens[i + 1 :]:
@@ -352,10 +363,10 @@ def check_linear(tokens: Sequence[Token], text: str) -> None:
                 first = [s[0] for _, s in follow.options if s]
                 may_be_empty = any(not s for _, s in follow.options)
             else:
-                raise PatternError(f"{text!r}: two open-ended groups need literal text between them")
+                raise PatternError(f"'{text}': two open-ended groups need literal text between them")
             if any(inside(c) for c in first):
                 raise PatternError(
-                    f"{text!r}: {follow if isinstance(follow, str) else follow.regex()!r} follows an "
+                    f"'{text}': '{follow if isinstance(follow, str) else follow.regex()}' follows an "
                     f"open-ended group that can match it too; no unique reading"
                 )
             if not may_be_empty:
@@ -364,6 +375,7 @@ def check_linear(tokens: Sequence[Token], text: str) -> None:
 
 # --- do two sides share a key? ---------------------------------------------------------------------
 
+_digit = _OPEN["int"][1]
 _Class = str | Callable[[str], bool]  # one character, or a predicate
 _SAMPLES = "1a_-/.:#"
 
@@ -385,6 +397,23 @@ def _automaton(side: Side) -> tuple[list[list[tuple[_Class, int]]], list[list[in
             at = after
         return at
 
+    def number(at: int, least: int) -> int:
+        """The numbers from ``least`` on, without leading zeros."""
+        done, longer = state(), state()
+        empty[longer].append(done)
+        edges[longer].append((_digit, longer))
+        to_come = [longer]  # by how many digits are still to come, at least
+        for _ in str(least):
+            edges[state()].append((_digit, to_come[-1]))
+            to_come.append(len(edges) - 1)
+        for left, digit in zip(range(len(str(least)) - 1, -1, -1), str(least), strict=True):
+            for other in "0123456789":
+                if other != digit and (other != "0" or left < len(str(least)) - 1):
+                    edges[at].append((other, to_come[left + (other < digit)]))
+            at = chain(at, digit)
+        empty[at].append(longer if least else done)
+        return done
+
     at = 0
     for token in side.tokens:
         if isinstance(token, str):
@@ -395,6 +424,8 @@ def _automaton(side: Side) -> tuple[list[list[tuple[_Class, int]]], list[list[in
             for end in ends:
                 empty[end].append(join)
             at = join
+        elif token.kind == "int":
+            at = number(at, max(0, token.shift))
         else:
             after = state()
             inside = _OPEN[token.kind][1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
-from keymap.pattern import Side
+from keymap.pattern import Side, Slot
 from keymap.pieces import Layout, Piece, cut, place, whole
 from keymap.view import View, ViewError
 
@@ -58,9 +58,13 @@ class Part:
                 raise _RuleError(f"an axis of length {total} cannot be cut in proportions {list(lengths)}")
             exact = [n * (total // told) for n in lengths if n is not None]
         if min(exact) < 1:
-            raise _RuleError(f"an axis of length {total} is too short for parts {list(self.lengths)}")
+            raise _RuleError(f"an axis of length {total} is too short for parts {_told(self.lengths)}")
         ends = [sum(exact[: i + 1]) for i in range(len(exact))]
         return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _told(lengths: Iterable[int | None]) -> list[int | str]:
+    return ["*" if n is None else n for n in lengths]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +108,17 @@ class Rule:
         """True when the rule only renames one key."""
         does = (self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
         return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
+
+    @cached_property
+    def _falling(self) -> tuple[Slot, ...]:
+        return tuple(slot for side in self.targets for slot in side.slots if slot.shift < 0)
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """The captures, or None: also where ``<1-1>`` would write an index below zero."""
+        values = self.source.match(key)
+        if values is not None and any(slot.write(values).startswith("-") for slot in self._falling):
+            return None
+        return values
 
     @property
     def computes(self) -> bool:
@@ -217,18 +232,18 @@ class RuleTable:
         shape = _DIGITS.sub("0", key) if len(key) < 1000 else key
         seen = self._seen.get(shape, ())
         for rule in seen:
-            values = rule.source.match(key)
+            values = rule.match(key)
             if values is not None:
                 return rule, values
         for rule in plain:
             if rule in seen:
                 continue
-            values = rule.source.match(key)
+            values = rule.match(key)
             if values is not None:
                 self._seen.setdefault(shape, []).append(rule)
                 return rule, values
         for rule in rest:
-            values = rule.source.match(key)
+            values = rule.match(key)
             if values is not None:
                 return rule, values
         return None
@@ -267,15 +282,14 @@ def _joined(part: Part, members: list[Layout]) -> Layout:
     if part.kind == "rows":
         if len(shapes) > 1:
             raise _RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
-        pieces: list[Piece] = []
-        total = first.shape[0]
-        for member, (start, stop) in zip(members, part.ranges, strict=True):
-            taken = cut(member, 0, start, total if stop is None else stop)
-            pieces += place(taken, first.shape, 0, start)
-        covered = [(a, total if b is None else b) for a, b in part.ranges]
-        ends = [0, *(b for _, b in covered)]
-        if ends[-1] != total or any(a != b for (a, _), b in zip(covered, ends, strict=False)):
+        total = first.shape[0] if first.shape else 0
+        covered = [(start, total if stop is None else stop) for start, stop in part.ranges]
+        ends = [0, *(stop for _, stop in covered)]
+        if ends[-1] != total or any(a != b or a >= c for (a, c), b in zip(covered, ends, strict=False)):
             raise _RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
+        pieces: list[Piece] = []
+        for member, (start, stop) in zip(members, covered, strict=True):
+            pieces += place(cut(member, 0, start, stop), first.shape, 0, start)
         return Layout(first.shape, dtype, tuple(pieces))
     if part.kind == "stack":
         if len(shapes) > 1:
@@ -292,7 +306,7 @@ def _joined(part: Part, members: list[Layout]) -> Layout:
         want = [b - a for a, b in part.bounds(total)]
         got = [m.shape[axis] for m in members]
         if want != got:
-            said = "equal parts" if not part.lengths else f"parts {['*' if n is None else n for n in part.lengths]}"
+            said = "equal parts" if not part.lengths else f"parts {_told(part.lengths)}"
             raise _RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
     shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
     joined: list[Piece] = []
@@ -363,6 +377,8 @@ def _run(
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
     now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
     if rule.computes:
+        if rule.root is not None and rule.root >= len(now.shape):
+            raise _RuleError(f"there is no axis {rule.root} in {list(now.shape)}")
         factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
         now = replace(
             now,
@@ -384,6 +400,8 @@ def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layo
         raise _RuleError(f"it adds {key!r}, which is not there")
     other = tensors[key]
     if row is not None:
+        if not other.shape or row >= other.shape[0]:
+            raise _RuleError(f"it adds row {row} of {key!r}, whose shape is {list(other.shape)}")
         other = cut(other, 0, row, row + 1)
     if prod(other.shape) != prod(layout.shape):
         raise _RuleError(f"it adds {key!r} of shape {list(other.shape)} to {list(layout.shape)}")
@@ -425,6 +443,13 @@ def apply_rules(
         members = {row: tensors[key] for row, key in keys.items()}
         sources = tuple(keys.values())
         values = dict(kept)
+        if rule.tied is not None:  # the twin's values are written; these must be the same
+            for row, key in keys.items():
+                lost = rule.join.variables if rule.join is not None else ()
+                twin = rule.tied.write({**values, **dict(zip(lost, row, strict=True))})
+                if twin in tensors:
+                    result.checks.append(Check(key, tensors[key], tensors[twin], f"it is tied to {twin}"))
+            continue
         try:
             outputs = list(_run(rule, values, members, facts))
             if rule.add is not None:
@@ -436,10 +461,6 @@ def apply_rules(
             if target is None:
                 made = f"the part of {', '.join(sources)} that the format has no key for"
                 result.checks.append(Check(made, layout, 0, "it is left out"))
-            elif rule.tied is not None:
-                twin = rule.tied.write(values)
-                if twin in tensors:
-                    result.checks.append(Check(sources[0], layout, tensors[twin], f"it is tied to {twin}"))
             else:
                 _put(result, target, layout, rule, sources)
     return result

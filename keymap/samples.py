@@ -133,16 +133,20 @@ def _rule_keys(
         made = _Shapes(rule, facts)
         for values in _values(rule.source):
             key = rule.source.write(values)
+            if rule.match(key) is None:  # an index that the rule does not count, as 0 where names begin with 1
+                continue
             fixed = next((shape for side, shape in mapping.shapes if side.match(key) is not None), None)
             if fixed is None and rule.renames and rule.targets[0].write(values) in known.hub.scalars:
                 fixed = ()
             shapes[key] = fixed if fixed is not None else made.shape(values, _rank(key, evidence))
-            if rule.add is not None and rule.before is None:
+            if rule.add is not None:
                 adding.append((key, rule))
-    for key, rule in adding:
+    for key, rule in adding:  # the two shapes have to agree; the one that no view binds gives way
         other, row = rule.add or ("", None)
-        if other in shapes:
+        if other in shapes and rule.before is None:
             shapes[key] = shapes[other] if row is None else shapes[other][1:]
+        elif other in shapes:
+            shapes[other] = shapes[key] if row is None else (_COUNT, prod(shapes[key]))
     return shapes
 
 
