@@ -42,8 +42,18 @@ def _request(
         grid = (sizes[0], sizes[1])
     if not isinstance(towers, (str, tuple, list, set, type(None))):
         raise PlanError(f"towers={towers!r}: give a name or a tuple of names, as ('image',)")
+    if facts is not None and not (
+        isinstance(facts, Mapping) and all(type(value) is int and value > 0 for value in facts.values())
+    ):
+        raise PlanError(f"facts={facts!r}: give names and positive numbers, as {{'image.heads': 12}}")
     chosen = (towers,) if isinstance(towers, str) else tuple(towers) if towers is not None else None
     return Request(file, strict, chosen, grid, facts or {})
+
+
+def _refuse_other(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "; load into the model, not into its state dict" if isinstance(model, Mapping) else ""
+        raise PlanError(f"the model is a {type(model).__name__}, no torch.nn.Module{hint}")
 
 
 def _plan(opened: Opened, model: ModelView, request: Request) -> Plan:
@@ -91,6 +101,7 @@ def load_checkpoint(
         KeymapError: the load is refused (see its subclasses). The model is then bit for bit what it was.
     """
     start = time.perf_counter()
+    _refuse_other(model)
     try:
         target_device = torch.device(device)
         torch.empty(0, device=target_device)
@@ -138,6 +149,7 @@ def plan_load(
     Raises:
         KeymapError: as the load would, apart from values that only the load reads.
     """
+    _refuse_other(model)
     opened = open_source(checkpoint_path, True, mapping, wrapper)
     view = view_model(model, opened.known.hub)
     return _plan(opened, view, _request(opened.file, strict, towers, source_grid, facts))

@@ -47,8 +47,8 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
         dtype: of the result; None keeps the layout's. Sums and factors are computed in float32 or better.
     """
     computes = any(p.add or p.factor != 1.0 or (p.term != 0.0 and p.source is not None) for p in layout.pieces)
-    wide = layout.dtype
-    if computes and layout.dtype.is_floating_point and layout.dtype != torch.float64:
+    wide = dtype or layout.dtype
+    if computes and wide.is_floating_point and wide != torch.float64:
         wide = torch.float32
     result = torch.empty(prod(layout.shape), dtype=wide)
     for piece in layout.pieces:

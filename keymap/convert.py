@@ -43,6 +43,8 @@ def convert_state_dict(
     Raises:
         KeymapError: the source is not whole, a key has no place in the target, or a fact is lacking.
     """
+    if not isinstance(state_dict, Mapping) or not isinstance(to, str):
+        raise PlanError(f"give a dict of tensors and a format's name, not {type(state_dict).__name__} and {to!r}")
     known, wanted = known_with(mapping)
     target = known.get(to)
     if not target.rules:

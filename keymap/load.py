@@ -34,7 +34,7 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[str]:
     if bad and strict:
         raise VerifyError(
             f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
-            [text for _, text in bad],
+            [*(text for _, text in bad), "strict=False loads the rest and reports these keys"],
         )
     for source in {p.source for entry in plan.entries for p in entry.layout.pieces} - {None}:
         if source is not None and tensors[source].streamed:
@@ -50,7 +50,8 @@ def _simple(entry: Entry, target: torch.Tensor) -> bool:
 
 def _value(entry: Entry, tensors: Tensors) -> torch.Tensor:
     """One tensor of the model, made in memory of its own, shape and dtype as the model's."""
-    value = materialise(entry.layout, lambda key: tensors[key].read())
+    wanted = None if entry.resize is not None else entry.dtype
+    value = materialise(entry.layout, lambda key: tensors[key].read(), wanted)
     if entry.resize is not None:
         value = resample(value, entry.resize)
     return value.reshape(entry.shape).to(entry.dtype)
@@ -141,10 +142,17 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
     """What a copying load cannot write to.
 
     Raises:
-        PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, or was made
-            in inference mode.
+        PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, a copy that a
+            hook gives, or was made in inference mode.
     """
     written = {entry.key: targets[entry.key] for entry in plan.entries}
+    own = {id(t) for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())}
+    copies = [key for key, target in written.items() if id(target) not in own]
+    if copies:
+        raise PlanError(
+            f"{plan.file}: state_dict() of the model does not give the model's own tensors (a hook?), so nothing "
+            f"would be loaded: {some(copies)}; load into the model without the hook"
+        )
     empty = [key for key, target in written.items() if target.device.type == "meta"]
     if empty:
         raise PlanError(
@@ -170,13 +178,15 @@ def refuse_unassignable(model: nn.Module, plan: Plan, masks: Collection[str], de
         masks: names of buffers that are causal masks, which can be made anew.
 
     Raises:
-        PlanError: the device is meta, or a buffer that no checkpoint holds is on the meta device.
+        PlanError: the device is meta, or tensors of the model on the meta device would get no values.
     """
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
     lost = [path for path, _ in absent_buffers(model) if path not in masks]
+    written = {entry.key for entry in plan.entries}
+    lost += [k for k, t in model.state_dict().items() if t.device.type == "meta" and k not in written]
     if lost:
         raise PlanError(
-            f"{plan.file}: buffers of the model are on the meta device, and no checkpoint holds them: {some(lost)}; "
-            f"build the model on a real device"
+            f"{plan.file}: tensors of the model are on the meta device, and the load gives them no values: "
+            f"{some(lost)}; build the model on a real device"
         )

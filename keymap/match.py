@@ -5,6 +5,7 @@ Everything is decided from names, shapes and dtypes; all faults are collected be
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from keymap.pieces import Layout, Piece, join_runs, whole
 from keymap.plan import SHOWN, Entry, Plan, Request, dtype_name, some
 from keymap.registry import Registry
 from keymap.resize import Resize, ResizeError, plan_resize
-from keymap.rules import Check, RuleTable
+from keymap.rules import Check, Rule, RuleTable
 from keymap.translate import Translated, incomplete, respell, to_hub, tower_of
 from keymap.unwrap import Unwrapped
 
 __all__ = ["make_plan"]
 
+_FIRST_WORD = re.compile(r"[^./]+[./]")
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
 
 
@@ -58,6 +60,9 @@ def make_plan(
     if other and request.towers is not None:
         notes.append(f"{len(other)} tensors of other towers were not asked for")
     now.tensors = {key: layout for key, layout in now.tensors.items() if key not in other}
+    if request.towers is not None:
+        now.faults = [fault for fault in now.faults if fault.group in (*asked, "") or fault.fatal]
+        now.unowned = [key for key in now.unowned if _tower_of_source(now.rules, key) in (*asked, "")]
     if not now.tensors:
         raise PlanError(
             f"{request.file}: format {found.mapping.name} holds nothing of the towers asked for",
@@ -70,6 +75,7 @@ def make_plan(
     respell(known, now, wanted)
     work = _Work(known, found.mapping, now, model, request, asked)
     work.config_grid = config_grid
+    work.dtypes = {key: lazy.dtype for key, lazy in unwrapped.tensors.items()}
     work.match()
     work.ties()
     work.absent()
@@ -95,6 +101,13 @@ def make_plan(
         notes=(*notes, *work.notes),
         steps=tuple(now.steps),
     )
+
+
+def _tower_of_source(rules: Sequence[Rule], key: str) -> str:
+    """The tower that a source key without a rule seems to belong to: its first word is that of one tower only."""
+    first = _FIRST_WORD.match(key)
+    towers = {rule.group for rule in rules if first and rule.source.prefix.startswith(first.group())}
+    return towers.pop() if len(towers) == 1 else ""
 
 
 def _towers(hub: Mapping) -> tuple[str, ...]:
@@ -124,9 +137,10 @@ class _Work:
         asked: Sequence[str],
     ) -> None:
         self.known, self.hub, self.mapping, self.now = known, known.hub, mapping, now
-        self.model, self.request = model, request
+        self.model, self.request, self.asked = model, request, asked
         self.targets = {k: t for k, t in model.tensors.items() if tower_of(self.hub, k) in asked}
         self.config_grid: tuple[int, int] | None = None
+        self.dtypes: MappingType[str, torch.dtype] = {}
         self.entries: list[Entry] = []
         self.checks: list[Check] = []
         self.missing: list[str] = []
@@ -150,7 +164,7 @@ class _Work:
 
     def _entry(self, key: str, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
         resize = None
-        if layout.dtype.is_floating_point != dtype.is_floating_point or layout.dtype.is_complex != dtype.is_complex:
+        if _kind(layout.dtype) != _kind(dtype):
             raise ResizeError(
                 f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: not a cast keymap makes"
             )
@@ -166,7 +180,9 @@ class _Work:
         layout = replace(layout, pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
         filled = sum(piece.numel for piece in layout.pieces if not piece.add)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize)
+        given = {self.dtypes[source] for source in layout.sources} - {dtype}
+        casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given))
+        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, casts=casts)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)
@@ -247,8 +263,10 @@ class _Work:
     @staticmethod
     def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
         """Where a tensor lies; equal for tied tensors."""
-        if tensor.device.type == "meta" or not tensor.numel():
+        if not tensor.numel():
             return None
+        if tensor.device.type == "meta":
+            return id(tensor), -1
         return tensor.data_ptr(), tensor.numel()
 
     def _may_fill(self, key: str) -> bool:
@@ -270,7 +288,8 @@ class _Work:
         """
         strict, name = self.request.strict, self.mapping.name
         if self.missing:
-            self.now.faults += incomplete(self.mapping, self.now.rules, self.now.source_keys)
+            lacking = incomplete(self.mapping, self.now.rules, self.now.source_keys)
+            self.now.faults += [fault for fault in lacking if fault.group in self.asked]
         faults = [f for f in self.now.faults if strict or f.fatal]
         told = [fault.text for fault in faults]
         got = Counter(entry.tower for entry in self.entries if not entry.filled)
@@ -287,10 +306,11 @@ class _Work:
             if len(self.mismatched) > 4 * shown:
                 told.append(f"and {len(self.mismatched) - 4 * shown} more keys of other shape")
             if told:
-                lacking = [t for t in ("image", "text") if t not in in_file and self.request.towers is None]
-                if self.missing and len(lacking) == 1:
-                    has = ", ".join(repr(t) for t in ("image", "text") if t in in_file)
-                    told.append(f"the file holds no {' or '.join(lacking)} tower: load with towers=({has},)")
+                absent = [t for t in self.hub.spellings if t not in in_file and self.request.towers is None]
+                there = [t for t in self.hub.spellings if t in in_file]
+                if self.missing and absent and there:
+                    has = ", ".join(map(repr, there))
+                    told.append(f"the file holds no {' or '.join(absent)} tower: load with towers=({has},)")
                 else:
                     told.append("strict=False loads what fits and reports the rest")
                 raise PlanError(f"{held} does not fit the model; nothing was changed", told)
@@ -314,6 +334,13 @@ class _Work:
             self.missing += list(self.mismatched)
             used = {k for entry in self.entries for k in entry.layout.sources}
             self.unexpected += sorted(k for k in lost if k not in self.unexpected and k not in used)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Casts stay within a kind."""
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
 
 
 def _constant(value: float | str, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:

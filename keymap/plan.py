@@ -32,6 +32,7 @@ class Entry:
         layout: the pieces, at the source's size.
         shape, dtype: of the model's tensor.
         resize: how the position embedding is resampled, or None.
+        casts: conversions of dtype that its sources need, as ``float16 to float32``.
         filled: where a constant stands in for a key that the file has not: with what, and why. Else empty.
     """
 
@@ -42,6 +43,7 @@ class Entry:
     dtype: torch.dtype
     resize: Resize | None = None
     filled: str = ""
+    casts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,7 @@ class Plan:
     @property
     def cast(self) -> dict[str, int]:
         """Conversions of dtype, and how many tensors each concerns."""
-        pairs = ((e.layout.dtype, e.dtype) for e in self.entries if not e.filled and e.layout.dtype != e.dtype)
-        return dict(Counter(f"{dtype_name(a)} to {dtype_name(b)}" for a, b in pairs))
+        return dict(Counter(pair for entry in self.entries for pair in entry.casts))
 
     @property
     def loaded(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from keymap.errors import MappingError
 from keymap.mapping import Mapping, compile_mapping, data_folder
 from keymap.marked_yaml import Marked, parse_yaml
+from keymap.pattern import overlap
 from keymap.rules import RuleTable
 
 __all__ = ["Registry", "Respelling", "list_formats", "register_mappings", "registry"]
@@ -134,6 +135,9 @@ class Registry:
                         f"respellings of a tower must form a forest"
                     )
                 parent[one] = two
+        lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
+        if lost:
+            raise MappingError("rules write keys that the hub does not have", lost)
         if detected:
             from keymap.samples import claims  # which needs detect, which needs this module
 
@@ -158,6 +162,17 @@ class Registry:
                     paths[step.target] = [*paths[here], step]
                     queue.append(step.target)
         return paths.get(target)
+
+
+def _strays(hub: Mapping, mapping: Mapping) -> Iterable[str]:
+    """Rules whose target is no name of the hub in the rule's tower."""
+    for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
+        own = [other.source for other in hub.rules if other.group == rule.group]
+        for side in rule.targets:
+            if not any(overlap(side, other) for other in own):
+                towers = {other.group for other in hub.rules if overlap(side, other.source)}
+                there = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
+                yield f"{rule.place}: {str(side)!r} stands in group {rule.group!r}, but {there}"
 
 
 def _shown(file: Path) -> str:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+
+import torch
 
 from keymap.pattern import Side, Slot
 from keymap.pieces import Layout, Piece, cut, place, whole
@@ -166,12 +167,14 @@ class Fault:
     Attributes:
         text: what, in a sentence.
         sources: the source keys that it concerns.
+        group: the tower of the rule, empty where no rule of a tower is meant.
         fatal: True where not even a partial load is safe: two keys that become one.
         foreign: True where a whole tower is of another architecture.
     """
 
     text: str
     sources: tuple[str, ...] = ()
+    group: str = ""
     fatal: bool = False
     foreign: bool = False
 
@@ -274,11 +277,24 @@ def _in_order(part: Part, found: Iterable[tuple[str, ...]]) -> list[tuple[str | 
     return product
 
 
+def _common_dtype(members: list[Layout]) -> torch.dtype:
+    """The dtype that holds the values of all members."""
+    kinds = {(m.dtype.is_floating_point, m.dtype.is_complex, m.dtype == torch.bool) for m in members}
+    if len(kinds) > 1:
+        raise _RuleError(f"members of unlike dtypes: {', '.join(str(m.dtype) for m in members)}")
+    common = members[0].dtype
+    for member in members[1:]:
+        if member.dtype != common:
+            narrow = 1 in (common.itemsize, member.dtype.itemsize) and common.is_floating_point
+            common = torch.float32 if narrow else torch.promote_types(common, member.dtype)
+    return common
+
+
 def _joined(part: Part, members: list[Layout]) -> Layout:
     """The members of a join, in order, as one tensor."""
     shapes = {m.shape for m in members}
     first = members[0]
-    dtype = first.dtype
+    dtype = _common_dtype(members)
     if part.kind == "rows":
         if len(shapes) > 1:
             raise _RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
@@ -346,8 +362,8 @@ def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layou
         at: int, axis: int, now: Layout, values: dict[str, str]
     ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
         last = at == len(part.variables) - 1
-        if axis >= len(now.shape):
-            raise _RuleError(f"there is no axis {axis} to cut in {list(now.shape)}")
+        if axis >= len(now.shape) or not now.shape[axis]:
+            raise _RuleError(f"there is nothing to cut on axis {axis} of {list(now.shape)}")
         if last and part.members and part.kind == "concat":
             for member, (start, stop) in zip(part.members, part.bounds(now.shape[axis]), strict=True):
                 taken = cut(now, axis, start, stop)
@@ -403,7 +419,7 @@ def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layo
         if not other.shape or row >= other.shape[0]:
             raise _RuleError(f"it adds row {row} of {key!r}, whose shape is {list(other.shape)}")
         other = cut(other, 0, row, row + 1)
-    if prod(other.shape) != prod(layout.shape):
+    if [n for n in other.shape if n != 1] != [n for n in layout.shape if n != 1]:
         raise _RuleError(f"it adds {key!r} of shape {list(other.shape)} to {list(layout.shape)}")
     return replace(layout, pieces=layout.pieces + tuple(replace(p, add=True) for p in other.pieces))
 
@@ -498,4 +514,4 @@ def _fault(
             missing.append(rule.source.write({**values, **named}))
     lacks = f"; missing: {', '.join(missing)}" if missing else ""
     text = f"{rule.place}: rule {rule.text}: {what} (from {shapes}{lacks})"
-    return Fault(text, tuple(source for layout in members.values() for source in layout.sources))
+    return Fault(text, tuple(source for layout in members.values() for source in layout.sources), rule.group)

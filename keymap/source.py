@@ -37,11 +37,15 @@ def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
     known = registry()
     if mapping is None:
         return known, None
+    if not isinstance(mapping, (str, os.PathLike)):
+        raise MappingError(f"mapping={mapping!r}: give the name of a format, or the path of a YAML file")
     name = os.fspath(mapping)
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
         if known.get(name).kind not in ("format", "hub"):
             formats = ", ".join(sorted(m.name for m in known.formats))
-            raise MappingError(f"{name} is a {known.get(name).kind}, no format of a file; formats: {formats}")
+            raise MappingError(
+                f"{name} is no format of a file (its kind is {known.get(name).kind}); formats: {formats}"
+            )
         return known, name
     file = Path(name)
     own = next((m for m in known.mappings.values() if Path(m.file).resolve() == file.resolve()), None)
@@ -59,8 +63,10 @@ def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
 
 def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None) -> Opened:
     known, wanted = known_with(mapping)
-    if not os.fspath(path):
-        raise CheckpointError("the path of the checkpoint is empty")
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise CheckpointError(f"the checkpoint is {path!r}: give the path of a file")
+    if not isinstance(wrapper, (str, type(None))):
+        raise CheckpointError(f"wrapper={wrapper!r}: give the dotted path of a state dict in the file")
     checkpoint = open_checkpoint(path, weights_only)
     file = str(checkpoint.path)
     unwrapped = unwrap(checkpoint.tree, known.containers, file, wrapper)

@@ -111,7 +111,10 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
         return
     extra = [v.rules for v in mapping.variants if holds(v.when_hub, now.tensors) is not None]
     rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
-    applied = apply_rules(RuleTable(rules).inverse(), now.tensors, facts)
+    back = RuleTable(rules).inverse()
+    held = {key: layout for key, layout in now.tensors.items() if not _homeless(hub, back, key)}
+    applied = apply_rules(back, held, facts)
+    applied.left.update({key: layout for key, layout in now.tensors.items() if key not in held})
     now.tensors = applied.out
     for key, layout in applied.left.items():
         why = next((why for side, why in hub.drop if side.match(key) is not None), None)
@@ -126,6 +129,14 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
     now.checks += applied.checks
     now.steps += applied.steps
     now.faults += incomplete(mapping, rules, now.tensors)
+
+
+def _homeless(hub: Mapping, back: RuleTable, key: str) -> bool:
+    """True for a name of the hub that no model has, where only an open-ended rule would take it along."""
+    if key not in hub.file_only:
+        return False
+    found = back.find(key)
+    return found is None or any(slot.kind == "rest" for slot in found[0].source.slots)
 
 
 @lru_cache(maxsize=1 << 17)
@@ -192,5 +203,5 @@ def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> 
         if lacking:
             more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
             text = f"{mapping.name}: group {group} is there in part; it lacks {', '.join(lacking[:6])}{more}"
-            out.append(Fault(text))
+            out.append(Fault(text, group=group))
     return out

@@ -45,9 +45,10 @@ def _found(tree: Any, wrappers: tuple[str, ...], path: tuple[str, ...] = ()) -> 
     if not isinstance(tree, Mapping) or len(path) > _MAX_DEPTH:
         return
     inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name))]
-    yield from inner
-    if _flat(tree):
-        yield path
+    here = [path] if _flat(tree) else []
+    most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
+    # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
+    yield from [*here, *inner] if len(_flat(tree)) >= most else [*inner, *here]
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -227,8 +227,8 @@ openai: the text projection transposed: differs
 + positional_embedding: positional_embedding
 + text_projection: {to: text_projection, view: a b -> b a}
 openai: the image tower forgotten: refused
-- visual.(.+): visual.\1
-+ nothing.(.+): visual.\1
+- visual.conv1.weight: visual.conv1.weight
++ nothing.conv1.weight: visual.conv1.weight
 timm_resnet: the norms of a block shifted: differs
 - conv(1_1x1|2_kxk|3_1x1).bn.: {to: visual.layer<1+1>.\2.bn<3:conv>.,
 + conv(1_1x1|2_kxk|3_1x1).bn.: {to: visual.layer<1+1>.\2.bn<3:turned>.,

@@ -438,6 +438,7 @@ def test_a_cycle_of_respellings_by_way_of_a_third_spelling(tmp_path):
     known = Registry(dict(registry().mappings), dict(registry().files))
     for one, two in (("clip_trunk", "naflex"), ("native_vit", "naflex")):
         text = RESPELLING.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")
+        text = text.replace("a: b", "visual.a: visual.b")
         (tmp_path / f"{one}_{two}.yaml").write_text(text, encoding="utf-8")
     known.add([tmp_path / "clip_trunk_naflex.yaml"])
     assert [step.target for step in known.path("image", "native_vit", "naflex")] == ["clip_trunk", "naflex"]
