@@ -6,7 +6,7 @@ from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
 from keymap.errors import DetectionError
-from keymap.mapping import Clue, Evidence, Mapping
+from keymap.mapping import Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
 from keymap.registry import Registry
 from keymap.rules import Fault, RuleTable, Step, apply_rules
@@ -62,6 +62,15 @@ def holds(evidence: Evidence, tensors: MappingType[str, Layout]) -> list[str] | 
     return [*found, *some]
 
 
+def _refused(refusal: Refusal, tensors: MappingType[str, Layout]) -> list[str] | None:
+    """The keys that show a file to be of a kind that is refused; None for another file."""
+    seen = holds(refusal.when, tensors)
+    if seen is None or not refusal.contains:
+        return seen
+    parts = [key for key in tensors if any(part in key for part in refusal.contains)]
+    return [*seen, *parts] if parts else None
+
+
 def accept(
     mapping: Mapping, tensors: MappingType[str, Layout], facts: MappingType[str, int]
 ) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
@@ -98,8 +107,13 @@ def detect(
     """The one format that claims the keys, or the one that the caller names.
 
     Raises:
-        DetectionError: no format claims the file, or several do.
+        DetectionError: no format claims the file, several do, or it is of a kind that is refused in words.
     """
+    for mapping in known.mappings.values():
+        for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
+            seen = _refused(refusal, tensors)
+            if seen is not None:
+                raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
     found: list[Detection] = []
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         accepted, faults, steps = accept(mapping, tensors, facts or {})

@@ -22,7 +22,19 @@ from keymap.pattern import PatternError, Side, overlap, parse_source, parse_targ
 from keymap.rules import Part, Rule, RuleTable
 from keymap.view import View, ViewError, parse_view
 
-__all__ = ["Accept", "Clue", "Evidence", "Mapping", "Position", "Variant", "compile_mapping", "data_folder"]
+__all__ = [
+    "Accept",
+    "Clue",
+    "Drop",
+    "Evidence",
+    "Mapping",
+    "Nowhere",
+    "Position",
+    "Refusal",
+    "Variant",
+    "compile_mapping",
+    "data_folder",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,33 @@ class Accept:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """Keys that carry no weights: the reason, and the key whose values they must repeat, if that is told."""
+
+    side: Side
+    why: str
+    same_as: Side | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Nowhere:
+    """Keys of a tower that no model of the hub has a place for, and why."""
+
+    side: Side
+    tower: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Evidence of a file that cannot be loaded at all, and what it is; ``contains`` are parts of keys, any of them."""
+
+    why: str
+    when: Evidence
+    contains: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     when: Evidence
     when_hub: Evidence
@@ -58,12 +97,16 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A position embedding: ``lead`` axes of length one, prefix rows, then a grid or a line, then the width."""
+    """A position embedding: ``lead`` axes of length one, prefix rows, then a grid or a line, then the width.
+
+    ``apart``: the grid has two axes of its own, ``1 h w d``, so its shape tells it.
+    """
 
     key: str
     lead: int
     grid: bool
     prefix: int | tuple[str, ...]
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +121,9 @@ class Mapping:
     notes: tuple[str, ...] = ()
     speaks: MappingType[str, tuple[str, ...]] = field(default_factory=dict)
     detect: Evidence = field(default_factory=Evidence)
-    drop: tuple[tuple[Side, str], ...] = ()
+    drop: tuple[Drop, ...] = ()
+    nowhere: tuple[Nowhere, ...] = ()
+    refuse: tuple[Refusal, ...] = ()
     accepts: tuple[Accept, ...] = ()
     rules: tuple[Rule, ...] = ()
     variants: tuple[Variant, ...] = ()
@@ -95,6 +140,14 @@ class Mapping:
     facts: MappingType[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     causal_masks: frozenset[str] = frozenset()
     containers: MappingType[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def dropped(self, key: str) -> tuple[str, str] | None:
+        """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""
+        for drop in self.drop:
+            values = drop.side.match(key)
+            if values is not None:
+                return drop.why, drop.same_as.write(values) if drop.same_as is not None else ""
+        return None
 
 
 def data_folder(name: str) -> Path:
@@ -158,6 +211,18 @@ class _Compiler:
             return tuple(found)
 
         return Evidence(clues("all"), clues("any"), clues("none"))
+
+    def drop(self, key: str, value: str | MappingType[str, str]) -> Drop | None:
+        side = self.side(key, ("drop", key))
+        if side is None or isinstance(value, str):
+            return Drop(side, str(value)) if side is not None else None
+        twin = None
+        if "same_as" in value:
+            try:
+                twin = parse_target([(value["same_as"], 0)], side, self.lookups)
+            except PatternError as error:
+                self.fault(self.marked, ("drop", key), f"same_as: {error}")
+        return Drop(side, value["why"], twin)
 
     # --- rules ---
 
@@ -253,7 +318,7 @@ class _Compiler:
         for name, needs in (("parts", "concat"), ("order", "concat"), ("axis", "split")):
             if name in options and needs not in options and not (name == "axis" and "unstack" in options):
                 raise PatternError(f"{name} goes with {needs}")
-        one_way = {"rows", "add", "times", "plus"} & set(options)
+        one_way = {"take", "rows", "add", "times", "plus"} & set(options)
         if one_way and not options.get("oneway"):
             raise PatternError(f"{', '.join(sorted(one_way))} cannot be undone: say oneway: true")
         if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
@@ -271,6 +336,7 @@ class _Compiler:
             group,
             source,
             targets,
+            take=tuple(options["take"]) if "take" in options else None,
             before=before,
             join=join,
             then=then,
@@ -363,7 +429,8 @@ def _position(key: str, data: MappingType[str, Any]) -> Position:
     prefix = data.get("prefix", 0)
     grid = "h w" in data["axes"]
     lead = 1 if data["axes"].startswith("1 ") else 0
-    return Position(key, lead, grid, tuple(prefix) if isinstance(prefix, list) else prefix)
+    apart = grid and "(" not in data["axes"]
+    return Position(key, lead, grid, tuple(prefix) if isinstance(prefix, list) else prefix, apart)
 
 
 def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None] = lambda name: None) -> Mapping:
@@ -407,7 +474,18 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
         tower: {s: compiler.evidence(e, ("spellings", tower, s)) for s, e in entries.items()}
         for tower, entries in data.get("spellings", {}).items()
     }
-    drop = [(compiler.side(key, ("drop", key)), why) for key, why in data.get("drop", {}).items()]
+    drop = [compiler.drop(key, value) for key, value in data.get("drop", {}).items()]
+    nowhere = [
+        (compiler.side(key, ("nowhere", tower, key)), tower, why)
+        for tower, entries in data.get("nowhere", {}).items()
+        for key, why in entries.items()
+    ]
+    refuse = [
+        Refusal(
+            item["why"], compiler.evidence(item.get("when", {}), ("refuse", i, "when")), tuple(item.get("contains", ()))
+        )
+        for i, item in enumerate(data.get("refuse", []))
+    ]
     dtypes = [(compiler.side(key, ("dtypes", key)), name) for key, name in data.get("dtypes", {}).items()]
     shapes = [(compiler.side(key, ("shapes", key)), tuple(shape)) for key, shape in data.get("shapes", {}).items()]
     if not compiler.faults:
@@ -436,7 +514,9 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
         notes=tuple(data.get("notes", ())),
         speaks={t: (s,) if isinstance(s, str) else tuple(s) for t, s in data.get("speaks", {}).items()},
         detect=detect,
-        drop=tuple((side, why) for side, why in drop if side is not None),
+        drop=tuple(entry for entry in drop if entry is not None),
+        nowhere=tuple(Nowhere(side, tower, why) for side, tower, why in nowhere if side is not None),
+        refuse=tuple(refuse),
         accepts=tuple(accepts),
         rules=tuple(rules),
         variants=tuple(variants),

@@ -230,7 +230,7 @@ class _Work:
             if key in written or key in self.mismatched:
                 continue
             tower = tower_of(self.hub, key)
-            if any(side.match(key) is not None for side, _ in self.hub.drop):
+            if self.hub.dropped(key) is not None:
                 self.notes.append(f"{key}: derived by the model, left as it is")
             elif self._storage(target) in storages:
                 self.notes.append(f"{key}: tied to a tensor that is loaded")
@@ -246,9 +246,9 @@ class _Work:
             if key in self.targets:
                 continue
             meaning = self.hub.absent_means.get(key)
-            why = next((why for side, why in self.hub.drop if side.match(key) is not None), None)
-            if why is not None:
-                self.now.dropped.update(dict.fromkeys(layout.sources, why))
+            derived = self.hub.dropped(key)
+            if derived is not None:
+                self.now.dropped.update(dict.fromkeys(layout.sources, derived[0]))
             elif meaning is not None:
                 value = "the identity" if meaning[0] == "eye" else meaning[0]
                 named = ", ".join(layout.sources)

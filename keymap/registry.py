@@ -152,7 +152,8 @@ class Registry:
             if mapping.kind == "respelling" and mapping.tower == tower:
                 forward = RuleTable(mapping.rules)
                 steps.append(Respelling(mapping, forward, *mapping.between))
-                steps.append(Respelling(mapping, forward.inverse(), *reversed(mapping.between)))
+                if not any(rule.oneway for rule in mapping.rules):
+                    steps.append(Respelling(mapping, forward.inverse(), *reversed(mapping.between)))
         paths: dict[str, list[Respelling]] = {source: []}
         queue = [source]
         while queue:

@@ -31,6 +31,7 @@ class Resize:
         source_prefix, target_prefix: rows in front of the grid, on either side.
         source_size, target_size: (h, w) for a grid, (n,) for a line of text positions.
         assumed: True where the source's grid was taken to be square because nothing told it.
+        apart: the grid keeps its two axes.
     """
 
     lead: int
@@ -39,6 +40,7 @@ class Resize:
     source_size: tuple[int, ...]
     target_size: tuple[int, ...]
     assumed: bool = False
+    apart: bool = False
 
     @property
     def identity(self) -> bool:
@@ -84,7 +86,8 @@ def plan_resize(
     """
     lead = position.lead
     same = tuple(source_shape) == tuple(target_shape)
-    if len(source_shape) != lead + 2 or len(target_shape) != lead + 2 or source_shape[-1] != target_shape[-1]:
+    rank = lead + (3 if position.apart else 2)
+    if len(source_shape) != rank or len(target_shape) != rank or source_shape[-1] != target_shape[-1]:
         if same:
             return None
         ranks = len(source_shape) != len(target_shape)
@@ -93,8 +96,11 @@ def plan_resize(
             f"positions can be resized, not the {'number of axes' if ranks else 'width'}"
         )
     rows, wanted = source_shape[lead], target_shape[lead]
-    if not rows:
+    if 0 in source_shape[:-1]:
         raise ResizeError("the file's has no rows")
+    if position.apart:
+        before, after = tuple(source_shape[lead:-1]), tuple(target_shape[lead:-1])
+        return None if same else Resize(lead, 0, 0, before, after, apart=True)
     if not position.grid:
         return None if rows == wanted else Resize(lead, 0, 0, (rows,), (wanted,))
     if target_grid is not None:
@@ -149,9 +155,9 @@ def plan_resize(
 
 
 def resample(tensor: torch.Tensor, how: Resize) -> torch.Tensor:
-    """The tensor at its new size, float32 or float64, shape ``(1,) * lead + (rows, width)``."""
+    """The tensor at its new size, float32 or float64, shape ``(1,) * lead + (rows, width)`` (or ``(h, w, width)``)."""
     exact = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    rows = tensor.to(exact).reshape(tensor.shape[how.lead :])
+    rows = tensor.to(exact).reshape(-1, tensor.shape[-1])
     if len(how.source_size) == 1:
         line = F.interpolate(
             rows.permute(1, 0).unsqueeze(0), size=how.target_size[0], mode="linear", align_corners=False
@@ -166,4 +172,5 @@ def resample(tensor: torch.Tensor, how: Resize) -> torch.Tensor:
         if how.source_prefix < how.target_prefix:
             prefix = rows.new_zeros(how.target_prefix, rows.shape[1])
         result = torch.cat([prefix, grid], dim=0)
-    return result.reshape(*(1,) * how.lead, *result.shape)
+    shape = (*how.target_size, result.shape[-1]) if how.apart else result.shape
+    return result.reshape(*(1,) * how.lead, *shape)

@@ -76,7 +76,8 @@ class Rule:
         place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
         group: the tower it belongs to, empty for `accepts`.
         source, targets: the sides; more than one target for tied weights.
-        before, join, then, cut, after: the operations, in this order.
+        take: the rows [first, last) of axis 0 that are used at all, None for the end.
+        before, join, then, cut, after: the further operations, in this order.
         optional, oneway, rest: as in the mapping.
         sizes: axis lengths that no shape tells.
         add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
@@ -89,6 +90,7 @@ class Rule:
     group: str
     source: Side
     targets: tuple[Side, ...]
+    take: tuple[int, int | None] | None = None
     before: View | None = None
     join: Part | None = None
     then: View | None = None
@@ -107,7 +109,7 @@ class Rule:
     @cached_property
     def renames(self) -> bool:
         """True when the rule only renames one key."""
-        does = (self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
+        does = (self.take, self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
         return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
 
     @cached_property
@@ -384,11 +386,21 @@ def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layou
     yield from slices(0, 0 if len(part.variables) > 1 else part.axis, layout, {})
 
 
+def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
+    """Rows of axis 0."""
+    total = layout.shape[0] if layout.shape else 0
+    if start >= total or (stop or 0) > total:
+        raise _RuleError(f"there are no rows [{start}, {'end' if stop is None else stop}) in {list(layout.shape)}")
+    return cut(layout, 0, start, total if stop is None else stop)
+
+
 def _run(
     rule: Rule, values: Mapping[str, str], members: Mapping[tuple[str, ...], Layout], facts: Mapping[str, int]
 ) -> Iterator[tuple[str | None, Layout]]:
     """The targets of one application; a key of None is a part that must hold zeros."""
     sizes = _sizes(rule, facts)
+    if rule.take is not None:
+        members = {key: _taken(layout, *rule.take) for key, layout in members.items()}
     if rule.before is not None:
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
     now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))

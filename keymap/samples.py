@@ -114,7 +114,11 @@ class _Shapes:
                 lengths[name] = part if part is not None else lengths[name]
             else:
                 lengths[name] *= part or 1
-        return tuple(prod(lengths[name] for name in group) for group in left)
+        shape = tuple(prod(lengths[name] for name in group) for group in left)
+        if rule.take is None:
+            return shape
+        start, stop = rule.take
+        return (shape[0] + start if stop is None else stop, *shape[1:])
 
 
 def _rank(key: str, evidence: Evidence) -> int:

@@ -56,16 +56,27 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
     table = file_rules(mapping, found.tensors)
     dropped: dict[str, str] = {}
     kept: dict[str, Layout] = {}
+    checks: list[Check] = []
+    placeless: dict[tuple[str, str], list[str]] = {}
     for key, layout in found.tensors.items():
-        why = next((why for side, why in mapping.drop if side.match(key) is not None), None)
-        if why is not None and mapping.kind != "hub":
-            dropped[key] = why
+        derived = mapping.dropped(key) if mapping.kind != "hub" else None
+        if derived is not None:
+            why, twin = derived
+            dropped.update(dict.fromkeys(layout.sources, why))
+            if twin in found.tensors:
+                checks.append(Check(key, layout, found.tensors[twin], f"it is left out as a copy of {twin}"))
+            continue
+        lost = next((entry for entry in mapping.nowhere if entry.side.match(key) is not None), None)
+        if lost is not None:
+            placeless.setdefault((lost.tower, lost.why), []).extend(layout.sources)
         else:
             kept[key] = layout
     applied = apply_rules(table, kept, facts)
     result = Translated(applied.out, [k for lay in applied.left.values() for k in lay.sources], dropped)
     result.faults = [*found.faults, *applied.faults]
-    result.checks = applied.checks
+    for (tower, why), keys in placeless.items():
+        result.faults.append(Fault(f"{len(keys)} keys, {', '.join(keys[:2])} ...: {why}", tuple(keys), tower))
+    result.checks = [*checks, *applied.checks]
     result.steps = [*found.steps, *applied.steps]
     result.rules, result.source_keys = table.rules, found.tensors
     return result
@@ -117,9 +128,9 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
     applied.left.update({key: layout for key, layout in now.tensors.items() if key not in held})
     now.tensors = applied.out
     for key, layout in applied.left.items():
-        why = next((why for side, why in hub.drop if side.match(key) is not None), None)
-        if why is not None:
-            now.dropped[key] = why
+        derived = hub.dropped(key)
+        if derived is not None:
+            now.dropped[key] = derived[0]
         elif key in hub.absent_means:
             because = f"{mapping.name} has no place for {key}"
             now.checks.append(Check(", ".join(layout.sources), layout, hub.absent_means[key][0], because))

@@ -347,6 +347,24 @@ def test_rows_by_ranges(sizes):
     check(rules, {"old": old, "new": new}, {"w": torch.cat([old[:2], new[2:]])}, back=False)
 
 
+def test_take_leaves_rows_out_before_the_view(sizes):
+    """A position table's grid without its class row."""
+    n, d, _, _ = sizes
+    x = t(n * n + 1, d)
+    mapping = compiled("pos: {to: grid, take: [1, null], view: (h w) d -> 1 h w d, sizes: {h: w}, oneway: true}")
+    same(run(RuleTable(mapping.rules), {"pos": x})[0], {"grid": x[1:].reshape(1, n, n, d)})
+    x = t(7, d)
+    check("pos: {to: tail, take: [1, null], oneway: true}", {"pos": x}, {"tail": x[1:]}, back=False)
+    check("pos: {to: part, take: [1, 3], view: n d -> d n, oneway: true}", {"pos": x}, {"part": x[1:3].T}, back=False)
+
+
+def test_take_of_rows_that_are_not_there_is_a_fault():
+    for rows in ("[5, null]", "[1, 7]"):
+        table = RuleTable(compiled(f"a: {{to: b, take: {rows}, oneway: true}}").rules)
+        assert "there are no rows" in faults(table, {"a": t(5, 2)})[0]
+        assert "there are no rows" in faults(table, {"a": t()})[0]
+
+
 def test_rows_must_fill_the_table_once():
     for rows in ("[[0, 2], [3, null]]", "[[0, 2], [1, null]]", "[[0, 2], [2, 4]]"):
         table = RuleTable(compiled(f"(a|b): {{to: w, rows: {rows}, oneway: true}}").rules)

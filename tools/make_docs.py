@@ -74,6 +74,9 @@ def operation(value: str | Data) -> str:
     does: list[str] = []
     if "table" in value:
         does.append(f"continued by table {code(value['table'])}")
+    if "take" in value:
+        first, last = value["take"]
+        does.append(f"rows {first} to {'the end' if last is None else last - 1}")
     if "view" in value:
         does.append(code(value["view"]))
     if "concat" in value:
@@ -196,7 +199,10 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
         section("Evidence", [f"A file is of this format if {evidence(data['detect'])}."])
     section("Spellings, the first that fits", _spellings(data))
     section("Other forms that are read", _accepts(data))
-    section("Left out", (f"- {code(key)}: {why}" for key, why in data.get("drop", {}).items()))
+    section("Left out", _left_out(data))
+    for tower, entries in data.get("nowhere", {}).items():
+        section(f"No place in OpenCLIP: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
+    section("Refused in words", _refused(data))
     there = "other spelling" if mapping.kind == "respelling" else "hub"
     for group, entries in data.get("groups", {}).items():
         section(f"Rules: {group}", rules(entries, there))
@@ -223,6 +229,21 @@ def _spellings(data: Data) -> Iterator[str]:
     for tower, spellings in data.get("spellings", {}).items():
         for name, told in spellings.items():
             yield f"- {tower} {code(name)}: {evidence(told)}"
+
+
+def _left_out(data: Data) -> Iterator[str]:
+    for key, value in data.get("drop", {}).items():
+        told = {"why": value} if isinstance(value, str) else value
+        twin = f"; must be equal to {code(told['same_as'])}" if "same_as" in told else ""
+        yield f"- {code(key)}: {told['why']}{twin}"
+
+
+def _refused(data: Data) -> Iterator[str]:
+    for item in data.get("refuse", ()):
+        told = [evidence(item["when"])] if "when" in item else []
+        if "contains" in item:
+            told.append(f"a key contains {' or '.join(map(code, item['contains']))}")
+        yield f"- if {' and '.join(told)}: {item['why']}"
 
 
 def _accepts(data: Data) -> Iterator[str]:
