@@ -9,6 +9,7 @@ from keymap.api import inspect_checkpoint, load_checkpoint, plan_load
 from keymap.convert import convert_state_dict
 from keymap.errors import (
     CheckpointError,
+    ConfigurationWarning,
     DetectionError,
     KeymapError,
     MappingError,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ConfigurationWarning",
     "DetectionError",
     "Inspection",
     "KeymapError",

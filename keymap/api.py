@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from keymap.detect import detect, spelling
-from keymap.errors import KeymapError, PlanError
+from keymap.detect import spelling
+from keymap.errors import ConfigurationWarning, KeymapError, PlanError
 from keymap.load import assign_plan, load_plan, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.match import make_plan
 from keymap.model import ModelView, view_model
-from keymap.plan import Plan, Request
-from keymap.read import open_checkpoint
-from keymap.registry import registry
+from keymap.plan import Plan, Request, checked_facts
 from keymap.report import Inspection, LoadResult, Report
-from keymap.source import Opened, PathLike, config_of, grid_of, layouts_of, open_source
+from keymap.source import Opened, PathLike, open_sources
 from keymap.translate import to_hub
-from keymap.unwrap import unwrap
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
@@ -42,12 +39,8 @@ def _request(
         grid = (sizes[0], sizes[1])
     if not isinstance(towers, (str, tuple, list, set, type(None))):
         raise PlanError(f"towers={towers!r}: give a name or a tuple of names, as ('image',)")
-    if facts is not None and not (
-        isinstance(facts, Mapping) and all(type(value) is int and value > 0 for value in facts.values())
-    ):
-        raise PlanError(f"facts={facts!r}: give names and positive numbers, as {{'image.heads': 12}}")
     chosen = (towers,) if isinstance(towers, str) else tuple(towers) if towers is not None else None
-    return Request(file, strict, chosen, grid, facts or {})
+    return Request(file, strict, chosen, grid, checked_facts(facts))
 
 
 def _refuse_other(model: object) -> None:
@@ -56,9 +49,30 @@ def _refuse_other(model: object) -> None:
         raise PlanError(f"the model is a {type(model).__name__}, no torch.nn.Module{hint}")
 
 
-def _plan(opened: Opened, model: ModelView, request: Request) -> Plan:
-    grid = grid_of(config_of(opened.file, opened.found))
-    return make_plan(opened.known, opened.found, opened.unwrapped, opened.container, model, request, grid)
+def _plan(opened: Sequence[Opened], model: ModelView, request: Request) -> tuple[Plan, Opened]:
+    """The plan of the one state dict that fits the model.
+
+    Raises:
+        PlanError: none fits, or several do.
+    """
+    plans: list[tuple[Plan, Opened]] = []
+    errors: list[tuple[str, KeymapError]] = []
+    for one in opened:
+        try:
+            plans.append((make_plan(one, model, request), one))
+        except KeymapError as error:
+            if len(opened) == 1:
+                raise
+            errors.append((one.unwrapped.wrapper, error))
+    if len(plans) == 1:
+        return plans[0]
+    if plans:
+        names = ", ".join(repr(one.unwrapped.wrapper) for _, one in plans)
+        raise PlanError(f"{request.file}: {len(plans)} state dicts in it fit the model; pass wrapper=, one of {names}")
+    faults = [
+        f"wrapper={name!r}: {fault}" for name, error in errors for fault in (error.faults or (error.summary,))[:3]
+    ]
+    raise PlanError(f"{request.file}: none of the {len(opened)} state dicts in it fits the model", faults)
 
 
 def load_checkpoint(
@@ -107,26 +121,32 @@ def load_checkpoint(
         torch.empty(0, device=target_device)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise PlanError(f"device={device!r} is no device that torch has here: {error}") from None
-    opened = open_source(checkpoint_path, weights_only, mapping, wrapper)
-    view = view_model(model, opened.known.hub)
-    plan = _plan(opened, view, _request(opened.file, strict, towers, source_grid, facts))
+    found = open_sources(checkpoint_path, weights_only, mapping, wrapper)
+    hub = found[0].known.hub
+    view = view_model(model, hub)
+    plan, opened = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
     tensors = opened.unwrapped.tensors
     if assign:
-        refuse_unassignable(model, plan, opened.known.hub.causal_masks, target_device)
+        refuse_unassignable(model, plan, hub.causal_masks, target_device)
     else:
         refuse_unwritable(model, view.tensors, plan)
     bad = verify_plan(plan, tensors, strict)
     if bad:
+        lost = [source for check in bad for source in check.layout.sources]
+        layouts = {id(check.layout) for check in bad}
         plan = replace(
             plan,
-            unexpected_keys=(*plan.unexpected_keys, *bad),
-            dropped={key: why for key, why in plan.dropped.items() if key not in bad},
+            entries=tuple(entry for entry in plan.entries if id(entry.layout) not in layouts),
+            unexpected_keys=(*plan.unexpected_keys, *lost),
+            dropped={key: why for key, why in plan.dropped.items() if key not in lost},
         )
     made: list[str] = []
     if assign:
         made = assign_plan(plan, tensors, model, target_device)
     else:
         load_plan(plan, tensors, view.tensors)
+    for difference in plan.warnings:
+        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=2)
     return LoadResult(Report(plan, time.perf_counter() - start, tuple(made)))
 
 
@@ -140,19 +160,22 @@ def plan_load(
     wrapper: str | None = None,
     source_grid: tuple[int, int] | None = None,
     facts: Mapping[str, int] | None = None,
+    weights_only: bool = True,
 ) -> Plan:
     """A dry run of `load_checkpoint`: the plan, made from names, shapes and dtypes alone.
+
+    The model may be on the meta device, as for a load with ``assign=True``.
 
     Returns:
         The plan, with ``.pieces``, ``.missing_keys``, ``.unexpected_keys`` and ``.explain(key=None)``.
 
     Raises:
-        KeymapError: as the load would, apart from values that only the load reads.
+        KeymapError: as the load would, apart from values that only the load reads and memory that only it writes.
     """
     _refuse_other(model)
-    opened = open_source(checkpoint_path, True, mapping, wrapper)
-    view = view_model(model, opened.known.hub)
-    return _plan(opened, view, _request(opened.file, strict, towers, source_grid, facts))
+    found = open_sources(checkpoint_path, weights_only, mapping, wrapper)
+    view = view_model(model, found[0].known.hub)
+    return _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))[0]
 
 
 def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: str | None = None) -> Inspection:
@@ -161,32 +184,27 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    known = registry()
-    checkpoint = open_checkpoint(path, weights_only)
-    file = str(checkpoint.path)
-    unwrapped = unwrap(checkpoint.tree, known.containers, file, wrapper)
+    opened, *others = open_sources(path, weights_only, None, wrapper)
+    hub, unwrapped, found = opened.known.hub, opened.unwrapped, opened.found
     tensors = {key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()}
-    name: str | None = None
-    hints: dict[str, Any] = {}
     spellings: dict[str, str] = {}
-    try:
-        found = detect(known, layouts_of(unwrapped.tensors), file=file)
-    except KeymapError as error:
-        evidence: tuple[str, ...] = error.faults
-    else:
-        name, evidence, hints = found.mapping.name, found.evidence, config_of(file, found)
-        hub = to_hub(found, {}).tensors
-        spellings = {tower: s for tower in known.hub.spellings if (s := spelling(known.hub, tower, hub)) is not None}
+    evidence: tuple[str, ...] = ()
+    if opened.refusal is not None:
+        evidence = (opened.refusal.summary, *opened.refusal.faults)
+    if found is not None:
+        evidence, keys = found.evidence, to_hub(found, {}).tensors
+        spellings = {tower: s for tower in hub.spellings if (s := spelling(hub, tower, keys)) is not None}
     return Inspection(
-        file,
-        checkpoint.container,
-        name,
+        opened.file,
+        opened.container,
+        found.mapping.name if found is not None else None,
         evidence,
         unwrapped.wrapper,
-        unwrapped.others,
+        tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
         unwrapped.prefixes,
         spellings,
         tensors,
         dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
-        hints,
+        {**opened.told.to_dict(), **dict.fromkeys(opened.told.notes, "")},
+        (*opened.notes, *unwrapped.notes),
     )

@@ -8,9 +8,10 @@ import torch
 
 from keymap.carry import Read, materialise
 from keymap.detect import detect, spelling
-from keymap.errors import MappingError, PlanError, VerifyError
+from keymap.errors import MappingError, PlanError, VerifyError, some
 from keymap.mapping import Mapping as Format
 from keymap.pieces import Layout
+from keymap.plan import checked_facts
 from keymap.read import LazyTensor
 from keymap.registry import Registry
 from keymap.source import PathLike, known_with, layouts_of
@@ -51,21 +52,25 @@ def convert_state_dict(
         raise MappingError(f"{to} is no format that can be written (it is {target.kind})")
     bad = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if bad:
-        raise PlanError(f"the state dict holds values that are no tensors: {', '.join(map(str, bad[:8]))}")
+        raise PlanError(f"the state dict holds values that are no tensors: {some(map(str, bad))}")
+    hollow = [key for key, value in state_dict.items() if value.layout is not torch.strided or value.is_meta]
+    if hollow:
+        raise PlanError(f"tensors that are sparse, or on the meta device, cannot be rewritten: {some(hollow)}")
+    facts = checked_facts(facts)
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())  # type: ignore[misc]
         for key, value in state_dict.items()
     }
     unwrapped = unwrap(lazy, known.containers, "the state dict")
     found = detect(known, layouts_of(unwrapped.tensors), wanted, facts)
-    now = to_hub(found, facts or {})
+    now = to_hub(found, facts)
     now.faults += incomplete(found.mapping, now.rules, now.source_keys)
     _bring(known, now, target)
     if target.kind == "format":
-        from_hub(known.hub, target, now, facts or {})
+        from_hub(known.hub, target, now, facts)
     faults = [fault.text for fault in now.faults]
     if now.unowned:
-        faults.append(f"{len(now.unowned)} keys have no place in {to}: {', '.join(now.unowned[:8])}")
+        faults.append(f"{len(now.unowned)} keys have no place in {to}: {some(now.unowned)}")
     if faults:
         raise PlanError(f"the state dict (format {found.mapping.name}) cannot be written as {to}", faults)
 

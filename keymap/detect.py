@@ -11,7 +11,7 @@ from keymap.pieces import Layout
 from keymap.registry import Registry
 from keymap.rules import Fault, RuleTable, Step, apply_rules
 
-__all__ = ["Detection", "accept", "detect", "holds", "spelling"]
+__all__ = ["Detection", "accept", "detect", "holds", "refuse_in_words", "spelling"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,21 @@ def _refused(refusal: Refusal, tensors: MappingType[str, Layout]) -> list[str] |
     return [*seen, *parts] if parts else None
 
 
+def refuse_in_words(
+    known: Registry, tensors: MappingType[str, Layout], wanted: str | None = None, file: str = "the state dict"
+) -> None:
+    """Refuse a file of a kind that a mapping says cannot be loaded.
+
+    Raises:
+        DetectionError: in the mapping's words.
+    """
+    for mapping in known.mappings.values():
+        for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
+            seen = _refused(refusal, tensors)
+            if seen is not None:
+                raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
+
+
 def accept(
     mapping: Mapping, tensors: MappingType[str, Layout], facts: MappingType[str, int]
 ) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
@@ -107,13 +122,8 @@ def detect(
     """The one format that claims the keys, or the one that the caller names.
 
     Raises:
-        DetectionError: no format claims the file, several do, or it is of a kind that is refused in words.
+        DetectionError: no format claims the file, or several do.
     """
-    for mapping in known.mappings.values():
-        for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
-            seen = _refused(refusal, tensors)
-            if seen is not None:
-                raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
     found: list[Detection] = []
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         accepted, faults, steps = accept(mapping, tensors, facts or {})
@@ -144,7 +154,7 @@ def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
     best, name = max(scores, default=(0, ""))
     if best:
         lines.append(f"nearest is {name}, whose rules know {best} of the {len(keys)} keys")
-    for prefix in known.containers["prefixes"]:
+    for prefix in known.containers.prefixes:
         without = [key for key in keys if not key.startswith(prefix)]
         if len(without) < len(keys) / 2:
             told = ", ".join(without[:5])

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_SHOWN = 24  # faults that the message lists
+_LISTED = 24  # faults that a message lists
+SHOWN = 8  # keys that a message lists
+
+
+def some(keys: Iterable[str], count: int = SHOWN) -> str:
+    """The first few of many keys, for a message."""
+    listed = list(keys)
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
 
 
 class KeymapError(Exception):
@@ -23,10 +31,14 @@ class KeymapError(Exception):
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
         self.summary = summary
         self.faults = tuple(faults)
-        lines = [summary, *(f"  - {fault}" for fault in self.faults[:_SHOWN])]
-        if len(self.faults) > _SHOWN:
-            lines.append(f"  and {len(self.faults) - _SHOWN} more (in .faults)")
+        lines = [summary, *(f"  - {fault}" for fault in self.faults[:_LISTED])]
+        if len(self.faults) > _LISTED:
+            lines.append(f"  and {len(self.faults) - _LISTED} more (in .faults)")
         super().__init__("\n".join(lines))
+
+
+class ConfigurationWarning(UserWarning):
+    """The weights fit, and the model computes something else with them: its configuration differs from the source's."""
 
 
 class CheckpointError(KeymapError):

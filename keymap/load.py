@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from keymap.carry import copy_pieces, materialise
-from keymap.errors import PlanError, VerifyError
+from keymap.errors import PlanError, VerifyError, some
 from keymap.pieces import Piece
-from keymap.plan import Entry, Plan, some
+from keymap.plan import Entry, Plan
 from keymap.read import LazyTensor
 from keymap.resize import resample
+from keymap.rules import Check
 from keymap.verify import failed
 
 __all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable", "verify_plan"]
@@ -20,15 +24,15 @@ __all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable
 Tensors = Mapping[str, LazyTensor]
 
 
-def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[str]:
-    """Read what must be seen before anything is written: the plan's checks, and members that decompress.
+def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
+    """Read what must be seen before anything is written: the plan's checks, and members that have a checksum.
 
     Returns:
-        Sources of checks that do not hold, for a load that is not strict; they are unexpected then.
+        Checks that do not hold, for a load that is not strict; their sources are unexpected then.
 
     Raises:
         VerifyError: a check does not hold, under strict.
-        CheckpointError: a compressed member is corrupt.
+        CheckpointError: a member is corrupt.
     """
     bad = failed(plan.checks, lambda key: tensors[key].read())
     if bad and strict:
@@ -36,10 +40,12 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[str]:
             f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
             [*(text for _, text in bad), "strict=False loads the rest and reports these keys"],
         )
-    for source in {p.source for entry in plan.entries for p in entry.layout.pieces} - {None}:
-        if source is not None and tensors[source].streamed:
-            tensors[source].read()
-    return [source for check, _ in bad for source in check.layout.sources]
+    used = {p.source for entry in plan.entries for p in entry.layout.pieces} - {None}
+    checks = [check for source in used if source is not None and (check := tensors[source].check) is not None]
+    if checks:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib releases the interpreter's lock
+            list(pool.map(lambda check: check(), checks))
+    return [check for check, _ in bad]
 
 
 def _simple(entry: Entry, target: torch.Tensor) -> bool:
@@ -79,6 +85,24 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         targets[entry.key].copy_(_value(entry, tensors))
 
 
+class _Regions:
+    """Memory that was handed over; no two tensors of the model may come to share any of it."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[int, int]] = []  # (first byte, byte after the last), in order, apart from each other
+
+    def add(self, tensor: torch.Tensor) -> bool:
+        """Take the memory of a contiguous tensor; False where some of it was taken before."""
+        first = tensor.data_ptr()
+        last = first + tensor.nbytes
+        at = bisect_left(self.ends, (first, last))
+        before = at > 0 and self.ends[at - 1][1] > first
+        if before or (at < len(self.ends) and self.ends[at][0] < last):
+            return False
+        self.ends.insert(at, (first, last))
+        return True
+
+
 @torch.no_grad()
 def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.device) -> list[str]:
     """Hand tensors over to the model instead of copying into its memory.
@@ -90,7 +114,7 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
         The keys of the tensors that had to be made in memory of their own.
     """
     made: list[str] = []
-    handed: set[int] = set()
+    handed = _Regions()
     values: dict[int, nn.Parameter | torch.Tensor] = {}
     here = model.state_dict(keep_vars=True)
     for entry in plan.entries:
@@ -101,8 +125,7 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
             numel = sum(piece.numel for piece in entry.layout.pieces)
             whole = lazy.dtype == entry.dtype and torch.Size(lazy.shape).numel() == numel
         value = tensors[source].read() if whole and source is not None else None
-        if value is not None and value.is_contiguous() and value.data_ptr() not in handed:
-            handed.add(value.data_ptr())  # two tensors of the model must not come to share memory
+        if value is not None and value.is_contiguous() and handed.add(value):
             value = value.reshape(entry.shape)
         else:
             value = _value(entry, tensors)
@@ -162,6 +185,16 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
     overlapping = [
         key for key, t in written.items() if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
     ]
+    regions = sorted(
+        (t.data_ptr(), t.data_ptr() + t.nbytes, key) for key, t in written.items() if t.numel() and t.is_contiguous()
+    )
+    partly = [
+        f"{one} and {other}"
+        for (first, last, one), (start, stop, other) in pairwise(regions)
+        if start < last and (first, last) != (start, stop)
+    ]
+    if partly:
+        raise PlanError(f"{plan.file}: tensors of the model share a part of their memory: {some(partly)}; clone them")
     frozen = [key for key, target in written.items() if target.is_inference() and not torch.is_inference_mode_enabled()]
     if overlapping or frozen:
         what = "are expanded views" if overlapping else "were made under torch.inference_mode"

@@ -14,15 +14,17 @@ from math import prod
 
 import torch
 
-from keymap.detect import Detection, spelling
-from keymap.errors import PlanError
+from keymap.config import differences, unverified
+from keymap.detect import spelling
+from keymap.errors import SHOWN, DetectionError, PlanError, some
 from keymap.mapping import Mapping, Position
 from keymap.model import ModelView
 from keymap.pieces import Layout, Piece, join_runs, whole
-from keymap.plan import SHOWN, Entry, Plan, Request, dtype_name, some
+from keymap.plan import Entry, Plan, Request, dtype_name
 from keymap.registry import Registry
 from keymap.resize import Resize, ResizeError, plan_resize
 from keymap.rules import Check, Rule, RuleTable
+from keymap.source import Opened
 from keymap.translate import Translated, incomplete, respell, to_hub, tower_of
 from keymap.unwrap import Unwrapped
 
@@ -32,31 +34,27 @@ _FIRST_WORD = re.compile(r"[^./]+[./]")
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
 
 
-def make_plan(
-    known: Registry,
-    found: Detection,
-    unwrapped: Unwrapped,
-    container: str,
-    model: ModelView,
-    request: Request,
-    config_grid: tuple[int, int] | None = None,
-) -> Plan:
-    """Plan the load of a detected checkpoint into a model.
+def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
+    """Plan the load of a checkpoint into a model.
 
     Raises:
+        DetectionError: no format claims the checkpoint.
         PlanError: with every fault of the load: keys, shapes, dtypes, a tower that would stay empty.
     """
+    known, found, unwrapped = opened.known, opened.found, opened.unwrapped
+    if found is None:
+        raise opened.refusal or DetectionError(f"{request.file}: no known format has these keys")
     hub = known.hub
     if not any(tower_of(hub, key) for key in model.tensors):
         raise PlanError(
             f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
             f"pass the model inside a wrapper (model.module, model._orig_mod)"
         )
-    facts = {**model.facts, **request.facts}
+    facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     now = to_hub(found, facts)
     asked = _asked(request, hub)
     other = {key for key in now.tensors if tower_of(hub, key) not in asked}
-    notes = []
+    notes = [*opened.notes, *opened.told.notes]
     if other and request.towers is not None:
         notes.append(f"{len(other)} tensors of other towers were not asked for")
     now.tensors = {key: layout for key, layout in now.tensors.items() if key not in other}
@@ -69,22 +67,24 @@ def make_plan(
             [f"asked for {', '.join(asked)}; towers are {', '.join(_towers(hub))}", *(f.text for f in now.faults)],
         )
     in_file = Counter(tower_of(hub, key) for key in now.tensors)
+    in_file.update(_tower_of_source(now.rules, key) for key in now.unowned)  # a tower may be there under other names
+    in_file.update(fault.group for fault in now.faults for _ in fault.sources if fault.foreign)
     now.source_hub = now.tensors
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
     wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.layouts)) is not None}
     respell(known, now, wanted)
     work = _Work(known, found.mapping, now, model, request, asked)
-    work.config_grid = config_grid
+    work.config_grid = opened.told.grid
     work.dtypes = {key: lazy.dtype for key, lazy in unwrapped.tensors.items()}
     work.match()
     work.ties()
     work.absent()
     work.judge(in_file, unwrapped)
-    if unwrapped.skipped:
-        notes.append(f"entries that are no tensors were skipped: {some(unwrapped.skipped)}")
+    notes += unwrapped.notes
+    towers = dict.fromkeys(entry.tower for entry in work.entries if not entry.filled)
     return Plan(
         file=request.file,
-        container=container,
+        container=opened.container,
         format=found.mapping.name,
         title=found.mapping.title,
         evidence=found.evidence,
@@ -99,6 +99,8 @@ def make_plan(
         unexpected_keys=tuple(work.unexpected),
         mismatched=work.mismatched,
         notes=(*notes, *work.notes),
+        warnings=differences(hub, towers, opened.told, model.facts),
+        unverified=unverified(hub, towers, opened.told, model.facts),
         steps=tuple(now.steps),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from keymap.mapping import Mapping
+from keymap.mapping import Fact, Mapping, Scalar
 from keymap.pieces import Layout, whole
 
 __all__ = ["ModelView", "view_model"]
@@ -22,48 +22,62 @@ class ModelView:
     Attributes:
         tensors: parameters and persistent buffers by key, in the model's own memory.
         layouts: the same by shape and dtype, for evidence.
-        facts: head counts and the like.
+        facts: head counts and the like, and in words what else no weight tells.
         grid: (h, w) of the image tower's patches, where the model tells it.
     """
 
     tensors: MappingType[str, torch.Tensor]
     layouts: MappingType[str, Layout]
-    facts: MappingType[str, int]
+    facts: MappingType[str, Scalar]
     grid: tuple[int, int] | None
 
 
+_NOTHING = object()
+
+
 def _follow(model: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path, or None."""
+    """The attribute at a dotted path, or ``_NOTHING`` where there is none."""
     here: Any = model
     for name in path.split("."):
         if isinstance(here, nn.Module) and name in dict(here.named_children()):
             here = here.get_submodule(name)
         else:
-            here = getattr(here, name, None)
-        if here is None:
-            return None
+            here = getattr(here, name, _NOTHING)
+        if here is _NOTHING or here is None:
+            return here
     return here
 
 
-def _number(value: Any, divide: int) -> int | tuple[int, int] | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value // divide
-    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
-        return (value[0] // divide, value[1] // divide)
+def _told(fact: Fact, model: nn.Module) -> Any:
+    """What a model says of a fact: a number, (h, w), a word, or whether it has something; None for nothing."""
+    for path, divide in fact.paths:
+        value = _follow(model, path)
+        if value is _NOTHING:
+            continue
+        if fact.present:
+            return value is not None
+        if isinstance(value, nn.Module):  # a module is told by its class, torch's GELU also by its approximation
+            approximate = getattr(value, "approximate", "none")
+            value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
+        if isinstance(value, (str, bool, float)):
+            return value
+        if isinstance(value, int):
+            return value // divide
+        if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+            return (value[0] // divide, value[1] // divide)
     return None
 
 
 def view_model(model: nn.Module, hub: Mapping) -> ModelView:
     """Read a model's keys and facts; nothing of it is changed."""
     tensors = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    facts: dict[str, int] = {}
+    facts: dict[str, Scalar] = {}
     grid: tuple[int, int] | None = None
-    for fact, paths in hub.facts.items():
-        told = (_number(_follow(model, path), divide) for path, divide in paths)
-        value = next((v for v in told if v is not None), None)
-        if fact == "image.grid":
+    for name, fact in hub.facts.items():
+        value = _told(fact, model)
+        if name == "image.grid":
             grid = (value, value) if isinstance(value, int) else value
-        elif isinstance(value, int):
-            facts[fact] = value
+        elif isinstance(value, (str, int, float)):
+            facts[name] = value
     layouts = {key: whole(key, tuple(value.shape), value.dtype) for key, value in tensors.items()}
     return ModelView(tensors, layouts, facts, grid)

@@ -7,20 +7,18 @@ could have been seen before, apart from the few values that `verify` reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from keymap.errors import SHOWN, PlanError, some
 from keymap.pieces import Layout, Piece
 from keymap.resize import Resize
 from keymap.rules import Check, Step
 
-__all__ = ["SHOWN", "Entry", "Plan", "Request", "dtype_name", "some"]
-
-SHOWN = 8  # how many keys a message lists
+__all__ = ["Entry", "Plan", "Request", "checked_facts", "dtype_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,21 @@ class Entry:
     resize: Resize | None = None
     filled: str = ""
     casts: tuple[str, ...] = ()
+
+
+def checked_facts(facts: object) -> MappingType[str, int]:
+    """What the caller tells of a source or a target; empty for None.
+
+    Raises:
+        PlanError: it is anything but names and positive numbers.
+    """
+    if facts is None:
+        return {}
+    if isinstance(facts, MappingType) and all(
+        isinstance(name, str) and type(value) is int and value > 0 for name, value in facts.items()
+    ):
+        return facts
+    raise PlanError(f"facts={facts!r}: give names and positive numbers, as {{'image.heads': 12}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,8 @@ class Plan:
         unexpected_keys: the file's keys that nothing uses; empty under strict.
         mismatched: model keys whose tensor in the file does not fit, and why; empty under strict.
         notes: what else a reader should know.
+        warnings: where the source's configuration and the model differ in what no weight tells.
+        unverified: what no weight tells, and the source does not say either.
         steps: every application of a rule, for `explain`.
     """
 
@@ -92,6 +107,8 @@ class Plan:
     unexpected_keys: tuple[str, ...]
     mismatched: MappingType[str, str]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(repr=False, default=())
 
     @property
@@ -171,6 +188,8 @@ class Plan:
             "unexpected_keys": list(self.unexpected_keys),
             "mismatched": dict(self.mismatched),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "unverified": list(self.unverified),
         }
 
     def __str__(self) -> str:
@@ -201,15 +220,11 @@ class Plan:
             lines.append(f"  unexpected, not used: {some(self.unexpected_keys)}")
         lines += [f"  does not fit: {key}: {why}" for key, why in self.mismatched.items()]
         lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  WARNING: {warning}" for warning in self.warnings]
+        if self.unverified:
+            lines.append(f"  not verifiable from this file: {'; '.join(self.unverified)}")
         return "\n".join(lines)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def some(keys: Iterable[str], count: int = SHOWN) -> str:
-    """The first few of many keys, for a message."""
-    listed = list(keys)
-    more = f" and {len(listed) - count} more" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.mapping import Mapping, compile_mapping, data_folder
+from keymap.mapping import Containers, Mapping, data_folder
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.pattern import overlap
 from keymap.rules import RuleTable
@@ -34,10 +35,17 @@ class Respelling:
 
 @dataclass
 class Registry:
-    """Mappings by name. ``files`` keeps the parsed text, for the tables that other files use."""
+    """Mappings by name.
+
+    Attributes:
+        mappings: compiled.
+        files: the parsed texts, for the tables that other files use.
+        places: where the files lie; a file that is added again replaces what it held before.
+    """
 
     mappings: dict[str, Mapping] = field(default_factory=dict)
     files: dict[str, Marked] = field(default_factory=dict)
+    places: dict[str, Path] = field(default_factory=dict)
 
     @property
     def hub(self) -> Mapping:
@@ -49,12 +57,11 @@ class Registry:
         return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
 
     @property
-    def containers(self) -> dict[str, tuple[str, ...]]:
-        names: dict[str, tuple[str, ...]] = {"wrappers": (), "prefixes": (), "training_state": ()}
-        for mapping in self.mappings.values():
-            for name, entries in mapping.containers.items():
-                names[name] = tuple(dict.fromkeys((*names[name], *entries)))
-        return names
+    def containers(self) -> Containers:
+        """The tables of all files that have one, in the order of their registration."""
+        every = [mapping.containers for mapping in self.mappings.values()]
+        joined = {f.name: dict.fromkeys(e for one in every for e in getattr(one, f.name)) for f in fields(Containers)}
+        return Containers(**{name: tuple(entries) for name, entries in joined.items()})
 
     def get(self, name: str) -> Mapping:
         """The mapping of that name.
@@ -93,23 +100,31 @@ class Registry:
                 parsed[name] = marked
             texts.append((file, text))
         added: dict[str, Mapping] = {}
+        places = dict(self.places)
         for file, text in texts:
             mapping = compile_mapping(text, _shown(file), parsed.get)
-            taken = self.mappings.get(mapping.name) or added.get(mapping.name)
+            name, here = mapping.name, parsed[mapping.name].at(("format",))
+            taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
             if taken is not None:
-                raise MappingError(f"{_shown(file)}: the name {mapping.name!r} is taken by {taken.file}")
-            if file.stem != mapping.name:
-                raise MappingError(f"{_shown(file)}:1:1: format {mapping.name!r} belongs into {mapping.name}.yaml")
-            added[mapping.name] = mapping
-        together = Registry({**self.mappings, **added}, parsed)
+                raise MappingError(f"{here}: the name {name!r} is taken by {taken.file}; choose another name")
+            if file.stem != name:
+                raise MappingError(f"{here}: format {name!r} belongs into {name}.yaml; rename one of them")
+            added[name], places[name] = mapping, file.resolve()
+        together = Registry({**self.mappings, **added}, parsed, places)
         together._check(tuple(added) if detected else ())
-        self.mappings, self.files = together.mappings, together.files
+        self.mappings, self.files, self.places = together.mappings, together.files, together.places
         return list(added.values())
 
     def _check(self, detected: tuple[str, ...]) -> None:
         hubs = [m for m in self.mappings.values() if m.kind == "hub"]
         if len(hubs) != 1:
             raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
+        for mapping in self.mappings.values():
+            for tower in mapping.speaks:
+                if tower not in hubs[0].spellings:
+                    at = self.files[mapping.name].at(("speaks", tower))
+                    known = ", ".join(hubs[0].spellings)
+                    raise MappingError(f"{at}: the hub spells no tower {tower!r}; known: {known}")
         for tower, spellings in hubs[0].spellings.items():
             parent = {name: name for name in spellings}
 
@@ -122,17 +137,17 @@ class Registry:
                 spoken = mapping.between if mapping.tower == tower else mapping.speaks.get(tower, ())
                 unknown = [name for name in spoken if name not in spellings]
                 if unknown:
+                    at = self.files[mapping.name].at((tower,) if mapping.tower else ("speaks", tower))
                     raise MappingError(
-                        f"{mapping.file}: the hub knows no {tower} spelling {unknown[0]!r}; "
-                        f"known: {', '.join(spellings)}"
+                        f"{at}: the hub knows no {tower} spelling {unknown[0]!r}; known: {', '.join(spellings)}"
                     )
                 if mapping.tower != tower:
                     continue
                 one, two = (root(name) for name in mapping.between)
                 if one == two:
+                    at, both = self.files[mapping.name].at((tower,)), " and ".join(mapping.between)
                     raise MappingError(
-                        f"{mapping.file}: a second path between {tower} spellings {' and '.join(mapping.between)}; "
-                        f"respellings of a tower must form a forest"
+                        f"{at}: a second path between {tower} spellings {both}; respellings of a tower form a forest"
                     )
                 parent[one] = two
         lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
@@ -216,6 +231,8 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
     An installed package does the same with an entry point in the group ``keymap.mappings`` that names a path,
     or a function that returns one.
 
+    A file that is registered again is read anew.
+
     Returns:
         The names of the mappings added.
 
@@ -224,6 +241,8 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
             give two paths between spellings, or the evidence claims what another format's rules own, or the
             other way round. Nothing is added then.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise MappingError(f"register_mappings({path!r}): give the path of a YAML file, or of a folder of them")
     return [mapping.name for mapping in registry().add(_files(Path(path)), detected=True)]
 
 

@@ -77,7 +77,8 @@ class Inspection:
         spellings: how each tower is spelled in the hub's terms.
         tensors: shape and dtype of every tensor, by the key in the file.
         dtypes: how many tensors there are of each dtype.
-        config_hints: what the format's configuration file beside the checkpoint tells.
+        config_hints: what the format's configuration, in the file or beside it, tells.
+        notes: which file of a folder this is, and what else stood around the state dict.
     """
 
     path: str
@@ -91,11 +92,12 @@ class Inspection:
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     dtypes: Mapping[str, int]
     config_hints: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; tensors as ``{key: {"shape": [...], "dtype": "float32"}}``."""
         plain = {name: getattr(self, name) for name in ("path", "container", "format", "wrapper")}
-        for name in ("evidence", "other_wrappers", "prefixes"):
+        for name in ("evidence", "other_wrappers", "prefixes", "notes"):
             plain[name] = list(getattr(self, name))
         for name in ("spellings", "dtypes", "config_hints"):
             plain[name] = dict(getattr(self, name))
@@ -118,4 +120,5 @@ class Inspection:
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())
         lines.append(f"  {len(self.tensors)} tensors ({dtypes}), {count:,} elements")
         lines += [f"  {name}: {value}" for name, value in self.config_hints.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

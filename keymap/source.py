@@ -1,35 +1,47 @@
-"""The first three steps, read → unwrap → detect, and the configuration file that may lie beside a checkpoint."""
+"""The first three steps, read → unwrap → detect: a checkpoint on its way to a plan."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from keymap.detect import Detection, detect
-from keymap.errors import CheckpointError, MappingError
+from keymap.config import Told, read_config
+from keymap.detect import Detection, detect, refuse_in_words
+from keymap.errors import CheckpointError, DetectionError, MappingError
+from keymap.folder import choose_file
 from keymap.pieces import Layout, whole
 from keymap.read import LazyTensor, open_checkpoint
 from keymap.registry import Registry, registry
-from keymap.unwrap import Unwrapped, unwrap
+from keymap.unwrap import Unwrapped, parts_of, unwrap
 
-__all__ = ["Opened", "PathLike", "config_of", "grid_of", "known_with", "layouts_of", "open_source"]
+__all__ = ["Opened", "PathLike", "known_with", "layouts_of", "open_sources"]
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint on its way to a plan."""
+    """One state dict of a checkpoint.
+
+    Attributes:
+        known: the mappings it was looked up in.
+        file, container: the file that was read.
+        unwrapped: its tensors.
+        found: its format; None where no format claims it, for the reasons in ``refusal``.
+        told: what its configuration says.
+        notes: which file of a folder was taken, and why.
+    """
 
     known: Registry
     file: str
     container: str
     unwrapped: Unwrapped
-    found: Detection
+    found: Detection | None
+    refusal: DetectionError | None
+    told: Told
+    notes: tuple[str, ...] = ()
 
 
 def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
@@ -48,12 +60,9 @@ def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
             )
         return known, name
     file = Path(name)
-    own = next((m for m in known.mappings.values() if Path(m.file).resolve() == file.resolve()), None)
-    if own is not None:
-        return known, own.name
     if not file.is_file():
         raise MappingError(f"{name}: there is no such mapping file")
-    extended = Registry(dict(known.mappings), dict(known.files))
+    extended = Registry(dict(known.mappings), dict(known.files), dict(known.places))
     return extended, extended.add([file])[0].name
 
 
@@ -61,42 +70,41 @@ def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
     return {key: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
 
 
-def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None) -> Opened:
+def open_sources(
+    path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None
+) -> tuple[Opened, ...]:
+    """The state dicts of a checkpoint that may be meant.
+
+    One, as a rule; several where no format claims the keys as they are, and formats claim parts of them (a teacher
+    beside a student). A lone one may be of no known format.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no state dict.
+    """
     known, wanted = known_with(mapping)
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise CheckpointError(f"the checkpoint is {path!r}: give the path of a file")
     if not isinstance(wrapper, (str, type(None))):
         raise CheckpointError(f"wrapper={wrapper!r}: give the dotted path of a state dict in the file")
-    checkpoint = open_checkpoint(path, weights_only)
+    place, notes = Path(path), tuple[str, ...]()
+    if place.is_dir():
+        place, why = choose_file(place, known.containers)
+        notes = (why,)
+    checkpoint = open_checkpoint(place, weights_only)
     file = str(checkpoint.path)
-    unwrapped = unwrap(checkpoint.tree, known.containers, file, wrapper)
-    found = detect(known, layouts_of(unwrapped.tensors), wanted, file=file)
-    return Opened(known, file, checkpoint.container, unwrapped, found)
 
+    def opened(unwrapped: Unwrapped) -> Opened:
+        layouts = layouts_of(unwrapped.tensors)
+        try:
+            refuse_in_words(known, layouts, wanted, file)
+            found = detect(known, layouts, wanted, file=file)
+        except DetectionError as error:
+            return Opened(known, file, checkpoint.container, unwrapped, None, error, Told(), notes)
+        told = read_config(checkpoint.path, checkpoint.metadata, found.mapping)
+        return Opened(known, file, checkpoint.container, unwrapped, found, None, told, notes)
 
-def config_of(file: str, found: Detection) -> dict[str, Any]:
-    """What the format's configuration file beside a checkpoint tells of the image grid."""
-    named = found.mapping.config
-    path = Path(file).parent / named["file"] if named else None
-    if path is None or not path.is_file() or path.stat().st_size > 1 << 20:
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {"config": f"{path.name} could not be read"}
-    told: dict[str, Any] = {}
-    for name in ("image_size", "patch_size"):
-        value: Any = data
-        for part in named[name].split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, int) and value > 0:
-            told[name] = (value, value)
-        elif isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value):
-            told[name] = (value[0], value[1])
-    return told
-
-
-def grid_of(told: Mapping[str, Any]) -> tuple[int, int] | None:
-    if "image_size" not in told or "patch_size" not in told:
-        return None
-    return told["image_size"][0] // told["patch_size"][0], told["image_size"][1] // told["patch_size"][1]
+    first = opened(unwrap(checkpoint.tree, known.containers, file, wrapper))
+    if first.found is not None:
+        return (first,)
+    parts = [opened(part) for part in parts_of(first.unwrapped, known.containers, file)]
+    return tuple(part for part in parts if part.found is not None) or (first,)

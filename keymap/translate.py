@@ -75,7 +75,8 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
     result = Translated(applied.out, [k for lay in applied.left.values() for k in lay.sources], dropped)
     result.faults = [*found.faults, *applied.faults]
     for (tower, why), keys in placeless.items():
-        result.faults.append(Fault(f"{len(keys)} keys, {', '.join(keys[:2])} ...: {why}", tuple(keys), tower))
+        text = f"{len(keys)} keys, {', '.join(keys[:2])} ...: {why}"
+        result.faults.append(Fault(text, tuple(keys), tower, foreign=True))
     result.checks = [*checks, *applied.checks]
     result.steps = [*found.steps, *applied.steps]
     result.rules, result.source_keys = table.rules, found.tensors

@@ -1,6 +1,7 @@
 """Out of wrappers and prefixes: the state dict that a checkpoint holds.
 
-The names are a declared table (``mappings/containers.yaml``). A prefix is cut only where every key has it.
+The names are a declared table (``mappings/containers.yaml``). A prefix is cut only where every key has it; a state
+dict that holds several models, or a model beside other things, is taken apart into its parts.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from keymap.errors import CheckpointError
+from keymap.errors import CheckpointError, some
+from keymap.mapping import Containers
 from keymap.read import LazyTensor
 
-__all__ = ["Unwrapped", "unwrap"]
+__all__ = ["Unwrapped", "parts_of", "unwrap"]
 
 _MAX_DEPTH = 4
 
@@ -26,14 +28,14 @@ class Unwrapped:
         wrapper: dotted path of the wrapper, empty for none.
         others: paths of further state dicts in the file, which were not taken; empty text for the top level.
         prefixes: what was cut from every key, outermost first.
-        skipped: entries of the chosen dict that are no tensors.
+        notes: what else was cut or left: names within keys, entries that are no tensors, keys of other parts.
     """
 
     tensors: Mapping[str, LazyTensor]
     wrapper: str
     others: tuple[str, ...]
     prefixes: tuple[str, ...]
-    skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, LazyTensor]:
@@ -57,26 +59,35 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def unwrap(
-    tree: Mapping[str, Any], containers: Mapping[str, tuple[str, ...]], file: str, wrapper: str | None = None
-) -> Unwrapped:
+def _splits(tree: Any, wrapper: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Readings of a wrapper's name: a path of dicts that hold tensors, and what is left as a part of its keys."""
+    words = wrapper.split(".") if wrapper else []
+    yield (wrapper,), ""  # a name with dots in it
+    for count in range(len(words), -1, -1):
+        yield tuple(words[:count]), ".".join(words[count:])
+
+
+def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
     """Find the state dict in what a reader returned.
 
     Args:
         tree: nested dicts as in the file.
-        containers: the table: ``wrappers``, ``prefixes`` and ``training_state``.
+        containers: the declared table.
         file: for messages.
-        wrapper: dotted path to the wanted state dict; None takes the first of the table.
+        wrapper: dotted path to the wanted state dict, or to a part of one (``"state_dict.teacher"``, ``"teacher"``);
+            None takes the first of the table.
 
     Raises:
-        CheckpointError: there is no state dict, none under ``wrapper``, or cutting a prefix makes two keys one.
+        CheckpointError: there is no state dict, none under ``wrapper``, or cutting makes two keys one.
     """
-    paths = list(_found(tree, containers["wrappers"]))
+    paths = list(_found(tree, containers.wrappers))
+    part = ""
     if wrapper is not None:
-        chosen = tuple(wrapper.split(".")) if wrapper else ()
-        direct = _at(tree, (wrapper,)) if isinstance(_at(tree, (wrapper,)), Mapping) else None
-        chosen = (wrapper,) if direct is not None else chosen
-        if not isinstance(_at(tree, chosen), Mapping) or not _flat(_at(tree, chosen)):
+        for chosen, part in [*_splits(tree, wrapper), *((path, wrapper) for path in paths)]:
+            held = _flat(_at(tree, chosen)) if isinstance(_at(tree, chosen), Mapping) else {}
+            if any(key.startswith(f"{part}.") for key in held) if part else held:
+                break
+        else:
             known = ", ".join(repr(".".join(p)) for p in paths) or "none"
             raise CheckpointError(f"{file}: there are no tensors under {wrapper!r}; state dicts found: {known}")
     elif paths:
@@ -85,40 +96,88 @@ def unwrap(
         raise CheckpointError(f"{file}: it holds no state dict", [_what(tree, containers)])
     state = _at(tree, chosen)
     tensors = _flat(state)
-    skipped = tuple(str(key) for key, value in state.items() if not isinstance(value, LazyTensor))
-    prefixes: list[str] = []
-    while True:
-        prefix = next((p for p in containers["prefixes"] if all(k.startswith(p) and k != p for k in tensors)), None)
-        if prefix is None:
-            break
-        prefixes.append(prefix)
-        tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+    skipped = [str(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
+    notes = [f"entries that are no tensors were skipped: {some(skipped)}"] if skipped else []
     others = tuple(".".join(path) for path in paths if path != chosen)
-    return Unwrapped(tensors, ".".join(chosen), others, tuple(prefixes), skipped)
+    whole = _cut(Unwrapped(tensors, ".".join(chosen), others, (), tuple(notes)), containers, file)
+    return _part(Unwrapped(tensors, whole.wrapper, others, (), whole.notes), part, containers, file) if part else whole
 
 
-def _what(tree: Mapping[str, Any], containers: Mapping[str, tuple[str, ...]]) -> str:
+def parts_of(whole: Unwrapped, containers: Containers, file: str) -> list[Unwrapped]:
+    """The models of the table that a state dict holds beside other things, each as a state dict of its own."""
+    names = [n for n in containers.parts if any(key.startswith(f"{n}.") for key in whole.tensors)]
+    return [_part(whole, name, containers, file, tuple(names)) for name in names]
+
+
+def _part(whole: Unwrapped, name: str, containers: Containers, file: str, names: tuple[str, ...] = ()) -> Unwrapped:
+    inside = {k[len(name) + 1 :]: tensor for k, tensor in whole.tensors.items() if k.startswith(f"{name}.")}
+    outside = [key for key in whole.tensors if not key.startswith(f"{name}.")]
+
+    def path(part: str) -> str:
+        return f"{whole.wrapper}.{part}" if whole.wrapper else part
+
+    others = (*whole.others, *(path(other) for other in names if other != name))
+    notes = (*whole.notes, f"{len(outside)} tensors beside {name!r} were not taken: {some(outside)}") * bool(outside)
+    part = Unwrapped(inside, path(name), others, whole.prefixes, notes or whole.notes)
+    return _cut(part, containers, file)
+
+
+def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
+    """Without the names of wrapper classes: prefixes that every key has, and segments wherever they stand."""
+    tensors, prefixes, notes = dict(found.tensors), list(found.prefixes), list(found.notes)
+    known = (*containers.prefixes, *(f"{name}." for name in containers.parts))
+    while True:
+        prefix = next((p for p in known if all(k.startswith(p) and k != p for k in tensors)), None)
+        if prefix is not None:
+            prefixes.append(prefix)
+            tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+            continue
+        segment = next((s for s in containers.segments if any(_has(key, s) for key in tensors)), None)
+        if segment is None:
+            return Unwrapped(tensors, found.wrapper, found.others, tuple(prefixes), tuple(notes))
+        shorter: dict[str, str] = {}
+        for key in tensors:
+            name = _without(key, segment)
+            if name in shorter:
+                text = f"{file}: without the wrapper's {segment!r} two keys become one"
+                raise CheckpointError(text, [f"{shorter[name]!r} and {key!r} become {name!r}; keep one in the file"])
+            shorter[name] = key
+        changed = sum(name != key for name, key in shorter.items())
+        notes.append(f"{segment!r} was cut out of {changed} keys")
+        tensors = {name: tensors[key] for name, key in shorter.items()}
+
+
+def _has(key: str, segment: str) -> bool:
+    return key.startswith(segment) or f".{segment}" in key
+
+
+def _without(key: str, segment: str) -> str:
+    return f".{key}".replace(f".{segment}", ".")[1:]
+
+
+def _what(tree: Mapping[str, Any], containers: Containers) -> str:
     """In words, what a file without a state dict is."""
     if not tree:
         return "the dict is empty: save model.state_dict()"
     if list(tree) == [""]:
         return f"it holds a {type(tree['']).__name__}, not a dict of tensors: save model.state_dict()"
     names = ", ".join(repr(str(key)) for key in list(tree)[:8])
-    training = [name for name in containers["training_state"] if name in tree]
+    training = [name for name in containers.training_state if name in tree]
     if training:
         return (
             f"its entries are {names}: this is training state ({', '.join(training)}) without weights; "
             f"save model.state_dict() beside it"
         )
-    nested = [str(k) for k, v in tree.items() if isinstance(v, Mapping) and any(True for _ in _tensors_below(v))]
+    nested = [".".join(path) for path in _paths_of_tensors(tree)]
     if nested:
-        return f"tensors lie under {', '.join(nested)}, which is no wrapper that is known: pass wrapper={nested[0]!r}"
+        return f"tensors lie under {some(nested)}, which is no wrapper that is known: pass wrapper={nested[0]!r}"
     return f"its entries are {names}, and none of them is a tensor"
 
 
-def _tensors_below(tree: Mapping[str, Any], depth: int = 0) -> Iterator[LazyTensor]:
-    for value in tree.values():
-        if isinstance(value, LazyTensor):
-            yield value
-        elif isinstance(value, Mapping) and depth < _MAX_DEPTH:
-            yield from _tensors_below(value, depth + 1)
+def _paths_of_tensors(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of dicts that hold tensors, whatever their names."""
+    if path and _flat(tree):
+        yield path
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(name, str) and len(path) < _MAX_DEPTH:
+            yield from _paths_of_tensors(value, (*path, name))

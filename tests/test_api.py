@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peers import big_vision, hf, openai, openclip, timm_towers
-from peers.common import assert_unchanged, bits, same_bits
+from peers.common import SQUARE, assert_unchanged, bits, same_bits
 from safetensors.torch import save_file
 
 import keymap
+from keymap.registry import registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +99,12 @@ def test_inspect_tells_of_an_unknown_file_what_it_holds(tmp_path):
 
 def test_inspect_reads_the_configuration_beside_the_file(hf_file):
     (hf_file.parent / "config.json").write_text('{"vision_config": {"image_size": 28, "patch_size": 14}}')
-    assert keymap.inspect_checkpoint(hf_file).config_hints == {"image_size": (28, 28), "patch_size": (14, 14)}
+    hints = keymap.inspect_checkpoint(hf_file).config_hints
+    assert {name: hints[name] for name in ("image_size", "patch_size")} == {
+        "image_size": (28, 28),
+        "patch_size": (14, 14),
+    }
+    assert hints["text.causal"] is True and hints["image.activation"] == "quick_gelu"
 
 
 # --- choosing ---
@@ -302,3 +308,83 @@ def test_the_wheel_holds_mappings_and_schema(tmp_path):
     )
     place, count = done.stdout.split()
     assert Path(place).is_relative_to(tmp_path) and int(count) == len(keymap.list_formats())
+
+
+# --- what the caller tells ---
+
+
+@pytest.mark.parametrize("facts", ["x", {"image.heads": "3"}, {"image.heads": -3}, {"image.heads": 0}, {3: 3}])
+def test_facts_that_are_no_facts_are_refused_wherever_they_are_told(facts, hf_file):
+    state = openclip.siglip().state_dict()
+    with pytest.raises(keymap.PlanError, match="give names and positive numbers"):
+        keymap.convert_state_dict(state, "big_vision_siglip", facts=facts)
+    with pytest.raises(keymap.PlanError, match="give names and positive numbers"):
+        keymap.load_checkpoint(openclip.clip(), hf_file, facts=facts)
+
+
+@pytest.mark.parametrize("call", [keymap.inspect_checkpoint, keymap.register_mappings])
+@pytest.mark.parametrize("path", [None, 5, b"x"])
+def test_a_path_that_is_none_is_refused(call, path):
+    with pytest.raises(keymap.KeymapError, match="give the path"):
+        call(path)
+
+
+def test_a_tensor_without_values_cannot_be_converted():
+    state = openclip.clip().state_dict()
+    for hollow in (torch.zeros(3, 3).to_sparse(), torch.zeros(3, device="meta")):
+        with pytest.raises(keymap.PlanError, match=r"sparse, or on the meta device, cannot be rewritten: visual.proj"):
+            keymap.convert_state_dict({**state, "visual.proj": hollow}, "hf_clip")
+
+
+EDITED = r"""format: edited
+title: CLIP under other names
+reference: this test
+speaks: {image: native_vit, text: flat}
+detect: {all: [my.visual.proj]}
+groups:
+  image:
+    my.visual.proj: {to: visual.proj, view: a b -> b a}
+    my.visual.(class_embedding|positional_embedding): visual.\1
+    my.visual.(conv1|ln_pre|ln_post|transformer).(.+): visual.\1.\2
+  text:
+    my.(transformer|token_embedding|ln_final).(.+): \1.\2
+    my.(positional_embedding|text_projection): \1
+  scale:
+    my.logit_scale: logit_scale
+"""
+
+
+def test_an_edited_mapping_file_is_read_anew(tmp_path):
+    """The first version transposes the projection, wrongly; it is square, so nothing but its values tells."""
+    file, path = tmp_path / "edited.yaml", tmp_path / "edited.safetensors"
+    source = openclip.clip(seed=1, **SQUARE).state_dict()
+    save_file({f"my.{k}": v.contiguous() for k, v in source.items()}, path)
+    model = openclip.clip(seed=2, **SQUARE)
+    file.write_text(EDITED)
+    known = registry()
+    before = dict(known.mappings), dict(known.files), dict(known.places)
+    try:
+        assert keymap.register_mappings(file) == ["edited"]
+        keymap.load_checkpoint(model, path, mapping="edited")
+        assert same_bits(model.visual.proj.detach(), source["visual.proj"].T.contiguous())
+        file.write_text(EDITED.replace("{to: visual.proj, view: a b -> b a}", "visual.proj"))
+        keymap.load_checkpoint(model, path, mapping=file)
+        assert same_bits(model.visual.proj.detach(), source["visual.proj"])
+        assert keymap.register_mappings(file) == ["edited"]
+        keymap.load_checkpoint(model, path)
+        assert same_bits(model.visual.proj.detach(), source["visual.proj"])
+        other = tmp_path / "other" / "edited.yaml"
+        other.parent.mkdir()
+        other.write_text(EDITED)
+        with pytest.raises(keymap.MappingError, match=r"edited.yaml:1:1: the name 'edited' is taken by"):
+            keymap.register_mappings(other)
+    finally:
+        known.mappings, known.files, known.places = before
+
+
+def test_a_dry_run_reads_what_the_caller_trusts(tmp_path):
+    torch.save(openclip.clip(seed=1), tmp_path / "module.pt")
+    with pytest.raises(keymap.UnsafeCheckpointError):
+        keymap.plan_load(openclip.clip(), tmp_path / "module.pt")
+    plan = keymap.plan_load(openclip.clip(), tmp_path / "module.pt", weights_only=False)
+    assert plan.missing_keys == ()

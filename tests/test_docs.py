@@ -84,10 +84,11 @@ def test_examples_run_as_they_are_printed(name, tmp_path, monkeypatch, fresh_reg
     perform(ROOT / name)
 
 
-def test_examples_are_not_only_there_but_run():
+def test_examples_are_not_only_there_but_run(tmp_path):
     """A broken example fails: the test above can see."""
+    (tmp_path / "broken.md").write_text("# A page\n\n```python\n1 / 0\n```\n", encoding="utf-8")
     with pytest.raises(ZeroDivisionError):
-        exec(compile("1 / 0", "x", "exec"), {})
+        perform(tmp_path / "broken.md")
     assert sum(language == "python" for language, _, _ in blocks(ROOT / "docs" / "rule-language.md")) > 15
     assert sum(language == "python" for language, _, _ in blocks(ROOT / "README.md")) >= 5
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import keymap
+from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.mapping import compile_mapping
 from keymap.marked_yaml import parse_yaml
 from keymap.registry import Registry, registry
 
@@ -83,7 +83,11 @@ FIELDS = {
     "an unknown operation": (rules("a: {to: b, veiw: a -> a}"), "8:16", "no field 'veiw' here; did you mean 'view'?"),
     "an unknown evidence": (HEAD + "accepts: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),
     "a text for a list": (HEAD + "notes: text\n" + GOOD, "6:1", "'text' is not of type 'array'"),
-    "a number for a target": (rules("a: 7"), "8:5", "One rule: source key(s) to target key(s)"),
+    "a number for a target": (
+        rules("a: 7"),
+        "8:5",
+        "7 does not stand here (one rule: source key(s) to",
+    ),
     "an empty target": (rules('a: ""'), "8:5", "should be non-empty"),
     "an empty reason": (rules("a: b", more="drop:\n  a: ''\n"), "10:3", "should be non-empty"),
     "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "'fromat' is not one of ['format', 'respelling', 'hub'"),
@@ -92,11 +96,17 @@ FIELDS = {
     "a shape of two": (rules("a: b", more="shapes:\n  a: [2]\n"), "10:7", "1 was expected"),
     "a size of none": (rules("a: b", more="sizes: {c: 0}\n"), "9:9", "0 is less than the minimum of 1"),
     "an axis below none": (rules("(a|b): {to: c, concat: -1}"), "8:20", "-1 is less than the minimum of 0"),
-    "half an axis": (rules("(a|b): {to: c, concat: 0.5}"), "8:20", "An axis: its number from 0, or its name"),
+    "half an axis": (
+        rules("(a|b): {to: c, concat: 0.5}"),
+        "8:20",
+        "0.5 does not stand here (an axis: its number",
+    ),
     "a power": (rules("a: {to: b, times: cube 1, oneway: true}"), "8:16", "does not match '^sqrt [0-9]$'"),
     "one tied target": (rules("a: {to: [b]}"), "8:9", "too short"),
     "one part": (rules("(a|b): {to: c, concat: 0, parts: [1]}"), "8:31", "too short"),
-    "a part in words": (rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"), "8:39", "'x' is not valid"),
+    "a part in words": (rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"), "8:39", '"x" does not stand here'),
+    "nothing for a target": (rules("a: null"), "8:5", "null does not stand here (one rule"),
+    "a list for a rule": (rules("a: [b, c]"), "8:5", "does not stand here (one rule"),
     "a field of the hub": (HEAD + "scalars: [a]\n" + GOOD, "1:1", "a field of the hub stands in a file that is not"),
     "a variant without the way back": (
         rules("a: b", more="variants:\n  - when: {all: [x]}\n    groups: {image: {c: d}}\n"),
@@ -385,6 +395,12 @@ def test_all_faults_of_a_file_are_told_at_once():
     assert sorted(fault.split(": ")[0] for fault in faults) == ["f.yaml:6:1", "f.yaml:7:1", "f.yaml:8:29"]
 
 
+@pytest.mark.parametrize("field", ["drop:\n  (a|x): noise\n", "nowhere:\n  text:\n    (a|x): no place\n"])
+def test_a_key_that_a_rule_owns_cannot_be_left_out_too(field):
+    told_of = field.partition(":")[0]
+    check(rules("a: b", more=field), "8:5", f"key 'a' is claimed by rule 'a: b' and left out by '{told_of}: (a|x)'")
+
+
 # --- all files together ---
 
 
@@ -417,7 +433,12 @@ TOGETHER = {
         RESPELLING.replace("clip_trunk", "trunc"),
         "the hub knows no image spelling 'trunc'",
     ),
-    "a second path": ("other_way.yaml", RESPELLING, "respellings of a tower must form a forest"),
+    "an unknown tower": (
+        "example.yaml",
+        rules("a: b").replace("{image: native_vit}", "{images: native_vit}"),
+        "example.yaml:4:10: the hub spells no tower 'images'; known: image, text",
+    ),
+    "a second path": ("other_way.yaml", RESPELLING, "respellings of a tower form a forest"),
     "a second hub": (
         "example.yaml",
         HEAD.replace("speaks: {image: native_vit}\n", "kind: hub\n")

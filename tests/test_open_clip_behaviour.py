@@ -175,9 +175,13 @@ def test_a_folder_with_a_configuration_and_hf_model_safetensors(config, st, tmp_
 
 
 @STRICT
-def test_a_folder_with_only_epoch_32_pt_is_refused_in_words(strict, pt, tmp_path):
-    pt({"state_dict": state_of(openclip.clip(seed=1))}, "epoch_32.pt")
-    refuses(openclip.clip(), tmp_path, "directory", "epoch_32.pt", error=keymap.CheckpointError, strict=strict)
+def test_a_folder_with_only_epoch_32_pt_is_loaded_and_told(strict, pt, tmp_path):
+    source, model = state_of(openclip.clip(seed=1)), openclip.clip(seed=2)
+    pt({"state_dict": source}, "epoch_32.pt")
+    result = keymap.load_checkpoint(model, tmp_path, strict)
+    complete(result)
+    assert_holds(model, source)
+    assert "epoch_32.pt was taken from the folder: the last epoch of a training run" in result.report.plan.notes
 
 
 # --- loading in general: logit_scale and logit_bias ---

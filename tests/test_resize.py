@@ -496,10 +496,9 @@ def test_a_timm_file_without_a_row_for_the_class_token_into_the_native_vit(told,
 
 
 def test_the_advice_for_a_table_without_a_row_is_not_a_wrong_grid(st):
-    path = st(timm_towers.clip_vit(no_embed_class=True).state_dict())
-    message = ""
-    try:
+    path = st(timm_towers.clip_vit(no_embed_class=True, image_size=(28, 42)).state_dict())
+    with pytest.raises(keymap.PlanError) as caught:
         keymap.load_checkpoint(native((2, 2), 2), path, towers=("image",))
-    except keymap.PlanError as error:
-        message = str(error)
-    assert "(1, 3)" not in message
+    message = str(caught.value)
+    assert "pass source_grid=(h, w), one of" in message and "(2, 3)" in message
+    assert "source_grid 1x5" not in message and "(2, 3) after 0 rows" in message

@@ -36,7 +36,7 @@ BROKEN = {
     "pattern": ("pre_layrnorm.(weight|bias)", "pre_layrnorm.*", "'*' at character", True),
     "key twice": ("  scale:", "  text:", "key 'text' is given twice", True),
     "yaml": ("groups:", "groups: [", "not YAML", False),
-    "spelling": ("image: native_vit", "image: nativ_vit", "the hub knows no image spelling 'nativ_vit'", False),
+    "spelling": ("image: native_vit", "image: nativ_vit", "the hub knows no image spelling 'nativ_vit'", True),
 }
 
 

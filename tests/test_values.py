@@ -163,3 +163,18 @@ def test_a_text_tower_of_transformers_saved_alone_is_read(tmp_path):
     source, model = openclip.hf_text(seed=1), openclip.hf_text(seed=2)
     keymap.load_checkpoint(model, saved(tmp_path / "x.safetensors", source.text.state_dict()), towers="text")
     assert all(same_bits(v, model.text.state_dict()[k]) for k, v in source.text.state_dict().items())
+
+
+def test_a_tie_that_the_file_breaks_keeps_the_first_and_is_reported_as_it_is(tmp_path):
+    source = openclip.clip(seed=1).state_dict()
+    torch.save(source, tmp_path / "clip.pt")
+    model = openclip.clip(seed=2)
+    model.visual.ln_pre.weight = model.visual.ln_post.weight
+    with pytest.raises(keymap.VerifyError, match="are one tensor of the model"):
+        keymap.load_checkpoint(model, tmp_path / "clip.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "clip.pt", strict=False)
+    lost = [k for k in ("visual.ln_pre.weight", "visual.ln_post.weight") if k in result.unexpected_keys]
+    assert len(lost) == 1
+    held = ({"visual.ln_pre.weight", "visual.ln_post.weight"} - set(lost)).pop()
+    assert same_bits(model.visual.ln_pre.weight.detach(), source[held])
+    assert lost[0] not in [entry.key for entry in result.report.plan.entries]

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.mapping import Mapping, compile_mapping, data_folder
+from keymap.mapping import Mapping, data_folder
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.registry import Registry
 
@@ -67,9 +68,9 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
             continue
         spent = (time.perf_counter() - start) * 1000
         lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
-    if not faults:  # what only all files together show: names, spellings, paths of respellings
+    if not faults:  # what only all files together show: names, spellings, evidence, paths of respellings
         try:
-            Registry().add(together)
+            Registry().add(together, detected=True)
         except MappingError as error:
             faults += told(error)
     return lines, faults

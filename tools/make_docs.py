@@ -188,11 +188,7 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     if "uses" in data:
         about.append(f"- tables from: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
     if "config" in data:
-        told = data["config"]
-        about.append(
-            f"- image grid: {code(told['image_size'])} and {code(told['patch_size'])} of {code(told['file'])} "
-            f"beside the file, where it is there"
-        )
+        about.append(f"- configuration: {code(data['config']['file'])} beside the file, where it is there")
     lines.extend([*about, ""])
     section("Notes", (f"- {note}" for note in data.get("notes", ())))
     if "detect" in data:
@@ -219,8 +215,11 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     section("Absence", _absence(data))
     section("Position embeddings", _positions(data))
     section("Facts that a model tells", _facts(data))
-    for name in ("causal_masks", "wrappers", "prefixes", "training_state"):
+    section("What the source tells of itself", _told(data))
+    for name in ("causal_masks", "wrappers", "prefixes", "segments", "parts", "training_state"):
         section(name.replace("_", " ").capitalize(), (f"- {code(item)}" for item in data.get(name, ())))
+    for name, title in (("files", "The checkpoint of a folder, the first that is there"), ("folders", "Other folders")):
+        section(title, (f"- {code(key)}: {what}" for key, what in data.get(name, {}).items()))
     section("Writing", [*writing(mapping), *_fixed(data)])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -282,9 +281,30 @@ def _positions(data: Data) -> Iterator[str]:
 
 
 def _facts(data: Data) -> Iterator[str]:
-    for name, paths in data.get("facts", {}).items():
-        words = [code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}" for p in paths]
-        yield f"- {code(name)}: {', '.join(words)}"
+    for name, value in data.get("facts", {}).items():
+        told = value if isinstance(value, dict) else {"model": value}
+        paths = [
+            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}" for p in told["model"]
+        ]
+        label = f"{told['label']}, set by {told['change']}: " if "label" in told else ""
+        yield f"- {code(name)}: {label}{', '.join(paths)}"
+
+
+def _told(data: Data) -> Iterator[str]:
+    config = data.get("config", {})
+
+    def places(value: Any) -> str:
+        entries = value if isinstance(value, list) else [value]
+        return ", ".join(code(e if isinstance(e, str) else e["path"]) for e in entries)
+
+    for name in ("image_size", "patch_size"):
+        if name in config:
+            yield f"- {code(name)}: {places(config[name])}"
+    for name, value in config.get("facts", {}).items():
+        default = f"; {config['defaults'][name]} where it is left out" if name in config.get("defaults", {}) else ""
+        yield f"- {code(name)}: {places(value)}{default}"
+    for name, value in data.get("states", {}).items():
+        yield f"- {code(name)}: always {code(str(value).lower() if isinstance(value, bool) else value)}"
 
 
 def _fixed(data: Data) -> Iterator[str]:

@@ -33,6 +33,8 @@ class LazyTensor:
             a later ``read`` from the same Checkpoint. Strides may be any, also of a transposed view.
         position: byte position of the values, for reading in file order.
         streamed: True when ``read`` decompresses; only then can it raise CheckpointError.
+        check: raises CheckpointError where the values are not those that were written; None where the container
+            has no checksum of its own (safetensors), or none that its writers must set (torch).
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,7 @@ class LazyTensor:
     read: Callable[[], torch.Tensor]
     position: int = 0
     streamed: bool = False
+    check: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Block:
         nbytes: bytes that ``load`` gives.
         skip: bytes before those that ``load`` leaves out (an array's header); only used when deflated.
         crc: the checksum of all inflated bytes, or None for a region stored as it is.
+        seal: of a member stored as it is: its first byte, its length and its checksum.
     """
 
     file: SourceFile
@@ -127,6 +131,26 @@ class Block:
     nbytes: int
     skip: int = 0
     crc: int | None = None
+    seal: tuple[int, int, int] | None = None
+
+    def check(self) -> None:
+        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept."""
+        if self.crc is not None:
+            total, crc = 0, 0
+            for part in self._inflate(self.skip + self.nbytes):
+                total, crc = total + len(part), zlib.crc32(part, crc)
+            self._judge(total, crc, self.crc)
+        elif self.seal is not None:
+            start, length, wanted = self.seal
+            with memoryview(self.file.data) as view:
+                crc = zlib.crc32(view[start : start + length])
+            self._judge(self.skip + self.nbytes, crc, wanted)
+
+    def _judge(self, total: int, crc: int, wanted: int) -> None:
+        declared = self.skip + self.nbytes
+        if total != declared or crc != wanted:
+            what = "its checksum differs" if total == declared else f"it does not inflate to {declared} bytes"
+            raise self.file.bad(f"member {self.name!r} is corrupt: {what}", "download the file again")
 
     def head(self, count: int) -> bytes:
         """The first bytes, ``count`` of them or all; raises CheckpointError where they do not inflate."""
@@ -155,9 +179,7 @@ class Block:
                 break
             if end > 0:
                 target[max(begin, 0) : end] = part[max(-begin, 0) :]
-        if at != self.nbytes or crc != self.crc:
-            what = "its checksum differs" if at == self.nbytes else f"it does not inflate to {total} bytes"
-            raise self.file.bad(f"member {self.name!r} is corrupt: {what}", "download the file again")
+        self._judge(self.skip + at, crc, self.crc)
         return result
 
     def _inflate(self, limit: int) -> Iterator[bytes]:
@@ -239,4 +261,5 @@ def lazy_view(
 
     streamed = block.crc is not None
     position = block.start if streamed else block.start + offset * dtype.itemsize
-    return LazyTensor(shape, dtype, read, position, streamed)
+    sealed = streamed or block.seal is not None
+    return LazyTensor(shape, dtype, read, position, streamed, block.check if sealed else None)

@@ -116,7 +116,7 @@ def array_of(block: Block) -> LazyTensor:
         fact = f"{name}: shape {shape} of {dtype} needs {needs} bytes, the file holds {block.nbytes - skip}"
         raise file.bad(fact, AGAIN)
     if block.crc is None:
-        values = Block(file, block.name, block.start + skip, needs, needs)
+        values = Block(file, block.name, block.start + skip, needs, needs, seal=block.seal)
     else:
         values = Block(file, block.name, block.start, block.stored, needs, skip, block.crc)
     strides = None

@@ -75,7 +75,8 @@ def _member(file: SourceFile, entry: zipfile.ZipInfo, stop: int) -> Block:
         if entry.file_size != entry.compress_size:
             sizes = f"{entry.compress_size} and {entry.file_size}"
             raise file.bad(f"member {name!r} is stored, yet its sizes differ: {sizes}", AGAIN)
-        return Block(file, name, start, entry.compress_size, entry.file_size)
+        seal = (start, entry.compress_size, entry.CRC)
+        return Block(file, name, start, entry.compress_size, entry.file_size, seal=seal)
     if method != zipfile.ZIP_DEFLATED:
         raise file.bad(f"member {name!r} uses zip compression method {method}", "save it stored or deflated")
     if entry.file_size > entry.compress_size * MAX_RATIO:

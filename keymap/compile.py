@@ -1,0 +1,526 @@
+"""From the text of one mapping file to frozen rules: parse, validate against the schema, compile, check.
+
+The schema says which fields there are; this module says what a schema cannot: that patterns lie inside the
+reversible subset, that every capture is accounted for on both sides, that views balance, that no two rules of
+a file can match one key. All faults of a file are collected, each with ``file:line:column``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from collections.abc import Mapping as MappingType
+from functools import lru_cache
+from typing import Any
+
+from keymap.errors import MappingError
+from keymap.mapping import (
+    Accept,
+    Clue,
+    Config,
+    Containers,
+    Drop,
+    Evidence,
+    Fact,
+    Mapping,
+    Nowhere,
+    Place,
+    Position,
+    Refusal,
+    Scalar,
+    Variant,
+    data_folder,
+)
+from keymap.marked_yaml import Marked, parse_yaml
+from keymap.marked_yaml import Path as Where
+from keymap.pattern import PatternError, Side, overlap, parse_source, parse_target
+from keymap.rules import Part, Rule, RuleTable
+from keymap.view import View, ViewError, parse_view
+
+__all__ = ["compile_mapping"]
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))
+    return Draft202012Validator(schema)
+
+
+class _Compiler:
+    """Compiles one file; collects every fault on the way."""
+
+    def __init__(self, marked: Marked, library: Callable[[str], Marked | None]) -> None:
+        self.marked = marked
+        self.faults: list[str] = []
+        self.lookups: dict[str, dict[str, str]] = {}
+        self.tables: dict[str, tuple[Marked, Where]] = {}
+        self.sizes: dict[str, int | str] = dict(marked.data.get("sizes", {}))
+        shared = [(("uses", i), name) for i, name in enumerate(marked.data.get("uses", []))]
+        for where, name in shared:
+            other = library(name)
+            if other is None:
+                self.fault(marked, where, f"there is no mapping {name!r} to use tables of")
+                continue
+            self._collect(other)
+        self._collect(marked)
+
+    def _collect(self, marked: Marked) -> None:
+        for name in marked.data.get("tables", {}):
+            self.tables[name] = (marked, ("tables", name))
+        for name, table in marked.data.get("lookups", {}).items():
+            self.lookups[name] = {key: str(value) for key, value in table.items()}
+
+    def fault(self, marked: Marked, where: Where, what: str) -> None:
+        self.faults.append(f"{marked.at(where)}: {what}")
+
+    def side(self, text: str, where: Where) -> Side | None:
+        try:
+            return parse_source(text)
+        except PatternError as error:
+            self.fault(self.marked, where, str(error))
+            return None
+
+    def evidence(self, data: MappingType[str, Any], where: Where) -> Evidence:
+        def clues(name: str) -> tuple[Clue, ...]:
+            found = []
+            for number, item in enumerate(data.get(name, [])):
+                text, ndim = (item, None) if isinstance(item, str) else (item["key"], item.get("ndim"))
+                side = self.side(text, (*where, name, number))
+                if text == "(.+)":
+                    self.fault(self.marked, (*where, name, number), "(.+) matches every file: it is no evidence")
+                elif side is not None:
+                    found.append(Clue(side, ndim))
+            return tuple(found)
+
+        return Evidence(clues("all"), clues("any"), clues("none"))
+
+    def words(self, data: MappingType[str, Any], where: Where) -> MappingType[str, Scalar]:
+        """The words of a fact or a place: as given, or those of a lookup."""
+        words: Any = data.get("words", {})
+        if not isinstance(words, str):
+            return dict(words)
+        if words not in self.lookups:
+            self.fault(self.marked, where, f"there is no lookup {words!r}; known: {', '.join(sorted(self.lookups))}")
+        return dict(self.lookups.get(words, {}))
+
+    def drop(self, key: str, value: str | MappingType[str, str]) -> Drop | None:
+        side = self.side(key, ("drop", key))
+        if side is None or isinstance(value, str):
+            return Drop(side, str(value)) if side is not None else None
+        twin = None
+        if "same_as" in value:
+            try:
+                twin = parse_target([(value["same_as"], 0)], side, self.lookups)
+            except PatternError as error:
+                self.fault(self.marked, ("drop", key), f"same_as: {error}")
+        return Drop(side, value["why"], twin)
+
+    # --- rules ---
+
+    def rules(self, data: MappingType[str, Any], marked: Marked, where: Where, group: str) -> Iterable[Rule]:
+        for key, value in data.items():
+            if key != "when" or isinstance(value, str):
+                yield from self.rule(key, value, marked, (*where, key), group, "", (), {}, ())
+
+    def rule(
+        self,
+        key: str,
+        value: Any,
+        marked: Marked,
+        where: Where,
+        group: str,
+        source_prefix: str,
+        target_prefix: tuple[tuple[str, int], ...],
+        sizes: MappingType[str, int | str],
+        within: tuple[str, ...],
+    ) -> Iterable[Rule]:
+        options: dict[str, Any] = {"to": value} if isinstance(value, str) else dict(value)
+        targets = options["to"] if isinstance(options["to"], list) else [options["to"]]
+        sizes = {**sizes, **dict(options.get("sizes", {}))}
+        groups_before = source_prefix.count("(")
+        if "table" in options:
+            name = options["table"]
+            if name not in self.tables or name in within or len(targets) > 1 or set(options) - {"to", "table", "sizes"}:
+                known = ", ".join(sorted(self.tables)) or "none is declared"
+                self.fault(
+                    marked,
+                    where,
+                    f"table {name!r}: it must exist (known: {known}), not contain itself, and a rule with a table "
+                    f"has one target and no operation besides sizes",
+                )
+                return
+            home, path = self.tables[name]
+            prefix = (*target_prefix, (targets[0], groups_before))
+            for inner, inner_value in home.data["tables"][name].items():
+                yield from self.rule(
+                    inner, inner_value, home, (*path, inner), group, source_prefix + key, prefix, sizes,
+                    (*within, name),
+                )  # fmt: skip
+            return
+        try:
+            source = parse_source(source_prefix + key)
+            sides = tuple(
+                parse_target((*target_prefix, (t, groups_before)), source, self.lookups, options.get("unstack"))
+                for t in targets
+            )
+            text = _text(key, value)
+            yield self._operations(options, source, sides, marked.at(where), text, group, sizes, groups_before)
+        except (PatternError, ViewError) as error:
+            self.fault(marked, where, str(error))
+
+    def _operations(
+        self,
+        options: dict[str, Any],
+        source: Side,
+        targets: tuple[Side, ...],
+        place: str,
+        text: str,
+        group: str,
+        sizes: MappingType[str, int | str],
+        groups_before: int,
+    ) -> Rule:
+        before = parse_view(options["view"]) if "view" in options else None
+        then = parse_view(options["then"]) if "then" in options else None
+        joins = [name for name in ("concat", "stack", "rows") if name in options]
+        cuts = [name for name in ("split", "unstack") if name in options]
+        if len(joins) > 1 or len(cuts) > 1:
+            raise PatternError(f"{' and '.join(joins if len(joins) > 1 else cuts)}: a rule has one of them")
+        held = set(targets[0].variables)
+        if any(set(side.variables) != held for side in targets):
+            raise PatternError("tied targets must use the same groups")
+        lost = tuple(name for name in source.variables if name not in held)
+        gained = tuple(name for name in targets[0].variables if name not in source.variables)
+        if lost and not joins:
+            number = int(lost[0]) - groups_before
+            shown = f"group {number}" if number > 0 else f"group {lost[0]} of the prefix"
+            raise PatternError(
+                f"{shown} is captured and not used by the target: several keys would become one. "
+                f"Use it as \\{number if number > 0 else lost[0]}, or say how they join: concat, stack or rows"
+            )
+        if gained and not cuts:
+            raise PatternError("the target has a group of its own: say how the tensor is cut, with split or unstack")
+        if joins and not lost:
+            raise PatternError(f"{joins[0]} needs a group (a|b) that the target lacks")
+        if cuts and not gained:
+            wanted = "<name> for unstack" if cuts[0] == "unstack" else "(a|b) for split"
+            raise PatternError(f"{cuts[0]} needs a group of the target's own: {wanted}")
+        join = self._join(joins[0], options, source, lost, before) if joins else None
+        part = self._cut(cuts[0], options, targets[0], gained) if cuts else None
+        for name, needs in (("parts", "concat"), ("order", "concat"), ("axis", "split")):
+            if name in options and needs not in options and not (name == "axis" and "unstack" in options):
+                raise PatternError(f"{name} goes with {needs}")
+        one_way = {"take", "rows", "add", "times", "plus"} & set(options)
+        if one_way and not options.get("oneway"):
+            raise PatternError(f"{', '.join(sorted(one_way))} cannot be undone: say oneway: true")
+        if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
+            raise PatternError("rest: true needs a pattern with (.+)")
+        add = None
+        if "add" in options:
+            key, bracket, row = options["add"].partition("[")
+            if bracket and not (row.endswith("]") and row[:-1].isdigit()):
+                raise PatternError(f"add: {options['add']!r}: write a key, or key[0] for one row of it")
+            add = (key, int(row[:-1]) if bracket else None)
+        times = options.get("times", 1.0)
+        return Rule(
+            place,
+            text,
+            group,
+            source,
+            targets,
+            take=tuple(options["take"]) if "take" in options else None,
+            before=before,
+            join=join,
+            then=then,
+            cut=part,
+            optional=bool(options.get("optional")),
+            oneway=bool(options.get("oneway")),
+            rest=bool(options.get("rest")),
+            sizes={**self.sizes, **sizes},
+            add=add,
+            factor=1.0 if isinstance(times, str) else float(times),
+            root=int(times.split()[1]) if isinstance(times, str) else None,
+            term=float(options.get("plus", 0.0)),
+        )
+
+    def _join(
+        self, kind: str, options: dict[str, Any], source: Side, lost: tuple[str, ...], before: View | None
+    ) -> Part:
+        slots = {name: slot for slot in source.slots for name in slot.names}
+        if any(slots[name].kind not in ("int", "alts") or slots[name].base for name in lost):
+            raise PatternError(f"{kind} counts its members by (\\d+) or (a|b) groups only")
+        # The alternatives come last: they are joined first, then the indices from the last to the first.
+        ordered = sorted(lost, key=lambda name: slots[name].kind == "alts")
+        if sum(slots[name].kind == "alts" for name in lost) > 1:
+            raise PatternError(f"{kind} joins one group of alternatives; the target lacks {len(lost)}")
+        members: tuple[str | None, ...] = tuple(value for value, _ in slots[ordered[-1]].options)
+        if "order" in options:
+            if sorted(str(m) for m in options["order"] if m != 0) != sorted(str(m) for m in members):
+                raise PatternError(f"order lists {options['order']}; it must name each of {list(members)} once")
+            members = tuple(None if m == 0 else str(m) for m in options["order"])
+        if kind in ("concat", "rows") and not members:
+            raise PatternError(f"{kind} needs a group of alternatives (a|b); for an index (\\d+) use stack")
+        lengths = tuple(None if n == "*" else int(n) for n in options.get("parts", ()))
+        if lengths and (len(lengths) != len(members) or lengths.count(None) > 1):
+            raise PatternError(
+                f"parts {options['parts']}: one length for each of {len(members)} members, at most one '*'"
+            )
+        ranges = tuple((int(a), None if b is None else int(b)) for a, b in options.get("rows", ()))
+        if ranges and len(ranges) != len(members):
+            raise PatternError(f"rows: one range for each of {len(members)} members")
+        axis = 0 if kind == "rows" else _axis(options[kind], before)
+        return Part(kind, axis, tuple(ordered), members, lengths, ranges)
+
+    def _cut(self, kind: str, options: dict[str, Any], target: Side, gained: tuple[str, ...]) -> Part:
+        if len(gained) > 1:
+            raise PatternError(f"{kind} writes one group of the target's own, here are {len(gained)}")
+        axis = int(options.get("axis", 0))
+        if kind == "unstack":
+            name = options["unstack"]
+            if gained != (name,):
+                raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
+            return Part("stack", axis, gained)
+        options_of = next(slot for slot in target.slots if slot.names == gained).options
+        lengths = tuple(int(n) for n in options["split"])
+        if len(lengths) != len(options_of):
+            raise PatternError(f"split {list(lengths)}: one number for each of {len(options_of)} alternatives")
+        return Part("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
+
+
+def _axis(axis: int | str, before: View | None) -> int:
+    if isinstance(axis, int):
+        return axis
+    if before is None or (axis,) not in before.right:
+        raise PatternError(f"axis {axis!r} is not an axis of its own on the right side of `view`")
+    return before.right.index((axis,))
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{key}: {value}'"
+    shown = ", ".join(f"{name}: {option}" for name, option in value.items())
+    return f"'{key}: {{{shown}}}'"
+
+
+def _clashes(rules: tuple[Rule, ...], which: str) -> Iterable[str]:
+    """Pairs of rules that can match one key."""
+    plain = [rule for rule in rules if not rule.rest]
+    for i, one in enumerate(plain):
+        for other in plain[i + 1 :]:
+            witness = overlap(one.source, other.source)
+            if witness is not None:
+                yield (
+                    f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
+                    f"({one.place}) and {other.text}: make one of them narrower"
+                )
+    if sum(rule.rest for rule in rules) > 1:
+        yield f"{rules[0].place}: more than one rule says rest: true"
+
+
+def _taken(rules: Iterable[Rule], named: Iterable[tuple[Side, str]]) -> Iterable[str]:
+    """Rules that own a key which another part of the file leaves out."""
+    for side, where in named:
+        for rule in rules:
+            witness = overlap(rule.source, side) if not rule.rest else None
+            if witness is not None:
+                yield f"{rule.place}: key {witness!r} is claimed by rule {rule.text} and left out by '{where}: {side}'"
+
+
+def _position(key: str, data: MappingType[str, Any]) -> Position:
+    prefix = data.get("prefix", 0)
+    grid = "h w" in data["axes"]
+    lead = 1 if data["axes"].startswith("1 ") else 0
+    apart = grid and "(" not in data["axes"]
+    return Position(key, lead, grid, tuple(prefix) if isinstance(prefix, list) else prefix, apart)
+
+
+def _places(value: Any, compiler: _Compiler, where: Where) -> tuple[Place, ...]:
+    entries: list[Any] = value if isinstance(value, list) else [value]
+    dicts = [{"path": e} if isinstance(e, str) else e for e in entries]
+    return tuple(Place(e["path"], compiler.words(e, where), e.get("unless", "")) for e in dicts)
+
+
+def _config(data: MappingType[str, Any], compiler: _Compiler) -> Config:
+    facts = {name: _places(v, compiler, ("config", "facts", name)) for name, v in data.get("facts", {}).items()}
+    image_size, patch_size = (_places(data.get(n, []), compiler, ("config", n)) for n in ("image_size", "patch_size"))
+    return Config(data["file"], image_size, patch_size, facts, data.get("defaults", {}))
+
+
+def _fact(name: str, data: Any, compiler: _Compiler) -> Fact:
+    told: MappingType[str, Any] = {"model": data} if isinstance(data, list) else data
+    return Fact(
+        tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in told["model"]),
+        told.get("label", ""),
+        told.get("change", ""),
+        compiler.words(told, ("facts", name)),
+        told.get("present", False),
+        told.get("only", {}),
+    )
+
+
+def _containers(data: MappingType[str, Any], compiler: _Compiler) -> Containers:
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(data.get(name, ()))
+
+    def named(name: str) -> tuple[tuple[Side, str], ...]:
+        sides = [(compiler.side(key, (name, key)), why) for key, why in data.get(name, {}).items()]
+        return tuple((side, why) for side, why in sides if side is not None)
+
+    return Containers(
+        texts("wrappers"),
+        texts("prefixes"),
+        texts("segments"),
+        texts("parts"),
+        texts("training_state"),
+        named("files"),
+        named("folders"),
+    )
+
+
+def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None] = lambda name: None) -> Mapping:
+    """Compile the text of one mapping file.
+
+    Args:
+        text: the YAML.
+        file: its name, for errors.
+        library: gives the files whose tables this one may use.
+
+    Raises:
+        MappingError: with every fault found, each with its place.
+    """
+    marked = parse_yaml(text, file)
+    if not isinstance(marked.data, dict):
+        raise MappingError(f"{file} is not a mapping", [f"{file}:1:1: it holds no fields, as format: and groups:"])
+    faults = []
+    for error in sorted(_validator().iter_errors(marked.data), key=lambda e: list(map(str, e.absolute_path))):
+        faults += _schema_fault(marked, error)
+    if faults:
+        raise MappingError(f"{file} does not follow schemas/mapping.schema.json", faults)
+    data = marked.data
+    name, kind = data["format"], data.get("kind", "format")
+    compiler = _Compiler(marked, library)
+    rules: list[Rule] = []
+    for group, entries in data.get("groups", {}).items():
+        rules += compiler.rules(entries, marked, ("groups", group), group)
+    accepts = []
+    for i, block in enumerate(data.get("accepts", [])):
+        when = compiler.evidence(block["when"], ("accepts", i, "when")) if "when" in block else None
+        accepts.append(Accept(when, RuleTable(tuple(compiler.rules(block, marked, ("accepts", i), "")))))
+    variants = []
+    for i, block in enumerate(data.get("variants", [])):
+        found: list[Rule] = []
+        for group, entries in block["groups"].items():
+            found += compiler.rules(entries, marked, ("variants", i, "groups", group), group)
+        when = compiler.evidence(block["when"], ("variants", i, "when"))
+        variants.append(Variant(when, compiler.evidence(block["when_hub"], ("variants", i, "when_hub")), tuple(found)))
+    detect = compiler.evidence(data.get("detect", {}), ("detect",))
+    spellings = {
+        tower: {s: compiler.evidence(e, ("spellings", tower, s)) for s, e in entries.items()}
+        for tower, entries in data.get("spellings", {}).items()
+    }
+    drop = [compiler.drop(key, value) for key, value in data.get("drop", {}).items()]
+    nowhere = [
+        (compiler.side(key, ("nowhere", tower, key)), tower, why)
+        for tower, entries in data.get("nowhere", {}).items()
+        for key, why in entries.items()
+    ]
+    refuse = [
+        Refusal(
+            item["why"], compiler.evidence(item.get("when", {}), ("refuse", i, "when")), tuple(item.get("contains", ()))
+        )
+        for i, item in enumerate(data.get("refuse", []))
+    ]
+    dtypes = [(compiler.side(key, ("dtypes", key)), name) for key, name in data.get("dtypes", {}).items()]
+    shapes = [(compiler.side(key, ("shapes", key)), tuple(shape)) for key, shape in data.get("shapes", {}).items()]
+    containers = _containers(data, compiler)
+    config = _config(data["config"], compiler) if "config" in data else None
+    facts = {name: _fact(name, value, compiler) for name, value in data.get("facts", {}).items()}
+    if not compiler.faults:
+        for extra in [(), *(variant.rules for variant in variants)]:
+            table = RuleTable((*rules, *extra))
+            compiler.faults += _clashes(table.rules, "key")
+            compiler.faults += _clashes(table.inverse().rules, "on the way back, key")
+        for accept in accepts:
+            compiler.faults += _clashes(accept.table.rules, "key")
+        if kind != "hub":  # the hub's own rules are prefixes; what it drops is told apart by what the model has
+            named = [*((entry.side, "drop") for entry in drop if entry), *((s, "nowhere") for s, _, _ in nowhere if s)]
+            compiler.faults += _taken(rules, named)
+    absent = {
+        key: (value["value"], bool(value.get("always"))) if isinstance(value, dict) else (value, False)
+        for key, value in data.get("absent_means", {}).items()
+    }
+    for key in data.get("file_only", []):
+        if key not in absent:
+            compiler.fault(marked, ("file_only",), f"{key} needs an entry in absent_means: no model can take it")
+    tower = next((t for t in ("image", "text") if t in data), "")
+    if compiler.faults:
+        raise MappingError(f"{file}: the mapping is wrong", dict.fromkeys(compiler.faults))
+    return Mapping(
+        name=name,
+        kind=kind,
+        title=data["title"],
+        file=file,
+        reference=data.get("reference", ""),
+        notes=tuple(data.get("notes", ())),
+        speaks={t: (s,) if isinstance(s, str) else tuple(s) for t, s in data.get("speaks", {}).items()},
+        detect=detect,
+        drop=tuple(entry for entry in drop if entry is not None),
+        nowhere=tuple(Nowhere(side, tower, why) for side, tower, why in nowhere if side is not None),
+        refuse=tuple(refuse),
+        accepts=tuple(accepts),
+        rules=tuple(rules),
+        variants=tuple(variants),
+        dtypes=tuple((side, dtype) for side, dtype in dtypes if side is not None),
+        shapes=tuple((side, shape) for side, shape in shapes if side is not None),
+        config=config,
+        states=data.get("states", {}),
+        tower=tower,
+        between=tuple(data.get(tower, ())),
+        spellings=spellings,
+        scalars=frozenset(data.get("scalars", ())),
+        absent_means=absent,
+        file_only=frozenset(data.get("file_only", ())),
+        positions={key: _position(key, value) for key, value in data.get("positions", {}).items()},
+        facts=facts,
+        causal_masks=frozenset(data.get("causal_masks", ())),
+        containers=containers,
+    )
+
+
+def _lower(text: str) -> str:
+    """A description within a sentence."""
+    return (text[:1].lower() + text[1:]).rstrip(".")
+
+
+def _schema_fault(marked: Marked, error: Any) -> list[str]:
+    """The schema's words, at the line they are about, with the names that were probably meant."""
+    from difflib import get_close_matches
+
+    where = tuple(error.absolute_path)
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = list(error.schema.get("properties", {}))
+        out = []
+        for key in error.instance:
+            if key not in known:
+                near = get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                out.append(f"{marked.at((*where, key))}: there is no field {key!r} here{hint}")
+        return out
+    if error.validator in ("anyOf", "oneOf") and error.context:
+        branch = [e for e in error.context if e.validator not in ("type", "const")]
+        if branch:
+            best = max(branch, key=lambda e: len(e.absolute_path))
+            return _schema_fault(marked, best)
+        choices = [_lower(said) for e in error.context if (said := e.schema.get("description"))]
+        about = _lower(error.schema.get("description", ""))
+        told = f"{json.dumps(error.instance)[:80]} does not stand here{f' ({about})' if about else ''}"
+        return [f"{marked.at(where)}: {told}{'; write ' if choices else ''}{' or '.join(choices)}"]
+    if error.validator == "oneOf" and not error.context:
+        fields = [name for branch in error.validator_value for name in branch.get("required", ())]
+        return [f"{marked.at(where)}: give only one of {', '.join(fields)}"]
+    if error.validator == "not":
+        return [f"{marked.at(where)}: a field of the hub stands in a file that is not the hub"]
+    said = error.message if len(error.message) < 200 else error.message[:200] + " ..."
+    hint = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
+    return [f"{marked.at(where)}: {said}{' (' + hint + ')' if hint else ''}"]

@@ -1,0 +1,171 @@
+"""What no weight tells: read from the source's configuration and from the model, and compared.
+
+Activations, head counts, the eps of norms, masks and pooling belong to a model's configuration. A file loads without
+a word where they differ, and the embeddings are wrong; so a difference is told, and what nothing tells is listed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as MappingType
+from dataclasses import dataclass, field
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from keymap.mapping import Fact, Mapping, Place, Scalar
+
+__all__ = ["Told", "differences", "read_config", "unverified"]
+
+_MAX_BYTES = 1 << 20
+_Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a source tells of itself beside its weights.
+
+    Attributes:
+        image_size, patch_size: (h, w) in pixels, where they are told.
+        facts: by the hub's names, each with where it was read.
+        notes: what could not be read.
+    """
+
+    image_size: _Size | None = None
+    patch_size: _Size | None = None
+    facts: MappingType[str, tuple[Scalar, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> _Size | None:
+        """(h, w) in patches."""
+        if self.image_size is None or self.patch_size is None:
+            return None
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        told = {name: size for name, size in sizes.items() if size is not None}
+        return {**told, **{name: value for name, (value, _) in self.facts.items()}}
+
+
+def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping) -> Told:
+    """What the format states, and what its configuration says: in the file's metadata, or beside the file.
+
+    Args:
+        file: the checkpoint; its configuration has the name that the format gives, or the checkpoint's own with .json.
+        metadata: texts that the container holds beside tensors.
+        mapping: the checkpoint's format.
+    """
+    stated: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.states.items()}
+    config = mapping.config
+    if config is None:
+        return Told(facts=stated)
+    for where, text in _texts(file, metadata, config.file):
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            return Told(facts=stated, notes=(f"{where} could not be read: it is no JSON",))
+        found = {name: _first(data, places) for name, places in config.facts.items()}
+        sizes = _size(data, config.image_size), _size(data, config.patch_size)
+        if where != config.file and not any((*found.values(), *sizes)):
+            continue  # some other JSON with the checkpoint's name
+        for name, places in config.facts.items():
+            value = found[name]
+            means_other = any(place.unless and _at(data, place.unless) is not None for place in places)
+            if value is not None:
+                stated[name] = (value[0], f"{where}: {value[1]}")
+            elif name in config.defaults and not means_other:
+                stated[name] = (config.defaults[name], f"{where}, which leaves it to the default")
+        return Told(*sizes, stated)
+    return Told(facts=stated)
+
+
+def _texts(file: Path, metadata: MappingType[str, str], name: str) -> Iterator[tuple[str, str]]:
+    """Configurations that go with a checkpoint, each with where it lies."""
+    for key in (name, Path(name).stem):
+        if key in metadata:
+            yield f"metadata {key}", metadata[key]
+    for path in (file.parent / name, file.with_suffix(".json")):
+        try:
+            if path != file and path.is_file() and path.stat().st_size <= _MAX_BYTES:
+                yield path.name, path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            yield path.name, ""
+
+
+def _at(data: Any, path: str) -> Any:
+    for part in path.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
+    for place in places:
+        value = _at(data, place.path)
+        if place.unless and _at(data, place.unless) is not None:
+            continue
+        if isinstance(value, (str, int, float)):
+            word = place.words.get(_text(value)) if place.words else value
+            if word is not None:
+                return word, f"{place.path} = {_text(value)}"
+    return None
+
+
+def _size(data: Any, places: Iterable[Place]) -> _Size | None:
+    for place in places:
+        value = _at(data, place.path)
+        sides = [value, value] if isinstance(value, int) else value
+        if isinstance(sides, list) and len(sides) == 2 and all(type(n) is int and n > 0 for n in sides):
+            return sides[0], sides[1]
+    return None
+
+
+def _text(value: object) -> str:
+    """A value as a configuration spells it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _compared(hub: Mapping, towers: Iterable[str], model: MappingType[str, Scalar]) -> Iterator[tuple[str, Fact]]:
+    """The facts that matter for a model's towers, and that the model tells."""
+    chosen = set(towers)
+    for name, fact in hub.facts.items():
+        matters = all(model.get(other) == value for other, value in fact.only.items())
+        if fact.label and name.partition(".")[0] in chosen and name in model and matters:
+            yield name, fact
+
+
+def _word(fact: Fact, value: Scalar) -> Scalar:
+    return fact.words.get(_text(value), value)
+
+
+def _same(one: Scalar, other: Scalar) -> bool:
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def differences(hub: Mapping, towers: Iterable[str], told: Told, model: MappingType[str, Scalar]) -> tuple[str, ...]:
+    """Where the source and the model say different things of what no weight tells, and what to change."""
+    found: dict[str, str] = {}
+    for name, fact in _compared(hub, towers, model):
+        if name not in told.facts:
+            continue
+        value, where = told.facts[name]
+        there, here = _word(fact, value), _word(fact, model[name])
+        if not _same(there, here):
+            found.setdefault(
+                fact.label,
+                f"{fact.label}: {_text(there)} in the source ({where}), {_text(here)} in the model, so embeddings will "
+                f"differ; change {fact.change}",
+            )
+    return tuple(found.values())
+
+
+def unverified(hub: Mapping, towers: Iterable[str], told: Told, model: MappingType[str, Scalar]) -> tuple[str, ...]:
+    """What no weight tells and the source does not say either."""
+    labels = {fact.label: False for _, fact in _compared(hub, towers, model)}
+    for name, fact in _compared(hub, towers, model):
+        labels[fact.label] |= name in told.facts
+    return tuple(label for label, known in labels.items() if not known)
