@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from keymap.detect import spelling
+from keymap.describe import Described, configurations_for, describe
 from keymap.errors import ConfigurationWarning, KeymapError, PlanError
 from keymap.load import assign_plan, load_plan, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.match import make_plan
@@ -185,15 +185,14 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
         CheckpointError: the file cannot be read, or holds no state dict.
     """
     opened, *others = open_sources(path, weights_only, None, wrapper)
-    hub, unwrapped, found = opened.known.hub, opened.unwrapped, opened.found
+    unwrapped, found = opened.unwrapped, opened.found
     tensors = {key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()}
-    spellings: dict[str, str] = {}
     evidence: tuple[str, ...] = ()
     if opened.refusal is not None:
         evidence = (opened.refusal.summary, *opened.refusal.faults)
+    towers: Described = {}
     if found is not None:
-        evidence, keys = found.evidence, to_hub(found, {}).tensors
-        spellings = {tower: s for tower in hub.spellings if (s := spelling(hub, tower, keys)) is not None}
+        evidence, towers = found.evidence, describe(opened.known, to_hub(found, {}).tensors)
     return Inspection(
         opened.file,
         opened.container,
@@ -202,7 +201,8 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
         unwrapped.wrapper,
         tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
         unwrapped.prefixes,
-        spellings,
+        towers,
+        configurations_for(opened.known, towers),
         tensors,
         dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
         {**opened.told.to_dict(), **dict.fromkeys(opened.told.notes, "")},

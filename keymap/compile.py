@@ -18,6 +18,7 @@ from keymap.mapping import (
     Accept,
     Clue,
     Config,
+    Configuration,
     Containers,
     Drop,
     Evidence,
@@ -58,6 +59,8 @@ class _Compiler:
         self.tables: dict[str, tuple[Marked, Where]] = {}
         self.sizes: dict[str, int | str] = dict(marked.data.get("sizes", {}))
         shared = [(("uses", i), name) for i, name in enumerate(marked.data.get("uses", []))]
+        self.facts: dict[str, Any] = {}
+        self.measures: dict[str, Any] = {}
         for where, name in shared:
             other = library(name)
             if other is None:
@@ -71,6 +74,8 @@ class _Compiler:
             self.tables[name] = (marked, ("tables", name))
         for name, table in marked.data.get("lookups", {}).items():
             self.lookups[name] = {key: str(value) for key, value in table.items()}
+        self.facts |= marked.data.get("facts", {})
+        self.measures |= marked.data.get("measures", {})
 
     def fault(self, marked: Marked, where: Where, what: str) -> None:
         self.faults.append(f"{marked.at(where)}: {what}")
@@ -359,6 +364,21 @@ def _fact(name: str, data: Any, compiler: _Compiler) -> Fact:
     )
 
 
+def _measures(data: MappingType[str, Any], compiler: _Compiler) -> Any:
+    def way(text: str, where: Where) -> tuple[Side, int | None] | None:
+        key, bracket, axis = text.partition("[")
+        side = compiler.side(key, where)
+        return (side, int(axis[:-1]) if bracket else None) if side is not None else None
+
+    return {
+        tower: {
+            size: tuple(found for text in texts if (found := way(text, ("measures", tower, size))) is not None)
+            for size, texts in sizes.items()
+        }
+        for tower, sizes in data.items()
+    }
+
+
 def _containers(data: MappingType[str, Any], compiler: _Compiler) -> Containers:
     def texts(name: str) -> tuple[str, ...]:
         return tuple(data.get(name, ()))
@@ -434,8 +454,9 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
     dtypes = [(compiler.side(key, ("dtypes", key)), name) for key, name in data.get("dtypes", {}).items()]
     shapes = [(compiler.side(key, ("shapes", key)), tuple(shape)) for key, shape in data.get("shapes", {}).items()]
     containers = _containers(data, compiler)
+    measures = _measures(compiler.measures, compiler)
     config = _config(data["config"], compiler) if "config" in data else None
-    facts = {name: _fact(name, value, compiler) for name, value in data.get("facts", {}).items()}
+    facts = {name: _fact(name, value, compiler) for name, value in compiler.facts.items()}
     if not compiler.faults:
         for extra in [(), *(variant.rules for variant in variants)]:
             table = RuleTable((*rules, *extra))
@@ -484,6 +505,14 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
         positions={key: _position(key, value) for key, value in data.get("positions", {}).items()},
         facts=facts,
         causal_masks=frozenset(data.get("causal_masks", ())),
+        measures=measures,
+        configurations=tuple(
+            Configuration(
+                {tower: value for tower, value in entry.items() if tower != "names"},
+                {name: tuple(rows) for name, rows in entry["names"].items()},
+            )
+            for entry in data.get("configurations", ())
+        ),
         containers=containers,
     )
 

@@ -13,6 +13,7 @@ __all__ = [
     "Accept",
     "Clue",
     "Config",
+    "Configuration",
     "Containers",
     "Drop",
     "Evidence",
@@ -152,6 +153,19 @@ class Fact:
     only: MappingType[str, Scalar] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Configurations of the hub's models that share all shapes but those of positions.
+
+    Attributes:
+        fingerprints: of each tower, see `describe`.
+        names: the configurations, each with the number of positions of its towers, in the order of the fingerprints.
+    """
+
+    fingerprints: MappingType[str, str]
+    names: MappingType[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Containers:
     """What stands around a state dict.
@@ -206,6 +220,8 @@ class Mapping:
     positions: MappingType[str, Position] = field(default_factory=dict)
     facts: MappingType[str, Fact] = field(default_factory=dict)
     causal_masks: frozenset[str] = frozenset()
+    measures: MappingType[str, MappingType[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
+    configurations: tuple[Configuration, ...] = ()
     containers: Containers = field(default_factory=Containers)
 
     def dropped(self, key: str) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from math import prod
 import torch
 
 from keymap.config import differences, unverified
+from keymap.describe import describe, unlike
 from keymap.detect import spelling
 from keymap.errors import SHOWN, DetectionError, PlanError, some
 from keymap.mapping import Mapping, Position
@@ -297,17 +298,20 @@ class _Work:
         got = Counter(entry.tower for entry in self.entries if not entry.filled)
         held = f"{self.request.file} (format {name})"
         if strict:
-            shown = 3 if any(fault.foreign for fault in faults) else SHOWN
+            seen = self._unlike() if faults or self.missing or self.unexpected or self.mismatched else []
+            shown = 3 if seen or any(fault.foreign for fault in faults) else SHOWN
             if self.missing:
                 listed = some(self.missing, shown)
                 told.append(f"{len(self.missing)} of the model's keys are not in the file: {listed}")
             if self.unexpected:
                 listed = some(self.unexpected, shown)
                 told.append(f"{len(self.unexpected)} of the file's keys have no place in the model: {listed}")
-            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[: 4 * shown]]
-            if len(self.mismatched) > 4 * shown:
-                told.append(f"and {len(self.mismatched) - 4 * shown} more keys of other shape")
+            listed_shapes = shown if seen else 4 * shown
+            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[:listed_shapes]]
+            if len(self.mismatched) > listed_shapes:
+                told.append(f"and {len(self.mismatched) - listed_shapes} more keys of other shape")
             if told:
+                told[:0] = seen
                 absent = [t for t in self.hub.spellings if t not in in_file and self.request.towers is None]
                 there = [t for t in self.hub.spellings if t in in_file]
                 if self.missing and absent and there:
@@ -328,7 +332,7 @@ class _Work:
             if len(used) < FLOOR * len(held_keys) or not self.entries:
                 told.append(f"only {len(used)} of the file's {len(held_keys)} tensors would load")
             if told:
-                told += [f.text for f in self.now.faults if not f.fatal]
+                told += [*self._unlike(), *(f.text for f in self.now.faults if not f.fatal)]
                 raise PlanError(f"{held} does not fit the model, not even in part; nothing was changed", told)
             self.notes += [f.text for f in self.now.faults]
             lost = {k for key in self.mismatched if (lay := self.now.tensors.get(key)) for k in lay.sources}
@@ -336,6 +340,15 @@ class _Work:
             self.missing += list(self.mismatched)
             used = {k for entry in self.entries for k in entry.layout.sources}
             self.unexpected += sorted(k for k in lost if k not in self.unexpected and k not in used)
+
+    def _unlike(self) -> list[str]:
+        """What the file is and what the model is, where they are of another architecture or of other sizes."""
+        file, model = (
+            describe(self.known, {k: lay for k, lay in keys.items() if tower_of(self.hub, k) in self.asked})
+            for keys in (self.now.source_hub, self.model.layouts)
+        )
+        text = unlike(self.known, self.mapping.title, file, model)
+        return [text] if text else []
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.mapping import Containers, Mapping, data_folder
+from keymap.mapping import Configuration, Containers, Mapping, data_folder
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.pattern import overlap
 from keymap.rules import RuleTable
@@ -62,6 +62,11 @@ class Registry:
         every = [mapping.containers for mapping in self.mappings.values()]
         joined = {f.name: dict.fromkeys(e for one in every for e in getattr(one, f.name)) for f in fields(Containers)}
         return Containers(**{name: tuple(entries) for name, entries in joined.items()})
+
+    @property
+    def configurations(self) -> list[Configuration]:
+        """The configurations of the hub's models that are recorded."""
+        return [entry for mapping in self.mappings.values() for entry in mapping.configurations]
 
     def get(self, name: str) -> Mapping:
         """The mapping of that name.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from keymap.describe import Described
+from keymap.errors import some
 from keymap.plan import Plan
 
 __all__ = ["Inspection", "LoadResult", "Report"]
@@ -74,7 +76,8 @@ class Inspection:
         path, container: the file, and the kind of file that it is.
         format, evidence: the format and the keys that told it; None and the reasons where no format claims it.
         wrapper, other_wrappers, prefixes: what stands around the state dict.
-        spellings: how each tower is spelled in the hub's terms.
+        towers: each tower's spelling and sizes, in the hub's terms.
+        configurations: of OpenCLIP's own, those whose shapes the file fits, apart from the number of positions.
         tensors: shape and dtype of every tensor, by the key in the file.
         dtypes: how many tensors there are of each dtype.
         config_hints: what the format's configuration, in the file or beside it, tells.
@@ -88,19 +91,26 @@ class Inspection:
     wrapper: str
     other_wrappers: tuple[str, ...]
     prefixes: tuple[str, ...]
-    spellings: Mapping[str, str]
+    towers: Described
+    configurations: Sequence[str]
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     dtypes: Mapping[str, int]
     config_hints: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
+    @property
+    def spellings(self) -> dict[str, str]:
+        """How each tower is spelled."""
+        return {name: tower.spelling for name, tower in self.towers.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; tensors as ``{key: {"shape": [...], "dtype": "float32"}}``."""
         plain = {name: getattr(self, name) for name in ("path", "container", "format", "wrapper")}
-        for name in ("evidence", "other_wrappers", "prefixes", "notes"):
+        for name in ("evidence", "other_wrappers", "prefixes", "notes", "configurations"):
             plain[name] = list(getattr(self, name))
         for name in ("spellings", "dtypes", "config_hints"):
             plain[name] = dict(getattr(self, name))
+        plain["sizes"] = {name: dict(tower.sizes) for name, tower in self.towers.items()}
         plain["tensors"] = {
             key: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
             for key, (shape, dtype) in self.tensors.items()
@@ -115,8 +125,10 @@ class Inspection:
             lines.append(f"  wrapper: {self.wrapper or 'none'}; prefixes: {' '.join(self.prefixes) or 'none'}")
         if self.other_wrappers:
             lines.append(f"  also in the file: {', '.join(map(repr, self.other_wrappers))}")
-        for tower, name in self.spellings.items():
-            lines.append(f"  {tower} tower: {name}")
+        lines += [f"  {name} tower: {tower}" for name, tower in self.towers.items()]
+        if self.towers:
+            fits = some(self.configurations, 6)
+            lines.append(f"  configurations of OpenCLIP that it fits: {fits or 'none that is recorded'}")
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())
         lines.append(f"  {len(self.tensors)} tensors ({dtypes}), {count:,} elements")
         lines += [f"  {name}: {value}" for name, value in self.config_hints.items()]

@@ -150,7 +150,8 @@ def _rule_keys(
         if other in shapes and rule.before is None:
             shapes[key] = shapes[other] if row is None else shapes[other][1:]
         elif other in shapes:
-            shapes[other] = shapes[key] if row is None else (_COUNT, prod(shapes[key]))
+            rows = max((_COUNT, *shapes[other][:1]))  # a `take` of the other needs its rows
+            shapes[other] = shapes[key] if row is None else (rows, prod(shapes[key]))
     return shapes
 
 

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keymap.mapping import Mapping, data_folder
 from keymap.marked_yaml import parse_yaml
-from keymap.registry import Registry
+from keymap.registry import Registry, list_formats
 from keymap.rules import Rule
 
+README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "formats"
 KINDS = {
     "format": "Formats",
@@ -28,6 +29,7 @@ KINDS = {
     "respelling": "Respellings",
     "tables": "Shared tables",
     "containers": "Wrappers and prefixes",
+    "configurations": "Known models",
 }
 Data = dict[str, Any]
 
@@ -215,7 +217,9 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     section("Absence", _absence(data))
     section("Position embeddings", _positions(data))
     section("Facts that a model tells", _facts(data))
+    section("Sizes for reports", _measures(data))
     section("What the source tells of itself", _told(data))
+    section("Configurations", _configurations(data))
     for name in ("causal_masks", "wrappers", "prefixes", "segments", "parts", "training_state"):
         section(name.replace("_", " ").capitalize(), (f"- {code(item)}" for item in data.get(name, ())))
     for name, title in (("files", "The checkpoint of a folder, the first that is there"), ("folders", "Other folders")):
@@ -290,6 +294,17 @@ def _facts(data: Data) -> Iterator[str]:
         yield f"- {code(name)}: {label}{', '.join(paths)}"
 
 
+def _measures(data: Data) -> Iterator[str]:
+    for tower, sizes in data.get("measures", {}).items():
+        for size, ways in sizes.items():
+            yield f"- {tower} {size}: {', '.join(map(code, ways))}"
+
+
+def _configurations(data: Data) -> Iterator[str]:
+    for entry in data.get("configurations", ()):
+        yield f"- {', '.join(entry['names'])}"
+
+
 def _told(data: Data) -> Iterator[str]:
     config = data.get("config", {})
 
@@ -351,6 +366,15 @@ def stale(made: dict[str, str], folder: Path) -> list[str]:
     return words + [f"{name} belongs to no mapping" for name in there if name not in made]
 
 
+def readme(text: str) -> str:
+    """The README with its table of formats as they are now."""
+    before, mark, rest = text.partition("<!-- formats:")
+    comment, line, rest = rest.partition("\n")
+    _, end, after = rest.partition("<!-- end of formats -->")
+    rows = [f"| [{name}](docs/formats/{name}.md) | {title} |" for name, title in list_formats().items()]
+    return before + mark + comment + line + "\n".join(["| name | what |", "|---|---|", *rows, ""]) + end + after
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the pages of docs/formats/ from mappings/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
@@ -358,6 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     made = pages()
     found = stale(made, asked.folder)
+    front = README.read_text(encoding="utf-8")
+    if asked.folder == PAGES and readme(front) != front:
+        found.append("../../README.md is stale")
     if asked.check:
         for word in found:
             print(f"docs/formats/{word}: run tools/make_docs.py")
@@ -368,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.unlink()
     for name, text in made.items():
         (asked.folder / name).write_text(text, encoding="utf-8")
+    if asked.folder == PAGES:
+        README.write_text(readme(front), encoding="utf-8")
     print(f"{len(made)} pages, {len(found)} of them new or changed")
     return 0
 

@@ -1,0 +1,248 @@
+"""What no weight tells is compared with what the source tells, and the difference is a warning that names the setting.
+
+The weights fit in every row here; only the functions differ.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from peers import big_vision, hf, openai, openclip
+from peers.common import SQUARE, images, max_diff, same_bits, tokens
+from safetensors.torch import save_file
+
+import keymap
+from keymap.config import read_config
+from keymap.registry import registry
+
+LABELS = {
+    "attention heads of the image tower",
+    "attention heads of the text tower",
+    "activation of the image tower",
+    "activation of the text tower",
+    "eps of the image tower's norms",
+    "eps of the text tower's norms",
+    "causal mask of the text tower",
+    "pooling of the text tower",
+}
+
+
+def load(model, path, **options):
+    """The result, and the texts of the warnings, which are the plan's."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = keymap.load_checkpoint(model, path, **options)
+    told = [str(w.message) for w in caught if issubclass(w.category, keymap.ConfigurationWarning)]
+    assert [text.split(": ", 1)[1] for text in told] == list(result.report.plan.warnings)
+    assert all(text.startswith(f"{result.report.plan.file}: ") for text in told)
+    assert all(f"WARNING: {text}" in str(result) for text in result.report.plan.warnings)
+    return result, told
+
+
+def saved(peer, folder):
+    peer.save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+# --- transformers' config.json ---
+
+MODELS = {
+    "the same": ({}, []),
+    "QuickGELU": ({"quick_gelu": True}, ["activation of the image tower", "activation of the text tower"]),
+    "other heads": (
+        {"image_heads": 6, "text_heads": 2},
+        ["attention heads of the image tower", "attention heads of the text tower"],
+    ),
+    "other eps": ({"vision": {"norm_kwargs": {"eps": 1e-4}}}, ["eps of the image tower's norms"]),
+    "no causal mask": ({"text": {"no_causal_mask": True}}, ["causal mask of the text tower"]),
+    "other pooling": ({"text": {"pool_type": "last"}}, ["pooling of the text tower"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [openclip.clip, openclip.custom, openclip.clip_trunk])
+def test_a_hf_clip_file_beside_its_configuration(name, kind, tmp_path):
+    arguments, expected = MODELS[name]
+    if kind is openclip.clip_trunk and "vision" in arguments:
+        pytest.skip("timm's tower takes its eps from the timm model")
+    peer = hf.clip()
+    model = kind(seed=5, **arguments)
+    result, told = load(model, saved(peer, tmp_path))
+    eps = ["eps of the image tower's norms"] if kind is openclip.clip_trunk else []  # timm's is 1e-6 or 1e-5
+    assert {text.split(": ")[1] for text in told} - set(eps) == set(expected)
+    differs = max_diff(model.encode_image(images()).detach(), hf.image_features(peer, images())) > 1e-3
+    differs |= max_diff(model.encode_text(tokens()).detach(), hf.text_features(peer, tokens())) > 1e-3
+    assert differs == bool(set(expected) - {"eps of the image tower's norms"})  # what is warned of is what differs
+    assert result.report.plan.unverified == ()
+
+
+def test_a_warning_names_both_values_their_place_and_the_setting(tmp_path):
+    _, told = load(openclip.clip(quick_gelu=True), saved(hf.clip(), tmp_path))
+    assert "activation of the image tower: gelu in the source (config.json: vision_config.hidden_act = gelu)" in told[0]
+    assert "quick_gelu in the model" in told[0]
+    assert "change quick_gelu (create_model's force_quick_gelu)" in told[0]
+
+
+def test_metaclip2_pools_its_end_token(tmp_path):
+    path = saved(hf.metaclip2(), tmp_path)
+    assert load(openclip.clip(text={"pool_type": "eos", "eos_id": 2}), path)[1] == []
+    _, told = load(openclip.clip(), path)
+    assert len(told) == 1 and "pooling of the text tower: eos in the source" in told[0]
+    _, told = load(openclip.clip(text={"pool_type": "eos", "eos_id": 7}), path)
+    assert len(told) == 1 and "end token of the text tower: 2 in the source" in told[0]
+
+
+def test_a_lone_tower_compares_its_own_facts_only(tmp_path):
+    path = saved(hf.clip(tower="image_proj"), tmp_path)
+    result, told = load(openclip.clip(quick_gelu=True), path, towers=("image",))
+    assert [text.split(": ")[1] for text in told] == ["activation of the image tower"]
+    assert result.report.plan.unverified == ()
+
+
+def test_hf_siglip_leaves_its_defaults_out_of_the_configuration(tmp_path):
+    path = saved(hf.siglip(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert load(openclip.siglip(), path)[1] == []
+    _, told = load(openclip.siglip(act="gelu"), path)
+    assert {text.split(": ")[1] for text in told} == {"activation of the image tower", "activation of the text tower"}
+    for tower in ("vision_config", "text_config"):
+        del config[tower]["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, told = load(openclip.siglip(act="gelu"), path)
+    assert "gelu_tanh in the source (config.json, which leaves it to the default)" in told[0]
+
+
+# --- what a format's own code fixes ---
+
+
+def test_an_openai_archive_is_quick_gelu_without_saying_so(tmp_path):
+    openai.save_archive(openai.vit(), tmp_path / "ViT.pt")
+    result, told = load(openclip.clip(quick_gelu=True, **openai.VIT), tmp_path / "ViT.pt")
+    assert told == []  # heads of 64, as OpenAI's are
+    _, told = load(openclip.clip(**openai.VIT), tmp_path / "ViT.pt")
+    assert "activation of the image tower: quick_gelu in the source (format openai), gelu in the model" in told[0]
+    assert "eps of the image tower's norms" in result.report.plan.unverified
+
+
+def test_big_vision_is_tanh_without_saying_so(tmp_path):
+    big_vision.save(big_vision.init(), tmp_path / "siglip.npz")
+    assert load(openclip.siglip(), tmp_path / "siglip.npz")[1] == []
+    _, told = load(openclip.siglip(act="gelu"), tmp_path / "siglip.npz")
+    assert {text.split(": ")[1] for text in told} == {"activation of the image tower", "activation of the text tower"}
+
+
+# --- OpenCLIP's own configuration ---
+
+
+def test_the_configuration_of_an_open_clip_folder(tmp_path):
+    source = openclip.clip(quick_gelu=True, seed=1)
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    model_cfg = {
+        "quick_gelu": True,
+        "vision_cfg": {"width": 48, "head_width": 16, "layers": 2, "patch_size": 14, "image_size": 28},
+        "text_cfg": {"width": 32, "heads": 4, "layers": 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    result, told = load(openclip.clip(quick_gelu=True, seed=2), tmp_path)
+    assert told == []
+    assert set(result.report.plan.unverified) == {"eps of the image tower's norms", "eps of the text tower's norms"}
+    _, told = load(openclip.clip(seed=2, text={"no_causal_mask": True}), tmp_path)
+    assert {text.split(": ")[1] for text in told} == {
+        "activation of the image tower",
+        "activation of the text tower",
+        "causal mask of the text tower",
+    }
+
+
+def test_a_timm_tower_has_its_activation_from_timm(tmp_path):
+    source = openclip.siglip(seed=1)
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    text = {"heads": 4, "no_causal_mask": True, "pool_type": "last", "act_kwargs": {"approximate": "tanh"}}
+    model_cfg = {"vision_cfg": {"timm_model_name": "x", "image_size": 28}, "text_cfg": text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    result, told = load(openclip.siglip(seed=2), tmp_path)
+    assert told == []
+    assert {"activation of the image tower", "attention heads of the image tower"} <= set(result.report.plan.unverified)
+
+
+# --- where nothing is told ---
+
+
+def test_without_a_configuration_everything_is_listed_as_not_verifiable(tmp_path):
+    save_file({k: v.contiguous() for k, v in openclip.clip().state_dict().items()}, tmp_path / "x.safetensors")
+    result, told = load(openclip.clip(quick_gelu=True), tmp_path / "x.safetensors")
+    assert told == []
+    assert set(result.report.plan.unverified) == LABELS
+    assert "not verifiable from this file: attention heads of the image tower; " in str(result)
+
+
+# --- where the configuration lies ---
+
+
+def test_it_may_lie_in_the_metadata_of_safetensors(tmp_path):
+    peer = hf.clip()
+    save_file(hf.disk_keys(peer), tmp_path / "x.safetensors", {"config": peer.config.to_json_string(use_diff=False)})
+    _, told = load(openclip.clip(quick_gelu=True), tmp_path / "x.safetensors")
+    assert "(metadata config: vision_config.hidden_act = gelu)" in told[0]
+
+
+def test_it_may_have_the_name_of_the_checkpoint(tmp_path):
+    peer = hf.clip()
+    save_file(hf.disk_keys(peer), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(peer.config.to_json_string(use_diff=False))
+    _, told = load(openclip.clip(quick_gelu=True), tmp_path / "mine.safetensors")
+    assert "(mine.json: vision_config.hidden_act = gelu)" in told[0]
+    (tmp_path / "mine.json").write_text('{"note": "no configuration"}')
+    result, told = load(openclip.clip(quick_gelu=True), tmp_path / "mine.safetensors")
+    assert told == [] and "activation of the image tower" in result.report.plan.unverified
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 10_000, "null", "[1]", '{"vision_config": 3}', '{"vision_config": []}']
+)
+def test_a_configuration_that_cannot_be_read_is_told_and_stops_nothing(text, tmp_path):
+    save_file(hf.disk_keys(hf.clip(seed=1)), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    model, other = openclip.clip(), openclip.clip(seed=3)
+    result, _ = load(model, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").unlink()
+    keymap.load_checkpoint(other, tmp_path / "model.safetensors")
+    assert all(same_bits(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    broken = text in ("", "{", "[" * 10_000)
+    assert any("config.json could not be read" in note for note in result.report.plan.notes) == broken
+
+
+def test_a_huge_configuration_is_not_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "x": "' + "y" * (1 << 20) + '"}')
+    told = read_config(tmp_path / "model.safetensors", {}, registry().get("hf_clip"))
+    assert set(told.facts) == {"text.causal"}
+
+
+# --- OPEN_CLIP_BEHAVIOUR: two rows that load in silence elsewhere ---
+
+
+def test_a_checkpoint_trained_with_quick_gelu_by_path_is_told_of_where_the_folder_tells(tmp_path):
+    peer = hf.clip(quick_gelu=True, **SQUARE)
+    model = openclip.clip(**SQUARE)
+    _, told = load(model, saved(peer, tmp_path))
+    assert any("quick_gelu in the source" in text for text in told)
+    assert max_diff(model.encode_image(images()).detach(), hf.image_features(peer, images())) > 1e-3
+
+
+def test_a_checkpoint_of_3_heads_into_a_model_of_6_heads_is_told_of(tmp_path):
+    peer, model = hf.clip(), openclip.clip(vision={"head_width": 8})
+    _, told = load(model, saved(peer, tmp_path))
+    assert told[0].split(": ", 1)[1].startswith("attention heads of the image tower: 3 in the source")
+    assert "6 in the model" in told[0]
+
+
+def test_a_plan_tells_it_too(tmp_path):
+    plan = keymap.plan_load(openclip.clip(quick_gelu=True), saved(hf.clip(), tmp_path))
+    assert len(plan.warnings) == 2
+    assert plan.to_dict()["warnings"] == list(plan.warnings)
+    assert np.shape(plan.to_dict()["unverified"]) == (0,)
+    assert torch.is_grad_enabled()

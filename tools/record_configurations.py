@@ -1,0 +1,67 @@
+"""Record the configurations that the installed OpenCLIP ships, in mappings/open_clip_configurations.yaml.
+
+    python tools/record_configurations.py            write the file
+    python tools/record_configurations.py --check    exit status 1 if it would change
+
+Models are built on the meta device: names and shapes, no memory, no download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the builder of full-size models is there
+
+from peers import full_size
+
+from keymap.describe import describe
+from keymap.model import view_model
+from keymap.registry import registry
+
+FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip_configurations.yaml"
+HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json
+# Written by tools/record_configurations.py: run it again for another OpenCLIP.
+format: open_clip_configurations
+kind: configurations
+title: The configurations that OpenCLIP ships, by the fingerprints of their towers
+reference: open_clip/model_configs
+configurations:
+"""
+
+
+def recorded() -> str:
+    """The text of the file."""
+    known = registry()
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for name in full_size.names():
+        towers = describe(known, view_model(full_size.model(name), known.hub).layouts)
+        prints = tuple((tower, found.fingerprint) for tower, found in towers.items())
+        rows = ", ".join(str(found.sizes.get("positions", 0)) for found in towers.values())
+        groups.setdefault(prints, []).append(f"{name}: [{rows}]")
+    lines = []
+    for prints, names in groups.items():
+        told = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
+        lines.append(f"  - {{{told}, names: {{{', '.join(names)}}}}}\n")
+    return HEAD + "".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Record the configurations that OpenCLIP ships.")
+    parser.add_argument("--check", action="store_true", help="only see whether the file is fresh")
+    check = parser.parse_args(arguments).check
+    text = recorded()
+    fresh = FILE.is_file() and FILE.read_text(encoding="utf-8") == text
+    if check:
+        print(f"{FILE.name} is {'fresh' if fresh else 'stale: run tools/record_configurations.py'}")
+        return 0 if fresh else 1
+    FILE.write_text(text, encoding="utf-8")
+    print(f"{FILE.name}: {text.count('names:')} groups")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
