@@ -122,12 +122,13 @@ def _fingerprint(hub: Mapping, keys: MappingType[str, Layout]) -> str:
 
 
 def _uneven(hub: Mapping, tower: str, keys: MappingType[str, Layout]) -> bool:
-    """True where the blocks that `layers` counts differ in their shapes."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for side, _ in hub.measures.get(tower, {}).get("layers", ()):
+    """True where the blocks that a measure counts differ in their shapes."""
+    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    counted = [side.prefix for ways in hub.measures.get(tower, {}).values() for side, axis in ways if axis is None]
+    for prefix in counted:
         for key, layout in keys.items():
-            if key.startswith(side.prefix):
-                shapes.setdefault(key[len(side.prefix) :].partition(".")[2], set()).add(layout.shape)
+            if key.startswith(prefix):
+                shapes.setdefault((prefix, key[len(prefix) :].partition(".")[2]), set()).add(layout.shape)
     return any(len(found) > 1 for found in shapes.values())
 
 

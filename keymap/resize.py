@@ -100,6 +100,9 @@ def plan_resize(
         raise ResizeError("the file's has no rows")
     if position.apart:
         before, after = tuple(source_shape[lead:-1]), tuple(target_shape[lead:-1])
+        if source_grid not in (None, before):
+            told, own = ("x".join(map(str, grid)) for grid in (source_grid, before))
+            raise ResizeError(f"source_grid {told} is not the grid that the file's positions have, {own}")
         return None if same else Resize(lead, 0, 0, before, after, apart=True)
     if not position.grid:
         return None if rows == wanted else Resize(lead, 0, 0, (rows,), (wanted,))
