@@ -38,8 +38,8 @@ def _witness(clue: Clue, tensors: MappingType[str, Layout]) -> str | None:
         key = clue.side.write({})
         keys = [key] if key in tensors else []
     else:
-        prefix = clue.side.prefix
-        keys = [key for key in tensors if key.startswith(prefix)]
+        starts = clue.side.starts
+        keys = [key for key in tensors if key.startswith(starts)]
     for key in keys:
         if (clue.ndim is None or len(tensors[key].shape) == clue.ndim) and clue.side.match(key) is not None:
             return key
@@ -62,8 +62,13 @@ def holds(evidence: Evidence, tensors: MappingType[str, Layout]) -> list[str] | 
     return [*found, *some]
 
 
-def _refused(refusal: Refusal, tensors: MappingType[str, Layout]) -> list[str] | None:
-    """The keys that show a file to be of a kind that is refused; None for another file."""
+def _refused(refusal: Refusal, tensors: MappingType[str, Layout], keys: str) -> list[str] | None:
+    """The keys that show a file to be of a kind that is refused; None for another file.
+
+    ``keys`` are all of them in one text.
+    """
+    if refusal.contains and not any(part in keys for part in refusal.contains):
+        return None
     seen = holds(refusal.when, tensors)
     if seen is None or not refusal.contains:
         return seen
@@ -79,9 +84,10 @@ def refuse_in_words(
     Raises:
         DetectionError: in the mapping's words.
     """
+    keys = "\n".join(tensors)
     for mapping in known.mappings.values():
         for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
-            seen = _refused(refusal, tensors)
+            seen = _refused(refusal, tensors, keys)
             if seen is not None:
                 raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
 
@@ -95,7 +101,8 @@ def accept(
     for block in mapping.accepts:
         if block.when is not None and holds(block.when, tensors) is None:
             continue
-        if not any(key.startswith(rule.source.prefix) for rule in block.table.rules for key in tensors):
+        starts = tuple(start for rule in block.table.rules for start in rule.source.starts)
+        if not any(key.startswith(starts) for key in tensors):
             continue
         applied = apply_rules(block.table, tensors, facts, pass_others=True)
         faults += applied.faults

@@ -143,6 +143,15 @@ class Side:
         """The literal text in front of the first slot."""
         return self.tokens[0] if self.tokens and isinstance(self.tokens[0], str) else ""
 
+    @cached_property
+    def starts(self) -> tuple[str, ...]:
+        """Literal texts of which one begins every key that the side matches."""
+        first, after = self.tokens[0], self.tokens[1:2]
+        if isinstance(first, str):
+            return (first,)
+        follows = after[0] if after and isinstance(after[0], str) else ""
+        return tuple(spelled + follows for _, spelled in first.options) if first.kind == "alts" else ("",)
+
     def match(self, key: str) -> dict[str, str] | None:
         """The variables' values, or None. Linear in the length of the key."""
         found = self._regex.fullmatch(key)
