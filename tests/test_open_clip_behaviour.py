@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from peers import big_vision, by_hand, hf, openai, openclip, timm_towers
+from peers import big_vision, by_hand, eva_clip, hf, mobileclip, openai, openclip, perception, timm_towers
 from peers.common import (
     SQUARE,
     Size,
@@ -767,83 +768,44 @@ def test_checkpoint_of_a_forced_size_reloads(name, st):
     assert_holds(model, source)
 
 
-def _eva_original() -> State:
-    """The keys of an EVA02-CLIP release: own image tower, open_clip's text tower."""
-    block = {
-        "norm1.weight": [48],
-        "attn.q_proj.weight": [48, 48],
-        "attn.k_proj.weight": [48, 48],
-        "attn.v_proj.weight": [48, 48],
-        "attn.q_bias": [48],
-        "attn.v_bias": [48],
-        "attn.inner_attn_ln.weight": [48],
-        "attn.proj.weight": [48, 48],
-        "mlp.w1.weight": [128, 48],
-        "mlp.w2.weight": [128, 48],
-        "mlp.ffn_ln.weight": [128],
-        "mlp.w3.weight": [48, 128],
-    }
-    shapes = {
-        "visual.cls_token": [1, 1, 48],
-        "visual.pos_embed": [1, 5, 48],
-        "visual.patch_embed.proj.weight": [48, 3, 14, 14],
-        "visual.norm.weight": [48],
-        "visual.head.weight": [24, 48],
-        "visual.rope.freqs_cos": [4, 16],
-    } | {f"visual.blocks.{i}.{k}": shape for i in range(2) for k, shape in block.items()}
-    return {k: torch.randn(shape) for k, shape in shapes.items()} | visual(state_of(openclip.custom(seed=1)), False)
-
-
-def _pe_original() -> State:
-    """The keys of a PE-Core release: own names for the image tower and its attention pool, a flat text tower."""
-    native = visual(state_of(openclip.clip(seed=1)))
-    pool = {
-        "visual.attn_pool.probe": [1, 1, 48],
-        "visual.attn_pool.attn.in_proj_weight": [144, 48],
-        "visual.attn_pool.attn.out_proj.weight": [48, 48],
-        "visual.attn_pool.layernorm.weight": [48],
-        "visual.attn_pool.mlp.c_fc.weight": [120, 48],
-    }
-    return {**state_of(openclip.clip(seed=1)), **native} | {k: torch.randn(shape) for k, shape in pool.items()}
-
-
-def _mobileclip_original() -> State:
-    """The keys of an Apple MobileCLIP release."""
-    shapes = {
-        "image_encoder.model.patch_emb.0.block.conv.weight": [8, 3, 3, 3],
-        "image_encoder.model.network.0.0.layer_scale": [8, 1, 1],
-        "image_encoder.model.conv_exp.conv.weight": [16, 1, 3, 3],
-        "image_encoder.model.head.proj": [16, 24],
-        "text_encoder.embedding_layer.weight": [99, 32],
-        "text_encoder.positional_embedding.pos_embed.pos_embed": [1, 1, 16, 32],
-        "text_encoder.transformer.0.pre_norm_mha.0.weight": [32],
-        "text_encoder.transformer.0.pre_norm_mha.1.qkv_proj.weight": [96, 32],
-        "text_encoder.final_layer_norm.weight": [32],
-        "text_encoder.projection_layer": [32, 24],
-        "logit_scale": [],
-    }
-    return {k: torch.randn(shape) for k, shape in shapes.items()}
-
-
-ORIGINALS = {
-    "EVA02-CLIP original": (_eva_original, "eva02_base_patch16_clip_224"),
-    "PE-Core original": (_pe_original, "vit_pe_core_tiny_patch16_384"),
-    "MobileCLIP dict": (_mobileclip_original, None),
+ORIGINALS: dict[str, tuple[Callable[[], State], Callable[[], nn.Module], str]] = {
+    "EVA02-CLIP original": (
+        lambda: eva_clip.state_dict("EVA02"),
+        lambda: eva_clip.model("EVA02", seed=5),
+        "eva_clip",
+    ),
+    "PE-Core original": (perception.state_dict, lambda: perception.model(seed=5), "pe_core"),
+    "MobileCLIP dict": (
+        lambda: mobileclip.small("mobileclip_s1")[0],
+        lambda: mobileclip.model("mobileclip_s1", seed=5),
+        "mobileclip_s",
+    ),
 }
 
 
-@STRICT
-@pytest.mark.parametrize("into", ["its timm tower", "a native CLIP"])
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_original_file_is_refused_in_words(name, into, strict, pt):
-    """No mapping reads these yet."""
-    build, base = ORIGINALS[name]
-    if into == "a native CLIP":
-        model = openclip.clip(seed=5)
-    else:
-        model = openclip.convnext(seed=5) if base is None else _timm_model(base, SMALL_VIT, "", 28)
+def test_original_file_loads_into_its_timm_model(name, pt):
+    """Their values are compared with the owners' own conversions in test_eva_pe_mobileclip.py."""
+    build, target, format_ = ORIGINALS[name]
+    state, model = build(), target()
+    before = bits(model)
+    with warnings.catch_warnings():  # the peers have fewer heads than Apple's models
+        warnings.simplefilter("ignore", keymap.ConfigurationWarning)
+        result = keymap.load_checkpoint(model, pt(state))
+    complete(result)
+    assert result.report.plan.format == format_
+    same = [key for key, value in model.state_dict().items() if same_bits(before[key], value)]
+    assert set(same) <= set(result.report.plan.filled)
+
+
+@STRICT
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_original_file_into_a_native_clip_is_refused(name, strict, pt):
+    build, _, format_ = ORIGINALS[name]
     path = pt(build())
-    refuses(model, path, path.name, "no known format", "known formats", error=keymap.DetectionError, strict=strict)
+    refuses(
+        openclip.clip(seed=5), path, path.name, format_, "trunk", "native_vit", error=keymap.PlanError, strict=strict
+    )
 
 
 # --- OpenAI archives ---
