@@ -72,13 +72,19 @@ def distance(name, folder, mapping=None):
 
 
 def text_of(name):
-    """A mapping with the tables that it uses written into it, so that they can be broken too."""
+    """A mapping with the tables and lookups that it uses written into it, so that they can be broken too."""
     text = (MAPPINGS / f"{name}.yaml").read_text(encoding="utf-8")
-    uses = re.search(r"^uses: \[(\w+)\]\n", text, re.MULTILINE)
+    uses = re.search(r"^uses: \[([\w, ]+)\]\n", text, re.MULTILINE)
     if uses is None:
         return text
-    tables = (MAPPINGS / f"{uses[1]}.yaml").read_text(encoding="utf-8").partition("\ntables:\n")[2]
-    return text.replace(uses[0], "") + "tables:\n" + tables
+    text = text.replace(uses[0], "")
+    for other in uses[1].split(", "):
+        used = (MAPPINGS / f"{other}.yaml").read_text(encoding="utf-8")
+        for section, body in re.findall(r"^(tables|lookups):\n((?:  .*\n)+)", used, re.MULTILINE):
+            if f"\n{section}:\n" not in text:
+                text += f"{section}:\n"
+            text = text.replace(f"\n{section}:\n", f"\n{section}:\n{body}", 1)
+    return text
 
 
 # One row: the file, what is wrong, what follows; then what is taken out (-) and what is put there instead (+).
@@ -197,8 +203,8 @@ big_vision_siglip: Dense not transposed: differs
 - {to: mlp.<1:dense>.weight, view: i o -> o i}
 + mlp.<1:dense>.weight
 big_vision_siglip: the text head not transposed: differs
-- text.text_projection.weight, view: i o -> o i,
-+ text.text_projection.weight,
+- text_projection.weight, view: i o -> o i,
++ text_projection.weight,
 big_vision_siglip: LayerNorm_0 and LayerNorm_1 swapped: differs
 - norm<1:one>.<2:norm>
 + norm<1:turned>.<2:norm>
@@ -227,8 +233,8 @@ openai: the text projection transposed: differs
 + positional_embedding: positional_embedding
 + text_projection: {to: text_projection, view: a b -> b a}
 openai: the image tower forgotten: refused
-- visual.conv1.weight: visual.conv1.weight
-+ nothing.conv1.weight: visual.conv1.weight
+- visual.: {to: visual., table: vit}
++ nothing.: {to: visual., table: vit}
 timm_resnet: the norms of a block shifted: differs
 - conv(1_1x1|2_kxk|3_1x1).bn.: {to: visual.layer<1+1>.\2.bn<3:conv>.,
 + conv(1_1x1|2_kxk|3_1x1).bn.: {to: visual.layer<1+1>.\2.bn<3:turned>.,

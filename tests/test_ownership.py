@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import keymap
+from keymap.compile import compile_mapping
 from keymap.detect import accept, detect, holds
 from keymap.errors import DetectionError
-from keymap.mapping import compile_mapping
 from keymap.pieces import whole
 from keymap.registry import Registry, registry
 from keymap.samples import claims, samples
@@ -39,12 +39,12 @@ OWNERS = {
     "hf_CLIPVisionModelWithProjection": "hf_clip",
     "hf_CLIPTextModelWithProjection": "hf_clip",
     "hf_MetaClip2Model": "hf_clip",
-    "hf_AltCLIPModel": "hf_clip",  # its image tower is CLIP's; its text tower exists in no OpenCLIP model: unowned keys
-    "hf_ChineseCLIPModel": None,
+    "hf_AltCLIPModel": "hf_altclip",
+    "hf_ChineseCLIPModel": "hf_chinese_clip",
     "hf_SiglipModel": "hf_siglip",
     "hf_SiglipVisionModel": "hf_siglip",
     "hf_SiglipTextModel": "hf_siglip",
-    "hf_Siglip2Model": None,  # NaFlex: hf_siglip's keys, another rank of one kernel
+    "hf_Siglip2Model": "hf_siglip2_naflex",  # hf_siglip's keys, another rank of one kernel
     "timm_vit_base_patch32_clip_224": "timm",
     "timm_vit_base_patch16_siglip_224": "timm",
     "timm_eva02_base_patch16_clip_224": "timm",
@@ -59,12 +59,12 @@ OWNERS = {
     "timm_resnet50_clip": "timm_resnet",
     "big_vision_siglip": "big_vision_siglip",
     "big_vision_siglip_scan": "big_vision_siglip",
-    "big_vision_naflex": None,  # big_vision_siglip's keys, another rank of one kernel
-    "big_vision_lit_tok": None,
-    "apple_mobileclip_s0": None,
-    "apple_mobileclip_s1": None,
-    "apple_mobileclip_s2": None,
-    "apple_mobileclip_b": None,
+    "big_vision_naflex": "big_vision_naflex",  # big_vision_siglip's keys, another rank of one kernel
+    "big_vision_lit_tok": "big_vision_lit",
+    "apple_mobileclip_s0": "mobileclip_s0",
+    "apple_mobileclip_s1": "mobileclip_s",
+    "apple_mobileclip_s2": "mobileclip_s",
+    "apple_mobileclip_b": "mobileclip_b",
 }
 
 
@@ -74,6 +74,60 @@ def prefixed(name, prefix):
 
 def flat(*extra):
     return {**LISTS["open_clip clip-flat/native-vit"], **dict.fromkeys(extra, 0)}
+
+
+def eva(name):
+    """EVA-CLIP's own names: the image tower without `trunk`, and other words in its blocks."""
+    words = {
+        "visual.trunk.": "visual.",
+        "attn.q_proj.bias": "attn.q_bias",
+        "attn.v_proj.bias": "attn.v_bias",
+        "attn.norm.": "attn.inner_attn_ln.",
+        "mlp.norm.": "mlp.ffn_ln.",
+        "mlp.fc1_g.": "mlp.w1.",
+        "mlp.fc1_x.": "mlp.w2.",
+    }
+    found = {}
+    for key, rank in LISTS[name].items():
+        for ours, theirs in words.items():
+            key = key.replace(ours, theirs)
+        found[key.replace("mlp.fc2.", "mlp.w3.") if "split" in name else key] = rank
+    return {**found, "visual.rope.freqs_cos": 2} if "split" in name else found
+
+
+def under(name, prefix, new=""):
+    """The keys of a list below a prefix, under another one."""
+    return {new + key.removeprefix(prefix): rank for key, rank in LISTS[name].items() if key.startswith(prefix)}
+
+
+BERT = under("hf_ChineseCLIPModel", "text_model.")
+MT5 = "open_clip mt5-base-ViT-B-32"
+NLLB = "open_clip nllb-clip-base"
+
+
+def with_shared(name, prefix=""):
+    """An encoder as transformers saves it: its embedding is `shared`; and a key of the decoder."""
+    keys = under(name, "text.transformer.", f"{prefix}encoder.")
+    keys[f"{prefix}shared.weight"] = keys.pop(f"{prefix}encoder.embed_tokens.weight")
+    return {**keys, f"{prefix}decoder.layers.{{i}}.fc1.weight": 2, "lm_head.weight": 2}
+
+
+def tinyclip(name, module=""):
+    towers = {"visual.": f"_image_encoder.{module}", "logit_scale": f"_logit_scale.{module}"}
+    return {
+        next((new for old, new in towers.items() if key.startswith(old)), f"_text_encoder.{module}") + key: rank
+        for key, rank in LISTS[name].items()
+    }
+
+
+def chinese_clip(image):
+    """OFA-Sys's own file with the image tower of this list."""
+    return {
+        **under(image, "visual.", "visual."),
+        **{f"bert.{key}": rank for key, rank in BERT.items()},
+        "text_projection": 2,
+        "logit_scale": 0,
+    }
 
 
 # Lists that differ from a recorded one in a way that is known: (owner, keys)
@@ -86,15 +140,69 @@ DERIVED = {
         "big_vision_siglip",
         {key.removeprefix("params/"): rank for key, rank in LISTS["big_vision_siglip"].items()},
     ),
+    "Siglip2VisionModel": ("hf_siglip2_naflex", under("hf_Siglip2Model", "vision_model.")),
+    "Siglip2VisionModel, written by transformers 4": (
+        "hf_siglip2_naflex",
+        under("hf_Siglip2Model", "vision_model.", "vision_model."),
+    ),
+    "Siglip2TextModel": ("hf_siglip", under("hf_Siglip2Model", "text_model.")),
+    "Siglip2TextModel, written by transformers 4": (
+        "hf_siglip",
+        under("hf_Siglip2Model", "text_model.", "text_model."),
+    ),
+    "big_vision NaFlex without params/": ("big_vision_naflex", under("big_vision_naflex", "params/")),
+    "the text tower of NaFlex alone": ("big_vision_siglip", under("big_vision_naflex", "params/txt/", "txt/")),
+    "LiT without params/": ("big_vision_lit", under("big_vision_lit_tok", "params/")),
+    "LiT with BERT": (
+        "big_vision_lit",
+        {**under("big_vision_lit_tok", "params/img/", "img/"), "txt/BertEncoder_0/embedder/word/embedding": 2, "t": 1},
+    ),
+    "LiT of vit_jax": (
+        "big_vision_lit",
+        {
+            key.replace("img/pos_embedding", "img/Transformer/posembed_input/pos_embedding"): rank
+            for key, rank in under("big_vision_lit_tok", "params/").items()
+        },
+    ),
+    "the text tower of LiT alone": ("big_vision_siglip", under("big_vision_lit_tok", "params/txt/", "txt/")),
+    "timm's NaFlexVit with class token": (
+        "timm",
+        {**LISTS["timm_naflexvit_base_patch16_siglip"], "embeds.cls_token": 3, "norm_pre.weight": 1, "head.weight": 2},
+    ),
+    "OpenCLIP with a NaFlexVit": (
+        "open_clip",
+        {f"visual.trunk.{key}": rank for key, rank in LISTS["timm_naflexvit_base_patch16_siglip"].items()},
+    ),
+    "Long-CLIP": ("longclip", {**flat(), "positional_embedding_res": 2}),
+    "TinyCLIP": ("tinyclip", tinyclip("open_clip clip-flat/native-vit")),
+    "TinyCLIP, each tower wrapped": ("tinyclip", tinyclip("open_clip clip-flat/native-vit", "module.")),
+    "TinyCLIP with a ResNet": ("tinyclip", tinyclip("open_clip clip-flat/native-resnet")),
+    "Chinese-CLIP": ("chinese_clip", chinese_clip("open_clip clip-flat/native-vit")),
+    "Chinese-CLIP with a ResNet": ("chinese_clip", chinese_clip("open_clip clip-flat/native-resnet")),
+    "AltCLIPModel, written by transformers 5": (
+        "hf_altclip",
+        {key.replace(".layers.", ".layer."): rank for key, rank in LISTS["hf_AltCLIPModel"].items()},
+    ),
+    "AltCLIPTextModel": ("hf_altclip", under("hf_AltCLIPModel", "text_model.")),
+    "ChineseCLIPVisionModel": ("hf_clip", under("hf_ChineseCLIPModel", "vision_model.")),
+    "ChineseCLIPTextModel, BertModel, RobertaModel": ("hf_bert", {**BERT, "pooler.dense.weight": 2}),
+    "BertForMaskedLM": ("hf_bert", {**{f"bert.{k}": n for k, n in BERT.items()}, "cls.predictions.bias": 1}),
+    "RobertaForMaskedLM": ("hf_bert", {**{f"roberta.{k}": n for k, n in BERT.items()}, "lm_head.bias": 1}),
+    "MT5ForConditionalGeneration": ("hf_mt5", with_shared(MT5)),
+    "M2M100Model": ("hf_m2m100", with_shared(NLLB)),
+    "M2M100ForConditionalGeneration": ("hf_m2m100", with_shared(NLLB, "model.")),
+    "a BERT tower of OpenCLIP, saved alone": ("open_clip", {f"transformer.{k}": n for k, n in BERT.items()}),
     "OpenAI": ("openai", flat("input_resolution", "context_length", "vocab_size")),
     "OpenAI without its three numbers is OpenCLIP's CLIP": ("open_clip", flat()),
-    "Perception Encoder": (None, flat("visual.attn_pool.probe")),
-    "EVA-CLIP": (
-        None,
-        {
-            key.replace("visual.trunk.", "visual."): rank
-            for key, rank in LISTS["open_clip custom/timm-eva02(split qkv,swiglu)/text-native"].items()
-        },
+    "Perception Encoder": ("pe_core", flat("visual.attn_pool.probe")),
+    "EVA-CLIP, EVA02 B and L": ("eva_clip", eva("open_clip custom/timm-eva02(split qkv,swiglu)/text-native")),
+    "EVA-CLIP, EVA01 and EVA02 E": (
+        "eva_clip",
+        eva("open_clip custom/timm-eva01/E(fused qkv,q_bias,v_bias)/text-native"),
+    ),
+    "MobileCLIP-S0's image tower alone": (
+        "mobileclip_s",  # without the text tower it is no other file than S1's and S2's
+        {key: rank for key, rank in LISTS["apple_mobileclip_s0"].items() if key.startswith("image_encoder.")},
     ),
 }
 ROWS = {
@@ -212,7 +320,24 @@ def test_narrow_evidence_is_registered(tmp_path):
 # --- no module knows a format by name ---
 
 # Parts of keys that are also words of the code, for what they mean in English or in torch.
-ENGLISH = {"blocks", "head", "key", "out", "stem", "text", "value", "weight"}
+ENGLISH = {
+    "block",
+    "blocks",
+    "dense",
+    "embeddings",
+    "head",
+    "identity",
+    "key",
+    "model",
+    "module",
+    "out",
+    "self",
+    "shared",
+    "stem",
+    "text",
+    "value",
+    "weight",
+}
 
 
 @cache

@@ -101,7 +101,10 @@ def test_accepts_let_the_written_form_pass(name):
     assert list(after) == list(before)
 
 
-@pytest.mark.parametrize("name", [n for n, (m, _) in SAMPLES.items() if m.kind == "respelling"])
+BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "respelling" and not any(r.oneway for r in m.rules)]
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
 def test_a_respelling_goes_back_and_there_again(name):
     """From the second spelling: what the first half of the file proves, starting at the other end."""
     mapping, sample = SAMPLES[name]

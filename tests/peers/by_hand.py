@@ -54,13 +54,10 @@ def _hf_text(source: Source, text: str) -> State:
     )
 
 
-def hf_clip(source: Source, text: str = "") -> State:
-    """CLIPModel, MetaClip2Model -> native ViT and text; text="text." for CustomTextCLIP."""
+def _hf_vision(source: Source) -> State:
     return (
         {
-            "logit_scale": source["logit_scale"],
             "visual.proj": source["visual_projection.weight"].T,
-            f"{text}text_projection": source["text_projection.weight"].T,
             "visual.class_embedding": source["vision_model.embeddings.class_embedding"],
             "visual.conv1.weight": source["vision_model.embeddings.patch_embedding.weight"],
             "visual.positional_embedding": source["vision_model.embeddings.position_embedding.weight"],
@@ -68,6 +65,17 @@ def hf_clip(source: Source, text: str = "") -> State:
         | _pairs(source, {"vision_model.pre_layrnorm.": "visual.ln_pre."})
         | _pairs(source, {"vision_model.post_layernorm.": "visual.ln_post."})
         | _hf_blocks(source, "vision_model.encoder.layers.", "visual.transformer.resblocks.", NATIVE)
+    )
+
+
+def hf_clip(source: Source, text: str = "") -> State:
+    """CLIPModel, MetaClip2Model -> native ViT and text; text="text." for CustomTextCLIP."""
+    return (
+        {
+            "logit_scale": source["logit_scale"],
+            f"{text}text_projection": source["text_projection.weight"].T,
+        }
+        | _hf_vision(source)
         | _hf_text(source, text)
     )
 
@@ -212,3 +220,47 @@ def big_vision(source: Mapping[str, np.ndarray[Any, Any]]) -> State:
     if "txt/head/kernel" in s:
         put("text.text_projection.", dense("txt/head"))
     return found
+
+
+def longclip(source: Source, text: str = "") -> State:
+    """Long-CLIP -> native: 20 rows of one table of positions, the others of the second."""
+    found = {k: v for k, v in source.items() if k != "positional_embedding_res"}
+    found["positional_embedding"] = torch.cat(
+        [source["positional_embedding"][:20], source["positional_embedding_res"][20:]]
+    )
+    return {k if k.startswith("visual.") or k == "logit_scale" else text + k: v for k, v in found.items()}
+
+
+def tinyclip(source: Source) -> State:
+    """TinyCLIP -> native: the names of its towers are cut, and those of their wrappers."""
+    found = {}
+    for key, value in source.items():
+        _, name = key.split(".", 1)
+        found[name.removeprefix("module.")] = value
+    return found
+
+
+def chinese_clip(source: Source) -> State:
+    """cn_clip -> native image tower and BERT."""
+    found = {k: v for k, v in source.items() if k.startswith("visual.") or k == "logit_scale"}
+    found |= {f"text.transformer.{k.removeprefix('bert.')}": v for k, v in source.items() if k.startswith("bert.")}
+    return found | {"text.proj.weight": source["text_projection"].T}
+
+
+def hf_chinese_clip(source: Source) -> State:
+    """ChineseCLIPModel -> native ViT and BERT."""
+    tower = {k.removeprefix("text_model."): v for k, v in source.items() if k.startswith("text_model.")}
+    return (
+        {"logit_scale": source["logit_scale"], "text.proj.weight": source["text_projection.weight"]}
+        | {f"text.transformer.{k}": v for k, v in tower.items()}
+        | _hf_vision(source)
+    )
+
+
+def hf_altclip(source: Source) -> State:
+    """AltCLIPModel -> native ViT; its text tower has no place."""
+    named = {
+        k.replace("encoder.layer.", "encoder.layers.") if k.startswith("vision_model.") else k: v
+        for k, v in source.items()
+    }
+    return {"logit_scale": source["logit_scale"]} | _hf_vision(named)

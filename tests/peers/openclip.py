@@ -162,25 +162,46 @@ def coca(*, attn_pool: bool = True, **arguments: Any) -> nn.Module:
     return _model(CoCa, vision, text, arguments, embed_dim=size.text_width, multimodal_cfg=decoder)
 
 
-def hf_text(*, family: str = "roberta", pooler: str = "mean_pooler", proj: str = "mlp", **arguments: Any) -> nn.Module:
-    """CustomTextCLIP with the native ViT and transformers' "roberta", "xlm-roberta" or "bert" as text tower.
-
-    Padding id: ``model.text.config.pad_token_id``.
-    """
+def hf_config(family: str, size: Size) -> Any:
+    """transformers' configuration of a text encoder: "bert", "roberta", "xlm-roberta", "mt5", "m2m_100"."""
     from transformers import CONFIG_MAPPING
 
+    if family == "mt5":
+        sizes = {
+            "d_model": size.text_width,
+            "d_kv": size.text_width // size.text_heads,
+            "d_ff": size.text_hidden,
+            "num_layers": size.text_depth,
+            "num_decoder_layers": 2,
+            "num_heads": size.text_heads,
+        }
+    elif family == "m2m_100":
+        sizes = {"d_model": size.text_width, "max_position_embeddings": size.context_length + 2}
+        for half, depth in (("encoder", size.text_depth), ("decoder", 2)):
+            heads, hidden = size.text_heads, size.text_hidden
+            sizes |= {f"{half}_layers": depth, f"{half}_attention_heads": heads, f"{half}_ffn_dim": hidden}
+    else:
+        sizes = {
+            "hidden_size": size.text_width,
+            "num_hidden_layers": size.text_depth,
+            "num_attention_heads": size.text_heads,
+            "intermediate_size": size.text_hidden,
+            "max_position_embeddings": size.context_length + 2,  # roberta counts positions from pad_token_id + 1
+            "type_vocab_size": 2,
+        }
+    return CONFIG_MAPPING[family](vocab_size=size.vocab, **sizes)
+
+
+def hf_text(
+    *, family: str = "roberta", pooler: str = "mean_pooler", proj: str | None = "mlp", **arguments: Any
+) -> nn.Module:
+    """CustomTextCLIP with the native ViT and a text tower of transformers, of a family of `hf_config`.
+
+    Padding id: ``model.text.config.pad_token_id``. proj=None with text_width equal to embed_dim: no projection.
+    """
     size = _size(arguments)
-    config = CONFIG_MAPPING[family](
-        vocab_size=size.vocab,
-        hidden_size=size.text_width,
-        num_hidden_layers=size.text_depth,
-        num_attention_heads=size.text_heads,
-        intermediate_size=size.text_hidden,
-        max_position_embeddings=size.context_length + 2,  # roberta counts positions from pad_token_id + 1
-        type_vocab_size=2,
-    )
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        hf_config(family, size).save_pretrained(folder)
         text = {
             "hf_model_name": folder,
             "hf_model_pretrained": False,
