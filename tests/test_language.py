@@ -14,8 +14,8 @@ import torch
 
 import keymap
 from keymap.carry import materialise
+from keymap.compile import compile_mapping
 from keymap.detect import accept
-from keymap.mapping import compile_mapping
 from keymap.marked_yaml import parse_yaml
 from keymap.pieces import Layout, whole
 from keymap.registry import registry

@@ -105,7 +105,8 @@ def _flax() -> types.SimpleNamespace:
         return module.apply({"params": parameters}, x)
 
     run = jax.jit(apply, static_argnums=0)  # compiled once for each architecture and batch
-    return types.SimpleNamespace(Image=Image, Text=Text, jax=jax, jnp=jnp, run=run)
+    parts = {"nn": nn, "Block": Encoder1DBlock, "Encoder": Encoder, "MAPHead": MAPHead}  # for models of other files
+    return types.SimpleNamespace(Image=Image, Text=Text, jax=jax, jnp=jnp, run=run, **parts)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
