@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from keymap.carry import copy_pieces, materialise
 from keymap.errors import PlanError, VerifyError, some
 from keymap.pieces import Piece
 from keymap.plan import Entry, Plan
-from keymap.read import LazyTensor
+from keymap.read import LazyTensor, SourceFile
 from keymap.resize import resample
 from keymap.rules import Check
 from keymap.verify import failed
@@ -22,6 +22,8 @@ from keymap.verify import failed
 __all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable", "verify_plan"]
 
 Tensors = Mapping[str, LazyTensor]
+_SMALL = 1 << 14  # elements of a piece that are not worth a thread
+_RUN = 1 << 24  # bytes of the file that are copied before their pages are given back
 
 
 def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
@@ -63,11 +65,15 @@ def _value(entry: Entry, tensors: Tensors) -> torch.Tensor:
     return value.reshape(entry.shape).to(entry.dtype)
 
 
-@torch.no_grad()
 def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
     """Copy every piece into the model's memory, source by source in the order of the file.
 
-    Only resized and computed tensors, and targets that are not contiguous, take a temporary, one at a time.
+    Only resized and computed tensors, and targets that are not contiguous, take a temporary, one at a time. Pieces
+    whose axes change their order are shared out over threads, because torch copies such on one; pages of the file
+    that were copied are given back on the way.
+
+    Raises:
+        KeyboardInterrupt: the load was interrupted; the model is half loaded then, and the error says so.
     """
     by_source: dict[str | None, list[tuple[str, Piece]]] = {}
     others = []
@@ -77,12 +83,70 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             continue
         for piece in entry.layout.pieces:
             by_source.setdefault(piece.source, []).append((entry.key, piece))
-    for source in sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position):
-        tensor = None if source is None else tensors[source].read()
-        for key, piece in by_source[source]:
-            copy_pieces([piece], tensor, targets[key].detach())
-    for entry in others:
-        targets[entry.key].copy_(_value(entry, tensors))
+    inference = torch.is_inference_mode_enabled()
+
+    def copy(source: str | None) -> None:
+        with torch.inference_mode() if inference else torch.no_grad():  # which hold for one thread
+            tensor = None if source is None else tensors[source].read()
+            for key, piece in by_source[source]:
+                copy_pieces([piece], tensor, targets[key].detach())
+
+    order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
+    crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
+    shared = set(crossing) if torch.get_num_threads() > 1 else set()
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            under_way = [pool.submit(copy, source) for source in crossing if source in shared]
+            try:
+                for sources in _runs([source for source in order if source not in shared], tensors):
+                    for source in sources:
+                        copy(source)
+                    _give_back(sources, tensors)
+                for done in under_way:
+                    done.result()
+            finally:
+                for waiting in under_way:
+                    waiting.cancel()
+        for entry in others:
+            with torch.no_grad():
+                targets[entry.key].copy_(_value(entry, tensors))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
+    finally:
+        _give_back(order, tensors)
+
+
+def _crosses(pieces: Iterable[tuple[str, Piece]]) -> bool:
+    """True where a source is large, and pieces of it are no runs of neighbouring elements."""
+    return any(piece.source_strides[-1] != 1 and piece.numel > _SMALL for _, piece in pieces)
+
+
+def _runs(sources: Iterable[str | None], tensors: Tensors) -> Iterator[list[str | None]]:
+    """Sources in order, as many at a time as take some megabytes of the file."""
+    run: list[str | None] = []
+    size = 0
+    for source in sources:
+        run.append(source)
+        region = tensors[source].region if source is not None else None
+        size += region[2] - region[1] if region is not None else 0
+        if size >= _RUN:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _give_back(sources: Iterable[str | None], tensors: Tensors) -> None:
+    """Give the pages of the file back that these sources were read from."""
+    spans: dict[int, tuple[SourceFile, int, int]] = {}
+    for source in sources:
+        region = tensors[source].region if source is not None else None
+        if region is not None:
+            file, start, stop = region
+            _, first, last = spans.get(id(file), region)
+            spans[id(file)] = (file, min(first, start), max(last, stop))
+    for file, first, last in spans.values():
+        file.give_back(first, last)
 
 
 class _Regions:

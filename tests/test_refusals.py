@@ -377,10 +377,6 @@ OTHERS: dict[str, Callable[[], State]] = {
         "conv_in.weight": torch.randn(8, 4, 3, 3),
         "down_blocks.0.resnets.0.conv1.weight": torch.randn(8, 8, 3, 3),
     },
-    "BERT": lambda: {
-        "embeddings.word_embeddings.weight": torch.randn(99, 32),
-        "encoder.layer.0.attention.self.query.weight": torch.randn(32, 32),
-    },
     "one tensor": lambda: {"weight": torch.randn(3, 4)},
 }
 
@@ -391,6 +387,16 @@ def test_another_architectures_file(name, strict, tmp_path):
     path = _safetensors(tmp_path, OTHERS[name]())
     words = [path.name, "known formats", next(iter(sorted(OTHERS[name]())))[:8]]
     refuses(openclip.clip(), path, keymap.DetectionError, *words, strict=strict)
+
+
+@STRICT
+def test_a_language_model_that_could_be_a_text_tower_of_another_model(strict, tmp_path):
+    state = {
+        "embeddings.word_embeddings.weight": torch.randn(99, 32),
+        "encoder.layer.0.attention.self.query.weight": torch.randn(32, 32),
+    }
+    words = ["the file's text tower is spelled hf, the target's flat", "different architectures"]
+    refuses(openclip.clip(), _safetensors(tmp_path, state), keymap.PlanError, *words, strict=strict)
 
 
 @STRICT

@@ -20,7 +20,7 @@ from keymap.read.torch_file import archive_prefix, is_scripted, looks_like_pickl
 from keymap.read.trusted import read_trusted
 from keymap.read.zip_file import looks_like_zip, read_directory
 
-__all__ = ["Checkpoint", "LazyTensor", "Record", "open_checkpoint"]
+__all__ = ["Checkpoint", "LazyTensor", "Record", "SourceFile", "open_checkpoint"]
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".index.json")
 OTHERS = {

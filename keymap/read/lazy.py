@@ -33,6 +33,7 @@ class LazyTensor:
             a later ``read`` from the same Checkpoint. Strides may be any, also of a transposed view.
         position: byte position of the values, for reading in file order.
         streamed: True when ``read`` decompresses; only then can it raise CheckpointError.
+        region: the file, and from which byte to which its mapping holds the values; None where they are not mapped.
         check: raises CheckpointError where the values are not those that were written; None where the container
             has no checksum of its own (safetensors), or none that its writers must set (torch).
     """
@@ -42,6 +43,7 @@ class LazyTensor:
     read: Callable[[], torch.Tensor]
     position: int = 0
     streamed: bool = False
+    region: tuple[SourceFile, int, int] | None = None
     check: Callable[[], None] | None = None
 
 
@@ -99,6 +101,15 @@ class SourceFile:
             raise self.bad("may not be read (permission denied)", "change its permissions") from None
         except (OSError, ValueError) as error:
             raise self.bad(f"cannot be opened: {error}", "check the path") from error
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Give the memory of the whole pages within ``start`` to ``stop`` back; they are mapped anew when read again.
+
+        Only for pages that nobody has written to. Nothing happens where the system has no such call.
+        """
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and last > first:
+            self.data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def bad(self, fact: str, advice: str) -> CheckpointError:
         """A refusal that names the file, the fact and what to do next."""
@@ -262,4 +273,5 @@ def lazy_view(
     streamed = block.crc is not None
     position = block.start if streamed else block.start + offset * dtype.itemsize
     sealed = streamed or block.seal is not None
-    return LazyTensor(shape, dtype, read, position, streamed, block.check if sealed else None)
+    region = None if streamed else (block.file, block.start, block.start + block.nbytes)
+    return LazyTensor(shape, dtype, read, position, streamed, region, block.check if sealed else None)
