@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
 from typing import Any
 
-from keymap.mapping import Fact, Mapping, Place, Scalar
+from keymap.mapping import Config, Fact, Mapping, Place, Scalar
 
 __all__ = ["Told", "differences", "read_config", "unverified"]
 
@@ -50,36 +50,47 @@ class Told:
         return {**told, **{name: value for name, (value, _) in self.facts.items()}}
 
 
-def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping) -> Told:
-    """What the format states, and what its configuration says: in the file's metadata, or beside the file.
+def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, hub: Mapping) -> Told:
+    """What the format states, and what a configuration says: in the file's metadata, or beside the file.
 
     Args:
         file: the checkpoint; its configuration has the name that the format gives, or the checkpoint's own with .json.
         metadata: texts that the container holds beside tensors.
         mapping: the checkpoint's format.
+        hub: whose own form of a configuration is read where the format has none, or none is there.
     """
     stated: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.states.items()}
-    config = mapping.config
-    if config is None:
-        return Told(facts=stated)
-    for where, text in _texts(file, metadata, config.file):
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            return Told(facts=stated, notes=(f"{where} could not be read: it is no JSON",))
-        found = {name: _first(data, places) for name, places in config.facts.items()}
-        sizes = _size(data, config.image_size), _size(data, config.patch_size)
-        if where != config.file and not any((*found.values(), *sizes)):
-            continue  # some other JSON with the checkpoint's name
-        for name, places in config.facts.items():
-            value = found[name]
-            means_other = any(place.unless and _at(data, place.unless) is not None for place in places)
-            if value is not None:
-                stated[name] = (value[0], f"{where}: {value[1]}")
-            elif name in config.defaults and not means_other:
-                stated[name] = (config.defaults[name], f"{where}, which leaves it to the default")
-        return Told(*sizes, stated)
-    return Told(facts=stated)
+    notes: list[str] = []
+    for config in (mapping.config, hub.config if mapping is not hub else None):
+        if config is None:
+            continue
+        for where, text in _texts(file, metadata, config.file):
+            try:
+                data = json.loads(text)
+            except (ValueError, RecursionError):
+                notes.append(f"{where} could not be read: it is no JSON")
+                continue
+            told = _read(data, config, where)
+            if told is not None:
+                return replace(told, facts={**stated, **told.facts}, notes=tuple(notes))
+    return Told(facts=stated, notes=tuple(dict.fromkeys(notes)))
+
+
+def _read(data: Any, config: Config, where: str) -> Told | None:
+    """What a configuration says; None where it is some other JSON."""
+    found = {name: _first(data, places) for name, places in config.facts.items()}
+    sizes = _size(data, config.image_size), _size(data, config.patch_size)
+    if not isinstance(data, dict) or (where != config.file and not any((*found.values(), *sizes))):
+        return None
+    facts: dict[str, tuple[Scalar, str]] = {}
+    for name, places in config.facts.items():
+        value = found[name]
+        means_other = any(place.unless and _at(data, place.unless) is not None for place in places)
+        if value is not None:
+            facts[name] = (value[0], f"{where}: {value[1]}")
+        elif name in config.defaults and not means_other:
+            facts[name] = (config.defaults[name], f"{where}, which leaves it to the default")
+    return Told(*sizes, facts)
 
 
 def _texts(file: Path, metadata: MappingType[str, str], name: str) -> Iterator[tuple[str, str]]:

@@ -100,7 +100,7 @@ def open_sources(
             found = detect(known, layouts, wanted, file=file)
         except DetectionError as error:
             return Opened(known, file, checkpoint.container, unwrapped, None, error, Told(), notes)
-        told = read_config(checkpoint.path, checkpoint.metadata, found.mapping)
+        told = read_config(checkpoint.path, checkpoint.metadata, found.mapping, known.hub)
         return Opened(known, file, checkpoint.container, unwrapped, found, None, told, notes)
 
     first = opened(unwrap(checkpoint.tree, known.containers, file, wrapper))

@@ -201,6 +201,20 @@ def test_it_may_have_the_name_of_the_checkpoint(tmp_path):
     assert told == [] and "activation of the image tower" in result.report.plan.unverified
 
 
+def test_a_npz_has_the_configuration_that_lies_beside_it(tmp_path):
+    """big_vision has none of its own; one in OpenCLIP's form, with the file's name, is read."""
+    big_vision.save(big_vision.init(), tmp_path / "siglip.npz")
+    vision = {"timm_model_name": "x", "image_size": 28, "patch_size": 14}
+    model_cfg = {"vision_cfg": vision, "text_cfg": {"heads": 8, "no_causal_mask": True, "pool_type": "last"}}
+    (tmp_path / "siglip.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    result, told = load(openclip.siglip(), tmp_path / "siglip.npz")
+    assert any("attention heads of the text tower: 8 in the source (siglip.json" in text for text in told)
+    hints = keymap.inspect_checkpoint(tmp_path / "siglip.npz").config_hints
+    assert hints["image_size"] == (28, 28) and hints["text.heads"] == 8
+    assert hints["image.eps"] == 1e-6  # big_vision's code fixes it
+    assert result.report.plan.unverified == ("attention heads of the image tower",)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[" * 10_000, "null", "[1]", '{"vision_config": 3}', '{"vision_config": []}']
 )
@@ -218,7 +232,7 @@ def test_a_configuration_that_cannot_be_read_is_told_and_stops_nothing(text, tmp
 
 def test_a_huge_configuration_is_not_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip", "x": "' + "y" * (1 << 20) + '"}')
-    told = read_config(tmp_path / "model.safetensors", {}, registry().get("hf_clip"))
+    told = read_config(tmp_path / "model.safetensors", {}, registry().get("hf_clip"), registry().hub)
     assert set(told.facts) == {"text.causal"}
 
 

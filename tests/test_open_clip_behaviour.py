@@ -20,7 +20,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from peers import big_vision, by_hand, eva_clip, hf, mobileclip, openai, openclip, perception, timm_towers
+from peers import big_vision, by_hand, eva_clip, hf, lit, mobileclip, openai, openclip, perception, timm_towers
 from peers.common import (
     SQUARE,
     Size,
@@ -990,19 +990,28 @@ def test_npz_ctx_16_into_ctx_24(npz):
     assert result.report.plan.resized == {"text.positional_embedding": "16 to 24, linear"}
 
 
-def _lit(head: bool) -> dict[str, Any]:
-    """The keys of a LiT file: a ViT with class token, no attention pool, and maybe a head."""
-    flat = {k: v for k, v in big_vision.init().items() if k.startswith("img/") and "MAPHead_0" not in k}
-    flat["img/cls"] = np.ones((1, 1, 48), np.float32)
-    return flat | ({"img/head/kernel": np.ones((48, 24), np.float32)} if head else {})
+@STRICT
+@pytest.mark.parametrize("no_embed_class", [False, True], ids=["tiny_vit_cls", "tiny_vit_cls_noembed"])
+@pytest.mark.parametrize("head", [True, False], ids=["lit_tok", "lit_tok_nohead"])
+def test_lit_npz_loads_into_a_vit_with_class_token(head, no_embed_class, strict, npz):
+    flat, model = lit.init(head=head), lit.model(head=head, no_embed_class=no_embed_class, seed=5)
+    complete(keymap.load_checkpoint(model, npz(flat), strict))
+    rows = model.visual.trunk.pos_embed.detach()[0]
+    assert bool((rows[0] == 0).all()) == (not no_embed_class)  # the file has no row for the class token
+    assert same_bits(rows[-4:], torch.from_numpy(flat["img/pos_embedding"])[0])
 
 
 @STRICT
-@pytest.mark.parametrize("target", [openclip.clip_trunk, lambda: openclip.clip_trunk(no_embed_class=True)])
 @pytest.mark.parametrize("head", [True, False], ids=["lit_tok", "lit_tok_nohead"])
-def test_lit_npz_is_refused_in_words(head, target, strict, npz):
-    path = npz(_lit(head))
-    refuses(target(), path, path.name, "no known format", error=keymap.DetectionError, strict=strict)
+def test_lit_npz_is_refused_by_a_clip_vit(head, strict, npz):
+    """CLIP's ViT has a norm before its blocks that LiT's has not."""
+    path = npz(lit.init(head=head))
+    if strict:
+        refuses(openclip.clip_trunk(), path, path.name, "norm_pre", strict=strict)
+        return
+    model = openclip.clip_trunk(image_mlp=4.0, seed=5)
+    result = keymap.load_checkpoint(model, npz(lit.init(head=head, image_mlp=4.0)), strict=False, towers=("image",))
+    assert {"visual.trunk.norm_pre.weight", "visual.trunk.norm_pre.bias"} <= set(result.missing_keys)
 
 
 @STRICT
@@ -1076,8 +1085,8 @@ SAME_LAYOUT: dict[str, Callable[[], tuple[Any, nn.Module]]] = {
 }
 
 
-def _both(model: nn.Module, path: Path, **options: Any) -> None:
-    """Load with both libraries into two copies; every tensor must have the same bits."""
+def _both(model: nn.Module, path: Path, **options: Any) -> keymap.Plan:
+    """Load with both libraries into two copies; every tensor must have the same bits. Gives our plan."""
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
     open_clip.load_checkpoint(theirs, str(path), **options)
     result = keymap.load_checkpoint(ours, path, **options)
@@ -1086,6 +1095,7 @@ def _both(model: nn.Module, path: Path, **options: Any) -> None:
     assert wrong == []
     changed = [k for k, v in tensors(model).items() if v.is_floating_point() and not same_bits(v, tensors(ours)[k])]
     assert len(changed) > 20
+    return result.report.plan
 
 
 @pytest.mark.parametrize("container", ["pt", "safetensors"])
@@ -1102,17 +1112,18 @@ def test_training_checkpoint_equals_open_clip_bit_for_bit(pt):
 
 @pytest.mark.parametrize("target", ["CLIP", "CustomTextCLIP"])
 @pytest.mark.parametrize("tower", ARCHIVES)
-def test_openai_archive_equals_open_clip_bit_for_bit(tower, target, tmp_path):
+def test_openai_archive_equals_open_clip_bit_for_bit(tower, target, tmp_path, proves):
     peer, model = _openai(tower, target == "CustomTextCLIP")
     openai.save_archive(peer, tmp_path / "clip.pt")
-    _both(model, tmp_path / "clip.pt", weights_only=False)
+    proves("bit-equal", _both(model, tmp_path / "clip.pt", weights_only=False))
 
 
 @pytest.mark.parametrize("form", ["plain", "params/", "scanned"])
 @pytest.mark.parametrize("head", [True, False], ids=["text head", "no text head"])
-def test_big_vision_npz_equals_open_clip_bit_for_bit(form, head, npz):
+def test_big_vision_npz_equals_open_clip_bit_for_bit(form, head, npz, proves):
     change = {"plain": dict, "params/": big_vision.with_prefix, "scanned": big_vision.scan}[form]
-    _both(openclip.siglip(projection=head, seed=5), npz(change(big_vision.init(head=head))))
+    plan = _both(openclip.siglip(projection=head, seed=5), npz(change(big_vision.init(head=head))))
+    proves("bit-equal", plan)
 
 
 def test_the_sizes_of_the_tables_differ():
