@@ -1,6 +1,7 @@
 """Time loads against the floor: what it takes to copy the same bytes between two allocated tensors.
 
     python tools/bench.py             all cases, some minutes
+    python tools/bench.py --write     the same, and docs/benchmarks.md
     python tools/bench.py --quick     tiny models, to see that it runs
 
 Every figure is a ratio of times of one run: rounds are interleaved, files are in the page cache, and medians
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -41,8 +43,13 @@ import keymap
 VIT = {"image_size": 224, "image_width": 768, "image_heads": 12, "image_depth": 12, "image_mlp": 4, "text_mlp": 4}
 CLIP_TEXT = {"context_length": 77, "vocab": 49408, "text_width": 512, "text_heads": 8, "text_depth": 12}
 SIGLIP_TEXT = {"context_length": 64, "vocab": 32000, "text_width": 768, "text_heads": 12, "text_depth": 12}
+LARGE = {"image_size": 224, "image_width": 1024, "image_heads": 16, "image_depth": 24, "image_mlp": 4, "text_mlp": 4}
+LARGE_TEXT = {"context_length": 77, "vocab": 49408, "text_width": 768, "text_heads": 12, "text_depth": 12}
+TINY = {"image_width": 2, "image_heads": 1, "image_depth": 8300, "image_mlp": 1.0, "text_depth": 1}
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "clip": {**VIT, **CLIP_TEXT, "patch": 32, "embed_dim": 512},
+    "large": {**LARGE, **LARGE_TEXT, "patch": 14, "embed_dim": 768},
+    "tiny": TINY,
     "siglip": {**VIT, **SIGLIP_TEXT, "patch": 16, "embed_dim": 768},
 }
 
@@ -59,8 +66,8 @@ class Case:
 
 
 def model_of(kind: str, quick: bool, seed: int = 3) -> nn.Module:
-    """A ViT-B-32 or a ViT-B-16-SigLIP; small with ``quick``."""
-    build = openclip.clip if kind == "clip" else openclip.siglip
+    """A ViT-B-32, a ViT-L-14, a ViT-B-16-SigLIP or a CLIP of 100,000 tiny tensors; small with ``quick``."""
+    build = openclip.siglip if kind == "siglip" else openclip.clip
     made: nn.Module = build(seed=seed, **({} if quick else SIZES[kind]))
     return made
 
@@ -73,28 +80,65 @@ def with_safetensors(model: nn.Module, file: Path) -> object:
     return model.load_state_dict(load_file(str(file)))
 
 
+def with_mapped_torch_load(model: nn.Module, file: Path) -> object:
+    return model.load_state_dict(torch.load(file, mmap=True, weights_only=True))
+
+
 def cases(folder: Path, quick: bool) -> list[Case]:
     """Write the files."""
-    source = model_of("clip", quick)
-    state = {key: value.contiguous() for key, value in source.state_dict().items()}
-    save_file(state, folder / "clip.safetensors")
-    torch.save(state, folder / "clip.pt")
-    del source, state
+    for kind in ("clip", "large", "tiny"):
+        state = {key: value.contiguous() for key, value in model_of(kind, quick).state_dict().items()}
+        save_file(state, folder / f"{kind}.safetensors")
+        torch.save(state, folder / f"{kind}.pt")
+        del state
     hf.clip(**({} if quick else SIZES["clip"])).save_pretrained(folder / "hf")
     np.savez(folder / "siglip.npz", **big_vision.init(**({} if quick else SIZES["siglip"])))
     own: dict[str, Callable[[nn.Module, Path], object]] = {"open_clip": with_open_clip}
+    mapped = {**own, "safetensors + load_state_dict": with_safetensors}
+    pickled = {**own, "torch.load(mmap=True)": with_mapped_torch_load}
     return [
-        Case(
-            "ViT-B-32 .safetensors",
-            folder / "clip.safetensors",
-            "clip",
-            1.10,
-            {**own, "safetensors + load_state_dict": with_safetensors},
-        ),
-        Case("ViT-B-32 .pt", folder / "clip.pt", "clip", 1.10, own),
+        Case("ViT-B-32 .safetensors", folder / "clip.safetensors", "clip", 1.10, mapped),
+        Case("ViT-B-32 .pt", folder / "clip.pt", "clip", 1.10, pickled),
+        Case("ViT-L-14 .safetensors", folder / "large.safetensors", "large", 1.10, mapped),
+        Case("ViT-L-14 .pt", folder / "large.pt", "large", 1.10, pickled),
         Case("transformers CLIP -> ViT-B-32", folder / "hf" / "model.safetensors", "clip", 1.15),
         Case("SigLIP B/16 .npz", folder / "siglip.npz", "siglip", 2.0, own),
+        Case("100,000 tiny tensors .safetensors", folder / "tiny.safetensors", "tiny", 0, mapped),
     ]
+
+
+told: list[str] = []
+
+
+def tell(text: str) -> None:
+    """Print a line, and keep it for the page."""
+    print(text, flush=True)
+    told.append(text)
+
+
+def machine() -> str:
+    """What this ran on, in general words."""
+    rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((row.partition(": ")[2] for row in rows if row.startswith("model name")), platform.machine())
+    return f"{os.cpu_count()} cores ({name}), {platform.system()}, Python {platform.python_version()}"
+
+
+def write_page() -> None:
+    lines = [
+        "<!-- Written by tools/bench.py --write. -->",
+        "# Benchmarks",
+        "",
+        f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, open_clip {open_clip.__version__}.",
+        "The floor is a copy of the same bytes between two allocated tensors; all figures of a block are of one run,",
+        "its rounds interleaved, files in the page cache: medians, and the least and the greatest.",
+        "",
+        "```text",
+        *told,
+        "```",
+    ]
+    (Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md").write_text(
+        "\n".join(lines) + "\n", encoding="utf-8"
+    )
 
 
 def floor_of(model: nn.Module) -> Callable[[], None]:
@@ -138,19 +182,21 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
         "keymap, plan alone": lambda: keymap.plan_load(model, case.file),
         "keymap, assign=True": lambda: keymap.load_checkpoint(other, case.file, assign=True),
     }
+    if case.model == "clip":
+        work["keymap, export to transformers"] = lambda: keymap.convert_state_dict(model.state_dict(), "hf_clip")
     for name, act in case.against.items():
         work[name] = lambda act=act: act(model, case.file)  # type: ignore[misc]
     spent = timed(rounds, work)
     medians = {name: statistics.median(times) for name, times in spent.items()}
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    print(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
+    tell(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
     for name, times in spent.items():
-        note = f"(target {case.target:g})" if name == "keymap" else ""
+        note = f"(target {case.target:g})" if name == "keymap" and case.target else ""
         if name in case.against:
             note = f"{medians[name] / medians['keymap']:.1f} x keymap"
         if name == "keymap, assign=True":
             note = f"{medians[name] / medians['keymap']:.2f} x keymap"
-        print(line(name, times, medians["floor"], note))
+        tell(line(name, times, medians["floor"], note))
     return medians
 
 
@@ -203,7 +249,7 @@ def many(count: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
     """The time of a plan by the number of keys."""
-    print("plan_load of a transformers CLIP image tower by the number of keys; reading the header is within")
+    tell("plan_load of a transformers CLIP image tower by the number of keys; reading the header is within")
     first = 0.0
     for count in counts:
         tensors, hub = many(count)
@@ -212,7 +258,7 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
         spent = timed(rounds, {"plan": lambda m=model: keymap.plan_load(m, folder / "many.safetensors")})["plan"]  # type: ignore[misc]
         each = statistics.median(spent) / len(tensors)
         first = first or each
-        print(
+        tell(
             f"  {len(tensors):7} keys {statistics.median(spent) * 1e3:9.1f} ms  ({min(spent) * 1e3:.1f} - "
             f"{max(spent) * 1e3:.1f})  {each * 1e6:6.1f} us a key  {each / first:.2f} x the first row's"
         )
@@ -221,13 +267,14 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process, or 0 where the system does not tell."""
+def memory() -> tuple[int, int]:
+    """Bytes of anonymous and of mapped memory of this process, or 0 where the system does not tell."""
     try:
         text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     except OSError:
-        return 0
-    return next(int(row.split()[1]) * 1024 for row in text.splitlines() if row.startswith("Anonymous:"))
+        return 0, 0
+    told = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in text.splitlines()[1:]}
+    return told["Anonymous"], told["Rss"] - told["Anonymous"]
 
 
 def memory_of(kind: str, file: Path, quick: bool) -> None:
@@ -239,33 +286,35 @@ def memory_of(kind: str, file: Path, quick: bool) -> None:
         save_file({k: v.contiguous() for k, v in small.state_dict().items()}, Path(folder) / "small.safetensors")
         keymap.load_checkpoint(small, Path(folder) / "small.safetensors")
     done = threading.Event()
-    before = peak = anonymous()
+    before = memory()
+    seen = [before]
 
     def watch() -> None:
-        nonlocal peak
         while not done.is_set():
-            peak = max(peak, anonymous())
+            seen.append(memory())
             done.wait(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     result = keymap.load_checkpoint(model, file)
-    peak = max(peak, anonymous())
+    seen.append(memory())
     done.set()
     watcher.join()
     largest = max(value.numel() * value.element_size() for value in model.state_dict().values())
     del result
-    print(f"{(peak - before) / 1e6:.1f} {largest / 1e6:.1f}")
+    extra = [(max(column) - start) / 1e6 for column, start in zip(zip(*seen, strict=True), before, strict=True)]
+    print(f"{extra[0]:.1f} {extra[1]:.1f} {largest / 1e6:.1f}")
 
 
 def run_memory(case: Case, quick: bool) -> None:
     command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file)]
     found = subprocess.run([*command, *(["--quick"] if quick else [])], capture_output=True, text=True, check=False)
     if found.returncode:
-        print(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
+        tell(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
         return
-    extra, largest = (float(word) for word in found.stdout.split()[-2:])
-    print(f"  {case.name:32} {extra:8.1f} MB  (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)")
+    extra, mapped, largest = (float(word) for word in found.stdout.split()[-3:])
+    target = f"largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB"
+    tell(f"  {case.name:34} {extra:8.1f} MB anonymous ({target}), {mapped:.0f} MB mapped")
 
 
 # --- all -----------------------------------------------------------------------------------------------------
@@ -275,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time keymap's loads against a plain copy of the same bytes.")
     parser.add_argument("--rounds", type=int, default=9, help="how often each is timed (9)")
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md too")
     parser.add_argument("--only", default="", help="only cases whose name holds this, without plans and memory")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (as torch chooses)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -288,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_of(asked.memory_of, asked.file, asked.quick)
         return 0
     rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
-    print(f"{rounds} rounds, torch {torch.__version__} with {torch.get_num_threads()} threads")
+    tell(f"{rounds} rounds, torch {torch.__version__} with {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory(prefix="keymap-bench-") as name:
         folder = Path(name)
         some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
@@ -297,9 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.only:
             return 0
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
-        print("extra anonymous memory while loading, at most")
+        tell("memory beyond the model while loading, at most")
         for case in some:
             run_memory(case, asked.quick)
+    if asked.write:
+        write_page()
     return 0
 
 
