@@ -6,13 +6,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test lint types mappings docs bench clean
+.PHONY: demo test coverage coverage-page lint types mappings docs bench clean
 
 demo: $(DONE)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py
 
+PROOFS := build/proofs.json
+
 test: $(DONE)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	rm -f $(PROOFS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --proofs $(PROOFS)
+
+# Of what the tests have just proved: is the page fresh, and is no cell of it worse? `coverage-page` writes it.
+coverage: $(DONE)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs $(PROOFS) --check
+
+coverage-page: $(DONE)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs $(PROOFS)
 
 lint: $(DONE)
 	$(BIN)/ruff check keymap tests tools
@@ -41,4 +51,4 @@ $(DONE): pyproject.toml tools/constraints.txt
 	touch $(DONE)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

@@ -1,4 +1,4 @@
-"""Settings for every test: no network, at most two threads, a fixed seed."""
+"""Settings for every test: no network, at most two threads, a fixed seed. And what tests prove, written down."""
 
 import os
 import sys
@@ -28,3 +28,31 @@ def _seed(_threads):
     import torch
 
     torch.manual_seed(0)
+
+
+# --- what tests prove: see proofs.py ---
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--proofs", metavar="FILE", help="write what the tests that passed have proved, for the coverage page"
+    )
+
+
+def pytest_configure(config):
+    path = config.getoption("--proofs")
+    if path and not hasattr(config, "workerinput"):
+        import proofs
+
+        config.pluginmanager.register(proofs.Book(Path(path)))
+
+
+@pytest.fixture
+def proves(request):
+    """``proves(word, plan, towers=None)``, after the assertions: what this test has proved of a load."""
+    import proofs
+
+    def stated(word, plan, towers=None, **more):
+        proofs.state(request.node, proofs.record(word, plan, towers, **more))
+
+    return stated

@@ -102,7 +102,7 @@ def eva_by_hand(source: State, kind: str) -> State:
 
 
 @pytest.mark.parametrize("kind", eva_clip.KINDS)
-def test_an_eva_clip_file_computes_what_eva_clip_computes(kind, sizes, pt):
+def test_an_eva_clip_file_computes_what_eva_clip_computes(kind, sizes, pt, proves):
     texts = openclip.custom(seed=3, **sizes)
     source = eva_clip.state_dict(kind, text_of=texts, **sizes)
     model = eva_clip.model(kind, seed=5, **sizes)
@@ -118,6 +118,8 @@ def test_an_eva_clip_file_computes_what_eva_clip_computes(kind, sizes, pt):
         assert max_diff(model.encode_text(ids), texts.encode_text(ids)) <= LIMIT
     assert float(expected.abs().max()) > 0.1
     assert_holds(model, eva_by_hand(source, kind))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 @pytest.mark.parametrize("kind", eva_clip.KINDS)
@@ -237,7 +239,7 @@ CLASS = pytest.mark.parametrize("class_token", [True, False], ids=["class token"
 
 
 @CLASS
-def test_a_pe_core_file_computes_what_perception_models_computes(class_token, sizes, pt):
+def test_a_pe_core_file_computes_what_perception_models_computes(class_token, sizes, pt, proves):
     texts = openclip.clip(seed=3, **sizes)
     source = perception.state_dict(class_token=class_token, text_of=texts, **sizes)
     model = perception.model(class_token=class_token, seed=5, **sizes)
@@ -253,6 +255,8 @@ def test_a_pe_core_file_computes_what_perception_models_computes(class_token, si
         assert max_diff(model.encode_text(ids), texts.encode_text(ids)) <= LIMIT
     assert float(expected.abs().max()) > 0.1
     assert_holds(model, perception_by_hand(source))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 @CLASS
@@ -426,7 +430,7 @@ def test_a_mobileclip_file_goes_there_and_back(name):
 
 @pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["distinct", "square"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_mobileclip_file_loads_as_open_clip_loads_it(name, sizes, pt, quiet):
+def test_a_mobileclip_file_loads_as_open_clip_loads_it(name, sizes, pt, quiet, proves):
     source, peer = mobileclip.small(name, **sizes)
     model, other = mobileclip.model(name, seed=5, **sizes), mobileclip.model(name, seed=6, **sizes)
     with torch.no_grad():
@@ -441,9 +445,10 @@ def test_a_mobileclip_file_loads_as_open_clip_loads_it(name, sizes, pt, quiet):
     with torch.no_grad():
         assert torch.equal(model.encode_image(mobile_images(name)), other.encode_image(mobile_images(name)))
         assert torch.equal(model.encode_text(tokens()), other.encode_text(tokens()))
+    proves("bit-equal", result.report.plan)
 
 
-def test_mobileclip_s0_loads_its_image_tower_and_says_why_not_its_text_tower(pt):
+def test_mobileclip_s0_loads_its_image_tower_and_says_why_not_its_text_tower(pt, proves):
     name = "mobileclip_s0"
     source, peer = mobileclip.small(name)
     path = pt(source)
@@ -455,11 +460,13 @@ def test_mobileclip_s0_loads_its_image_tower_and_says_why_not_its_text_tower(pt)
     for towers in (("image",), ("image", "scale")):
         model = mobileclip.model(name, seed=5)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        complete(keymap.load_checkpoint(model, path, towers=towers), name)
+        result = keymap.load_checkpoint(model, path, towers=towers)
+        complete(result, name)
         text = {key: value for key, value in before.items() if key.startswith("text.")}
         image = {key: value for key, value in peer.state_dict().items() if key.startswith("visual.")}
         scale = (peer.state_dict() if "scale" in towers else before)["logit_scale"]
         assert_holds(model, text | image | {"logit_scale": scale})
+        proves("bit-equal", result.report.plan)
     with pytest.raises(keymap.PlanError, match=r"cannot be written as open_clip"):
         keymap.convert_state_dict(source, to="open_clip")
 

@@ -51,7 +51,7 @@ def assert_parity(model, peer):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", hf_text.CLASSES)
-def test_an_encoder_loads(name, form, sizes, file):
+def test_an_encoder_loads(name, form, sizes, file, proves):
     peer, model = hf_text.model(name, **sizes), target(name, **sizes)
     before = bits(model)
     keys = FORMS[form](peer)
@@ -75,6 +75,7 @@ def test_an_encoder_loads(name, form, sizes, file):
     used = {key for entry in result.report.plan.entries for key in entry.layout.sources}
     cut = "".join(result.report.plan.prefixes)
     assert used | set(result.report.plan.dropped) | poolers == {key.removeprefix(cut) for key in keys}
+    proves("parity", result.report.plan)
 
 
 @pytest.mark.parametrize("name", hf_text.WITH_POOLER)

@@ -197,7 +197,7 @@ def lit_by_hand(flat: big_vision.Flat, zero_row: bool) -> State:
 
 
 @pytest.mark.parametrize("written_by", [4, 5])
-def test_siglip2_computes_the_same_in_a_naflexvit_for_images_of_every_grid(written_by, sizes, file):
+def test_siglip2_computes_the_same_in_a_naflexvit_for_images_of_every_grid(written_by, sizes, file, proves):
     peer = naflex.siglip2(**sizes)
     model = naflex.model(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(naflex.siglip2_keys(peer, written_by)))
@@ -209,9 +209,11 @@ def test_siglip2_computes_the_same_in_a_naflexvit_for_images_of_every_grid(writt
     image = pictures(sizes)  # whole images, which the model cuts into patches itself
     assert_parity(model, image, naflex.image_features(peer, cut(image, sizes)))
     assert_bits(model, siglip2_by_hand(naflex.siglip2_keys(peer)))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
-def test_siglip2_computes_the_same_in_a_siglip_vit_of_its_grid(sizes, file):
+def test_siglip2_computes_the_same_in_a_siglip_vit_of_its_grid(sizes, file, proves):
     peer = naflex.siglip2(**sizes)
     model = openclip.siglip(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(naflex.siglip2_keys(peer)))
@@ -220,6 +222,8 @@ def test_siglip2_computes_the_same_in_a_siglip_vit_of_its_grid(sizes, file):
     want = naflex.image_features(peer, cut(image, sizes))
     assert_parity(model, image, want, ids, hf.text_features(peer, ids))
     assert_bits(model, to_fixed(siglip2_by_hand(naflex.siglip2_keys(peer))))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 @pytest.mark.parametrize("target", [naflex.model, openclip.siglip], ids=["NaFlexVit", "fixed"])
@@ -274,7 +278,7 @@ FORMS = {
 
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_big_visions_naflex_loads(form, head, sizes, npz):
+def test_big_visions_naflex_loads(form, head, sizes, npz, proves):
     flat = FORMS[form](naflex.init(head=head, **sizes))
     model = naflex.model(projection=head, seed=5, **sizes)
     result = keymap.load_checkpoint(model, npz(flat, compressed=head))
@@ -286,9 +290,12 @@ def test_big_visions_naflex_loads(form, head, sizes, npz):
     expected = big_vision_by_hand(big_vision.plain(flat))
     assert_bits(model, expected)
     fixed = openclip.siglip(projection=head, seed=6, **sizes)
-    keymap.load_checkpoint(fixed, npz(flat))
+    other = keymap.load_checkpoint(fixed, npz(flat))
     assert_parity(fixed, image, want_image, ids, want_text)
     assert_bits(fixed, to_fixed(expected))
+    for plan in (result.report.plan, other.report.plan):
+        proves("parity", plan)
+        proves("bit-equal", plan)
 
 
 RECORDED = {"image_mlp": 2.0, "text_width": 48, "text_heads": 3, "text_depth": 2, "text_mlp": 2.0, "image_size": 56}
@@ -325,19 +332,23 @@ def test_the_flax_model_of_these_tests_gives_the_recorded_outputs_too():
 # --- SigLIP and NaFlex into each other ---
 
 
-def test_siglip_files_of_three_owners_load_into_a_naflexvit(sizes, file, npz):
+def test_siglip_files_of_three_owners_load_into_a_naflexvit(sizes, file, npz, proves):
     image, ids = pictures(sizes), tokens(eos=None)
     peer, model = hf.siglip(**sizes), naflex.model(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(hf.disk_keys(peer)))
     assert result.report.plan.spellings["image"] == ("map_trunk", "naflex")
     assert_parity(model, image, hf.image_features(peer, image), ids, hf.text_features(peer, ids))
     assert_bits(model, to_naflex(by_hand.hf_siglip(hf.disk_keys(peer))))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
     flat = big_vision.init(**sizes)
-    keymap.load_checkpoint(model, npz(flat))
+    result = keymap.load_checkpoint(model, npz(flat))
     want_image, want_text = big_vision.forward(flat, image, ids)
     assert_parity(model, image, want_image, ids, want_text)
     assert_bits(model, to_naflex(by_hand.big_vision(flat)))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
     tower = timm_towers.siglip_vit(**sizes)
     keymap.load_checkpoint(model, file(tower.state_dict()), towers=("image",))
@@ -366,13 +377,14 @@ def test_a_timm_tower_equals_timms_own_conversion_to_naflexvit(sizes, file):
     assert_bits(model, {f"visual.trunk.{k}": v for k, v in theirs.items()}, ("visual.",))
 
 
-def test_timms_own_naflexvit_loads_into_both(sizes, file):
+def test_timms_own_naflexvit_loads_into_both(sizes, file, proves):
     tower = naflex.map_vit(**sizes)
     for target in (naflex.model, openclip.siglip):
         model = target(seed=5, **sizes)
         result = keymap.load_checkpoint(model, file(tower.state_dict()), towers=("image",))
         assert result.report.plan.format == "timm"
         assert_parity(model, pictures(sizes), tower(pictures(sizes)).detach())
+        proves("parity", result.report.plan)
 
 
 # --- positions at another grid: resized last, in the model's spelling ---
@@ -481,7 +493,7 @@ def clip_file(kind, sizes):
 
 
 @pytest.mark.parametrize("kind", SPELLED)
-def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, sizes, file):
+def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, sizes, file, proves):
     state, whole, native, features = clip_file(kind, sizes)
     model = naflex.token_model(seed=5, **sizes)
     towers = None if whole else ("image",)
@@ -492,9 +504,12 @@ def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, siz
     image = pictures(sizes)
     assert_parity(model, image, features(image))
     assert_bits(model, token_by_hand(native), ("",) if whole else ("visual.",))
+    if kind != "open_clip":
+        proves("parity", result.report.plan, ("image",))
+        proves("bit-equal", result.report.plan)
 
 
-def test_openais_file_computes_the_same_in_a_naflexvit_with_class_token(tmp_path):
+def test_openais_file_computes_the_same_in_a_naflexvit_with_class_token(tmp_path, proves):
     peer = openai.vit()
     openai.save_archive(peer, tmp_path / "ViT.pt")
     model = naflex.token_model(quick_gelu=True, seed=5, **openai.VIT)
@@ -502,6 +517,7 @@ def test_openais_file_computes_the_same_in_a_naflexvit_with_class_token(tmp_path
     assert result.report.plan.spellings["image"] == ("native_vit", "naflex_token")
     image, ids = images(openai.VIT.get("image_size", 28)), tokens()
     assert_parity(model, image, openai.image_features(peer, image), ids, openai.text_features(peer, ids))
+    proves("parity", result.report.plan)
 
 
 @pytest.mark.parametrize("sizes", [{}, EQUAL], ids=["distinct", "square"])
@@ -551,12 +567,13 @@ def test_the_way_to_a_class_token_leads_one_way(file):
     assert_bits(model, own)
 
 
-def test_timms_own_naflexvit_with_class_token_loads(sizes, file):
+def test_timms_own_naflexvit_with_class_token_loads(sizes, file, proves):
     tower, model = naflex.token_vit(**sizes), naflex.token_model(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(tower.state_dict()), towers=("image",))
     assert result.report.plan.spellings["image"] == ("naflex_token",)
     assert "head.bias" in result.report.plan.dropped
     assert_parity(model, pictures(sizes), tower(pictures(sizes)).detach())
+    proves("parity", result.report.plan)
 
 
 def test_positions_without_a_row_for_the_class_token_are_refused(file):
@@ -629,7 +646,7 @@ def test_naflex_and_siglip_files_become_each_other_and_come_home(way, sizes):
 @pytest.mark.parametrize("no_embed_class", [False, True], ids=["a row for the class", "none"])
 @pytest.mark.parametrize("head", [True, False], ids=["img/head", "no head"])
 @pytest.mark.parametrize("form", FORMS)
-def test_lit_loads_with_big_visions_own_text_tower(form, head, no_embed_class, sizes, npz):
+def test_lit_loads_with_big_visions_own_text_tower(form, head, no_embed_class, sizes, npz, proves):
     flat = FORMS[form](lit.init(head=head, **sizes))
     model = lit.model(head=head, no_embed_class=no_embed_class, seed=5, **sizes)
     result = keymap.load_checkpoint(model, npz(flat, compressed=head))
@@ -641,6 +658,8 @@ def test_lit_loads_with_big_visions_own_text_tower(form, head, no_embed_class, s
     assert_bits(model, lit_by_hand(big_vision.plain(flat), zero_row=not no_embed_class))
     if not no_embed_class:
         assert not model.visual.trunk.pos_embed[0, 0].any()
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 @pytest.mark.parametrize("form", ["plain", "params/", "scanned"])

@@ -66,7 +66,7 @@ TARGETS = {"flat": openclip.clip, "custom": openclip.custom, "timm trunk": openc
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "clip written by 4 with position_ids", "metaclip2"])
-def test_hf_clip_loads_into_every_spelling(target, quick_gelu, kind, sizes, file):
+def test_hf_clip_loads_into_every_spelling(target, quick_gelu, kind, sizes, file, proves):
     peer = (hf.metaclip2 if kind == "metaclip2" else hf.clip)(quick_gelu=quick_gelu, **sizes)
     keys = hf.disk_keys(peer, 4, position_ids=True) if "position_ids" in kind else hf.disk_keys(peer)
     text_cfg = {"pool_type": "eos", "eos_id": 2} if kind == "metaclip2" else {}
@@ -78,12 +78,13 @@ def test_hf_clip_loads_into_every_spelling(target, quick_gelu, kind, sizes, file
     text = tokens(eos=2) if kind == "metaclip2" else tokens()
     assert_parity(model, hf.image_features(peer, image), hf.text_features(peer, text), image, text)
     assert ("visual.trunk.head.bias" in result.report.plan.filled) == (target == "timm trunk")
+    proves("parity", result.report.plan)
 
 
 @pytest.mark.parametrize("written_by", [4, 5])
 @pytest.mark.parametrize("tower", ["image", "image_proj", "text", "text_proj"])
 @pytest.mark.parametrize("target", ["flat", "custom"])
-def test_hf_clip_single_towers_load_into_their_tower_only(tower, written_by, target, sizes, file):
+def test_hf_clip_single_towers_load_into_their_tower_only(tower, written_by, target, sizes, file, proves):
     peer = hf.clip(tower=tower, **sizes)
     model = TARGETS[target](seed=5, **sizes)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -107,13 +108,14 @@ def test_hf_clip_single_towers_load_into_their_tower_only(tower, written_by, tar
     visual = [k for k in before if k.startswith("visual.")]
     others = [k for k in before if (k in visual) != (name == "image")]
     assert all(same_bits(before[k], model.state_dict()[k]) for k in others)
+    proves("parity", result.report.plan)
 
 
 # --- transformers SigLIP ---
 
 
 @pytest.mark.parametrize("written_by", [4, 5])
-def test_hf_siglip_loads(written_by, sizes, file):
+def test_hf_siglip_loads(written_by, sizes, file, proves):
     peer = hf.siglip(**sizes)
     model = openclip.siglip(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(hf.disk_keys(peer, written_by)))
@@ -122,15 +124,21 @@ def test_hf_siglip_loads(written_by, sizes, file):
     assert_parity(model, hf.image_features(peer, image), hf.text_features(peer, text), image, text)
     assert model.logit_scale.shape == () == model.logit_bias.shape
     assert float(model.logit_bias) == float(peer.logit_bias)
+    proves("parity", result.report.plan)
 
 
-def test_hf_siglip_i18n_loads_into_a_model_without_text_projection(sizes, file):
+def test_hf_siglip_i18n_loads_into_a_model_without_text_projection(sizes, file, proves):
     peer = hf.siglip(eye_head=True, **sizes)
     model = openclip.siglip(projection=False, seed=5, **sizes)
-    result = keymap.load_checkpoint(model, file(hf.disk_keys(peer)))
+    keys = hf.disk_keys(peer)
+    result = keymap.load_checkpoint(model, file(keys))
     assert {"text_model.head.weight", "text_model.head.bias"} <= set(result.report.plan.dropped)
     image, text = images(), tokens(eos=None)
     assert_parity(model, hf.image_features(peer, image), hf.text_features(peer, text), image, text)
+    proves("parity", result.report.plan)
+    expected, state = by_hand.hf_siglip(keys, head=False), model.state_dict()
+    assert set(expected) == set(state) and all(same_bits(v.contiguous(), state[k]) for k, v in expected.items())
+    proves("bit-equal", result.report.plan)
 
 
 def test_hf_siglip_head_that_is_no_identity_is_refused_where_the_model_has_none(file):
@@ -145,7 +153,7 @@ def test_hf_siglip_head_that_is_no_identity_is_refused_where_the_model_has_none(
 
 @pytest.mark.parametrize("written_by", [4, 5])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_hf_siglip_single_towers_load(tower, written_by, file):
+def test_hf_siglip_single_towers_load(tower, written_by, file, proves):
     peer = hf.siglip(tower=tower)
     model = openclip.siglip(seed=5)
     result = keymap.load_checkpoint(model, file(hf.disk_keys(peer, written_by)), towers=(tower,))
@@ -155,6 +163,7 @@ def test_hf_siglip_single_towers_load(tower, written_by, file):
         assert_parity(model, hf.image_features(peer, image), None, image, None)
     else:
         assert_parity(model, None, hf.text_features(peer, text), None, text)
+    proves("parity", result.report.plan)
 
 
 # --- timm ---
@@ -162,12 +171,13 @@ def test_hf_siglip_single_towers_load(tower, written_by, file):
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("target", ["flat", "custom", "timm trunk"])
-def test_timm_clip_vit_loads_into_native_and_timm_towers(target, quick_gelu, sizes, file):
+def test_timm_clip_vit_loads_into_native_and_timm_towers(target, quick_gelu, sizes, file, proves):
     peer = timm_towers.clip_vit(quick_gelu=quick_gelu, **sizes)
     model = TARGETS[target](quick_gelu=quick_gelu, seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(peer.state_dict()), towers="image")
     assert result.report.plan.format == "timm"
     assert_parity(model, peer(images()).detach(), None, images(), None)
+    proves("parity", result.report.plan)
 
 
 def test_timm_clip_vit_with_a_head_bias_loads_where_there_is_a_place_and_is_refused_elsewhere(file):
@@ -177,20 +187,22 @@ def test_timm_clip_vit_with_a_head_bias_loads_where_there_is_a_place_and_is_refu
         keymap.load_checkpoint(openclip.clip(), path, towers=("image",))
 
 
-def test_timm_siglip_vit_loads(sizes, file):
+def test_timm_siglip_vit_loads(sizes, file, proves):
     peer = timm_towers.siglip_vit(**sizes)
     model = openclip.siglip(seed=5, **sizes)
-    keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",))
+    result = keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",))
     assert_parity(model, peer(images()).detach(), None, images(), None)
+    proves("parity", result.report.plan)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_timm_convnext_loads_with_its_head(head, file):
+def test_timm_convnext_loads_with_its_head(head, file, proves):
     peer = timm_towers.convnext(mlp_head=head == "mlp")
     model = openclip.convnext(head=head, seed=5)
     result = keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",))
     assert "head.fc.bias" in result.report.plan.dropped
     assert_parity(model, peer(images(64)).detach(), None, images(64), None)
+    proves("parity", result.report.plan)
 
 
 def test_timm_convnext_with_a_head_bias_is_refused(file):
@@ -199,12 +211,13 @@ def test_timm_convnext_with_a_head_bias_is_refused(file):
         keymap.load_checkpoint(openclip.convnext(), path, towers=("image",))
 
 
-def test_timm_resnet_clip_loads_into_the_modified_resnet(file):
+def test_timm_resnet_clip_loads_into_the_modified_resnet(file, proves):
     peer = timm_towers.resnet_clip()
     model = openclip.resnet(seed=5)
     result = keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",))
     assert result.report.plan.format == "timm_resnet"
     assert_parity(model, peer(images(64)).detach(), None, images(64), None)
+    proves("parity", result.report.plan)
 
 
 # --- OpenAI ---
@@ -213,7 +226,7 @@ def test_timm_resnet_clip_loads_into_the_modified_resnet(file):
 @pytest.mark.parametrize("save", ["archive", "state dict", "state dict without the constants"])
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 @pytest.mark.parametrize("text", ["flat", "custom"])
-def test_openai_loads(tower, save, text, tmp_path):
+def test_openai_loads(tower, save, text, tmp_path, proves):
     peer = openai.vit() if tower == "vit" else openai.resnet()
     path = tmp_path / "ViT.pt"
     if save == "archive":
@@ -236,6 +249,8 @@ def test_openai_loads(tower, save, text, tmp_path):
     side = Size(**size).image_size
     image, ids = images(side), tokens(Size(**size).context_length, Size(**size).vocab)
     assert_parity(model, openai.image_features(peer, image), openai.text_features(peer, ids), image, ids)
+    if plan.format == "openai":
+        proves("parity", plan)
 
 
 # --- big_vision ---
@@ -254,7 +269,7 @@ FORMS = {
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head", [True, False])
-def test_big_vision_npz_loads(form, head, compressed, sizes, tmp_path):
+def test_big_vision_npz_loads(form, head, compressed, sizes, tmp_path, proves):
     flat = FORMS[form](big_vision.init(head=head, **sizes))
     path = tmp_path / "siglip.npz"
     big_vision.save(flat, path, compressed)
@@ -267,6 +282,7 @@ def test_big_vision_npz_loads(form, head, compressed, sizes, tmp_path):
     assert_parity(model, *big_vision.forward(flat, image, text), image, text)
     assert math.isclose(float(model.logit_scale), float(big_vision.plain(flat)["t"][0]), rel_tol=1e-6)
     assert math.isclose(float(model.logit_bias), float(big_vision.plain(flat)["b"][0]), rel_tol=1e-6)
+    proves("parity", result.report.plan)
 
 
 def test_the_file_of_the_real_big_vision_model_gives_its_recorded_outputs():
@@ -368,12 +384,14 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_tensor_equals_a_conversion_written_by_hand(name, file):
+def test_every_tensor_equals_a_conversion_written_by_hand(name, file, proves):
     """A second opinion: plain torch code, key by key, without patterns or pieces."""
     keys, model, convert, towers = PAIRS[name]()
-    keymap.load_checkpoint(model, file(keys), towers=towers)
+    plan = keymap.load_checkpoint(model, file(keys), towers=towers).report.plan
     state = model.state_dict()
     expected = {k: v for k, v in convert(keys).items() if k in state}
     assert len(expected) > 20
+    assert set(expected) == {entry.key for entry in plan.entries if not entry.filled}
     wrong = [k for k, v in expected.items() if not same_bits(v.reshape(state[k].shape).contiguous(), state[k])]
     assert not wrong
+    proves("bit-equal", plan)

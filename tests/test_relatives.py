@@ -62,7 +62,7 @@ def resnet_and_bert(**arguments):
 
 @pytest.mark.parametrize("shape", ["distinct", "square"])
 @pytest.mark.parametrize("target", ["flat", "custom"])
-def test_longclip_loads(target, shape, file):
+def test_longclip_loads(target, shape, file, proves):
     size = {**relatives.LONG, **(OPENAI_SQUARE if shape == "square" else {})}
     peer = relatives.longclip(**size)
     model = {"flat": openclip.clip, "custom": openclip.custom}[target](quick_gelu=True, seed=5, **size)
@@ -72,6 +72,8 @@ def test_longclip_loads(target, shape, file):
     image, ids = images(), tokens(size["context_length"])
     assert_parity(model, image, ids, peer.encode_image(image), relatives.longclip_text(peer, ids))
     assert_bits(model, by_hand.longclip(peer.state_dict(), "text." if target == "custom" else ""))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 def test_longclip_is_read_and_not_written():
@@ -85,7 +87,7 @@ def test_longclip_is_read_and_not_written():
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "each tower wrapped"])
 @pytest.mark.parametrize("tower", ["vit", "square vit", "resnet"])
-def test_tinyclip_loads(tower, wrapped, file):
+def test_tinyclip_loads(tower, wrapped, file, proves):
     if tower == "resnet":
         peer = relatives.tinyclip(resnet=True, wrapped=wrapped)
         model = openclip.resnet(seed=5, layers=openai.RESNET_LAYERS, **TINY_RESNET)
@@ -97,6 +99,8 @@ def test_tinyclip_loads(tower, wrapped, file):
     image, ids = images(64 if tower == "resnet" else 28), tokens()
     assert_parity(model, image, ids, *relatives.tinyclip_features(peer, image, ids))
     assert_bits(model, by_hand.tinyclip(peer.state_dict()))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 def test_tinyclip_under_its_wrapper_and_with_the_names_of_older_code(tmp_path):
@@ -145,7 +149,7 @@ def test_a_tinyclip_that_is_being_pruned_is_refused_in_words(module, file):
 # --- Chinese-CLIP ---
 
 
-def test_hf_chinese_clip_loads(sizes, file):
+def test_hf_chinese_clip_loads(sizes, file, proves):
     peer, model = relatives.hf_chinese_clip(**sizes), openclip.hf_text(**BERT, quick_gelu=True, seed=5, **sizes)
     keys = hf.disk_keys(peer)
     result = keymap.load_checkpoint(model, file(keys))
@@ -156,6 +160,8 @@ def test_hf_chinese_clip_loads(sizes, file):
         text = peer.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
     assert_parity(model, image, ids, hf.image_features(peer, image), text)
     assert_bits(model, by_hand.hf_chinese_clip(keys))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 def test_hf_chinese_clip_of_older_versions_has_buffers_and_a_pooler_that_are_left_out(file):
@@ -198,7 +204,7 @@ def test_lone_towers_of_hf_chinese_clip_have_the_keys_of_clip_and_bert(written_b
 
 @pytest.mark.parametrize("names", ["as published", "of FlashAttention", "without prefix"])
 @pytest.mark.parametrize("tower", ["vit", "square vit", "resnet"])
-def test_cn_clip_loads(tower, names, tmp_path):
+def test_cn_clip_loads(tower, names, tmp_path, proves):
     resnet = tower == "resnet"
     size = {} if resnet else {**(SQUARE if tower == "square vit" else {}), **relatives.CN_VIT}
     peer = relatives.cn_clip(resnet=resnet, **size)
@@ -214,6 +220,8 @@ def test_cn_clip_loads(tower, names, tmp_path):
     image, ids = images(64 if resnet else 28), tokens()
     assert_parity(model, image, ids, peer.encode_image(image), peer.encode_text(ids))
     assert_bits(model, by_hand.chinese_clip(state))
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 def test_cn_clip_of_older_code_has_a_pooler_that_its_own_loader_leaves_out_too(file):
@@ -250,7 +258,7 @@ def test_a_folder_of_hf_chinese_clip_tells_an_activation_that_differs(tmp_path):
 
 @pytest.mark.parametrize("form", relatives.ALTCLIP_FORMS)
 @pytest.mark.parametrize("target", ["flat", "custom"])
-def test_the_image_half_of_altclip_loads_and_its_text_half_is_refused_in_words(target, form, sizes, file):
+def test_the_image_half_of_altclip_loads_and_its_text_half_is_refused_in_words(target, form, sizes, file, proves):
     peer = relatives.hf_altclip(**sizes)
     keys = relatives.altclip_keys(peer, form)
     path = file(keys)
@@ -272,6 +280,8 @@ def test_the_image_half_of_altclip_loads_and_its_text_half_is_refused_in_words(t
     state = model.state_dict()
     assert [k for k, v in expected.items() if not same_bits(v.contiguous(), state[k])] == []
     assert [k for k in state if k not in expected and not same_bits(before[k], state[k])] == []
+    proves("parity", result.report.plan)
+    proves("bit-equal", result.report.plan)
 
 
 def test_lone_towers_of_altclip(file):

@@ -111,7 +111,7 @@ def assert_bits(model, peer, outside):
 
 @pytest.mark.parametrize("square", [False, True], ids=["distinct", "square"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_a_tower_of_timm_loads(name, square, file):
+def test_a_tower_of_timm_loads(name, square, file, proves):
     tower = TOWERS[name]
     width = TOWERS[name].peer().num_features
     size = {"embed_dim": width} if square else {}
@@ -121,6 +121,7 @@ def test_a_tower_of_timm_loads(name, square, file):
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert_parity(model, peer, tower.size)
     assert_bits(model, peer, tower.outside)
+    proves("parity", result.report.plan)
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERS if TOWERS[name].outside])

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the builder of full-size models is there
 
 from peers import full_size
+from torch import nn
 
 from keymap.describe import describe
 from keymap.model import view_model
@@ -33,33 +34,47 @@ configurations:
 """
 
 
-def recorded() -> str:
-    """The text of the file."""
+Prints = tuple[tuple[str, str], ...]
+
+
+def measured(model: nn.Module) -> tuple[Prints, list[int]]:
+    """The fingerprints of a model's towers, and how many positions each has."""
     known = registry()
-    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for name in full_size.names():
-        towers = describe(known, view_model(full_size.model(name), known.hub).layouts)
-        prints = tuple((tower, found.fingerprint) for tower, found in towers.items())
-        rows = ", ".join(str(found.sizes.get("positions", 0)) for found in towers.values())
-        groups.setdefault(prints, []).append(f"{name}: [{rows}]")
+    towers = describe(known, view_model(model, known.hub).layouts)
+    prints = tuple((tower, found.fingerprint) for tower, found in towers.items())
+    return prints, [found.sizes.get("positions", 0) for found in towers.values()]
+
+
+def text(groups: Iterable[tuple[Prints, Mapping[str, Sequence[int]]]]) -> str:
+    """The text of the file: names and their positions, by fingerprints."""
     lines = []
-    for prints, names in groups.items():
+    for prints, names in groups:
         told = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
-        lines.append(f"  - {{{told}, names: {{{', '.join(names)}}}}}\n")
+        rows = ", ".join(f"{name}: [{', '.join(map(str, numbers))}]" for name, numbers in names.items())
+        lines.append(f"  - {{{told}, names: {{{rows}}}}}\n")
     return HEAD + "".join(lines)
+
+
+def recorded() -> str:
+    """The text of the file for the installed OpenCLIP."""
+    groups: dict[Prints, dict[str, list[int]]] = {}
+    for name in full_size.names():
+        prints, rows = measured(full_size.model(name))
+        groups.setdefault(prints, {})[name] = rows
+    return text(groups.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Record the configurations that OpenCLIP ships.")
     parser.add_argument("--check", action="store_true", help="only see whether the file is fresh")
     check = parser.parse_args(arguments).check
-    text = recorded()
-    fresh = FILE.is_file() and FILE.read_text(encoding="utf-8") == text
+    written = recorded()
+    fresh = FILE.is_file() and FILE.read_text(encoding="utf-8") == written
     if check:
         print(f"{FILE.name} is {'fresh' if fresh else 'stale: run tools/record_configurations.py'}")
         return 0 if fresh else 1
-    FILE.write_text(text, encoding="utf-8")
-    print(f"{FILE.name}: {text.count('names:')} groups")
+    FILE.write_text(written, encoding="utf-8")
+    print(f"{FILE.name}: {written.count('names:')} groups")
     return 0
 
 

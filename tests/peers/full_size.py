@@ -13,12 +13,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import open_clip
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
 _NLLB = {"vocab_size": 256206, "d_model": 1024, "encoder_attention_heads": 16, "max_position_embeddings": 1024}
@@ -57,6 +59,41 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+_FILLS = {
+    *(getattr(nn.init, name) for name in ("constant_", "kaiming_uniform_", "normal_", "uniform_")),
+    *(getattr(torch.Tensor, f"{name}_") for name in ("add", "clamp", "copy", "div", "erfinv", "fill", "mul", "sub")),
+    *(getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "zero_")),
+}
+
+
+class _NoValues(TorchFunctionMode):
+    """Filling tensors of the meta device has no effect, but takes most of the time: left out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in _FILLS and (tensor := args[0] if args else given["tensor"]).is_meta:
+            return tensor
+        return func(*args, **given)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules that are built here have names and shapes and no memory."""
+    with quiet(), torch.device("meta"), _NoValues():
+        yield
+
+
+@contextlib.contextmanager
+def told(config: transformers.PretrainedConfig | None = None) -> Iterator[None]:
+    """Text towers get this configuration, or the one of their name above, instead of a hub's."""
+
+    def known(where: str, **_: object) -> transformers.PretrainedConfig:
+        return config or text_config(where)
+
+    with mock.patch("transformers.AutoConfig.from_pretrained", known):
+        yield
+
+
 def names() -> list[str]:
     """The configurations that the installed OpenCLIP ships."""
     return sorted(open_clip.list_models())
@@ -65,11 +102,7 @@ def names() -> list[str]:
 @lru_cache(maxsize=4)
 def model(name: str) -> nn.Module:
     """The model of one configuration, on the meta device."""
-
-    def known(where: str, **_: object) -> transformers.PretrainedConfig:
-        return text_config(where)
-
-    with quiet(), torch.device("meta"), mock.patch("transformers.AutoConfig.from_pretrained", known):
+    with on_meta(), told():
         return open_clip.create_model(name, device="meta", load_weights=False, pretrained=None, pretrained_text=False)
 
 

@@ -42,9 +42,17 @@ def model(*, class_token: bool = True, seed: int = 0, **sizes: object) -> nn.Mod
 
 
 def state_dict(
-    *, class_token: bool = True, seed: int = 0, text_of: nn.Module | None = None, **sizes: object
+    *,
+    class_token: bool = True,
+    seed: int = 0,
+    text_of: nn.Module | None = None,
+    pool_hidden: int | None = None,
+    **sizes: object,
 ) -> dict[str, Tensor]:
-    """A random state dict with the names of PE-Core; the text tower and the scale are those of `text_of`, a CLIP."""
+    """A random state dict with the names of PE-Core; the text tower and the scale are those of `text_of`, a CLIP.
+
+    pool_hidden: units of the pool's MLP, as many as a block's unless given (the releases have four times the width).
+    """
     size = Size(**sizes)
     width, hidden = size.image_width, size.image_hidden
     generator = torch.Generator().manual_seed(seed + 99)
@@ -64,8 +72,8 @@ def state_dict(
             f"{name}.out_proj", width, width
         )
 
-    def mlp(name: str) -> dict[str, Tensor]:
-        return layer(f"{name}.c_fc", hidden, width) | layer(f"{name}.c_proj", width, hidden)
+    def mlp(name: str, units: int = hidden) -> dict[str, Tensor]:
+        return layer(f"{name}.c_fc", units, width) | layer(f"{name}.c_proj", width, units)
 
     rows = (size.image_hw[0] // size.patch) * (size.image_hw[1] // size.patch) + class_token
     image = {"class_embedding": draw(width)} if class_token else {}
@@ -75,7 +83,7 @@ def state_dict(
         block = joined("attn") | norm("ln_1") | mlp("mlp") | norm("ln_2")
         image |= {f"transformer.resblocks.{i}.{key}": value for key, value in block.items()}
     image |= norm("ln_post") | {"attn_pool.probe": draw(1, 1, width)} | joined("attn_pool.attn")
-    image |= norm("attn_pool.layernorm") | mlp("attn_pool.mlp")
+    image |= norm("attn_pool.layernorm") | mlp("attn_pool.mlp", pool_hidden or hidden)
     other = (text_of or openclip.clip(seed=seed, **sizes)).state_dict()
     rest = {k: v.clone() for k, v in other.items() if not k.startswith("visual.")}
     return {f"visual.{key}": value for key, value in image.items()} | rest

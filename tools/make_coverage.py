@@ -1,0 +1,333 @@
+"""Write docs/coverage.md: what tests prove of every configuration that OpenCLIP ships, and every format.
+
+    make test                                  runs the tests, which write build/proofs.json
+    python tools/make_coverage.py              writes the page from it
+    python tools/make_coverage.py --check      writes nothing; exit status 1 if the page is stale or a cell got worse
+
+A cell is made of two things. A test has planned the load of a file of full size into the configuration (names and
+shapes); and of each tower that the file fills, tests have proved something on a small model of the same layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the lists of files are there
+
+from peers import full_size, sources
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "coverage.md"
+PROOFS = ROOT / "build" / "proofs.json"
+WORDS = ("not proved", "names and shapes", "bit-equal", "parity")  # the weakest first
+NONE = "–"
+TITLES = {  # of the groups, by a configuration in each, in the order of the page
+    "ViT-B-16": "OpenCLIP's ViT",
+    "ViT-H-14-CLIPA": "OpenCLIP's ViT without a norm before its blocks (CLIPA)",
+    "ViT-M-16-alt": "OpenCLIP's ViT with layer scales",
+    "RN50": "OpenCLIP's ResNet",
+    "ViT-B-16-SigLIP": "SigLIP and SigLIP 2: timm's ViT with a pooling head",
+    "ViT-SO400M-16-SigLIP-i18n-256": "SigLIP without text projection",
+    "convnext_base": "timm's ConvNeXt",
+    "convnext_large_d": "timm's ConvNeXt, a projection of two layers",
+    "ViTamin-S": "timm's ViTamin",
+    "ViTamin-XL-256": "timm's ViTamin without positions",
+    "swin_base_patch4_window7_224": "timm's Swin",
+    "vit_medium_patch16_gap_256": "timm's ViT, pooled by average",
+    "vit_relpos_medium_patch16_cls_224": "timm's ViT with relative positions",
+    "EVA02-B-16": "EVA-02, B and L",
+    "EVA01-g-14": "EVA-01, and EVA-02 E",
+    "PE-Core-B-16": "Perception Encoder",
+    "PE-Core-bigG-14-448": "Perception Encoder without class token",
+    "MobileCLIP-S1": "MobileCLIP: timm's FastViT of four stages",
+    "MobileCLIP2-S3": "MobileCLIP 2: timm's FastViT of five stages",
+    "MobileCLIP-B": "MobileCLIP: timm's ViT with a stem of convolutions",
+    "MobileCLIP2-L-14": "MobileCLIP 2: timm's ViT of CLIP",
+    "coca_ViT-B-32": "CoCa",
+    "coca_base": "CoCa without attention pool",
+    "coca_roberta-ViT-B-32": "CoCa with a RoBERTa text tower",
+    "roberta-ViT-B-32": "OpenCLIP's ViT and a RoBERTa or XLM-RoBERTa text tower",
+    "mt5-base-ViT-B-32": "OpenCLIP's ViT and an mT5 text tower",
+    "nllb-clip-base": "OpenCLIP's ViT and an NLLB text tower",
+    "nllb-clip-base-siglip": "SigLIP's ViT and an NLLB text tower",
+}
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is proved of one format and one configuration: the weakest word of its towers."""
+
+    word: str
+    towers: tuple[str, ...]
+    whole: bool
+
+    def __str__(self) -> str:
+        halves = [tower for tower in self.towers if tower != "scale"]
+        return self.word if self.whole or self.word == WORDS[0] else f"{self.word} ({', '.join(halves)})"
+
+
+Cells = Mapping[tuple[str, str], Cell]
+
+
+# --- proofs --------------------------------------------------------------------------------------------------
+
+
+Proved = Mapping[tuple[str, str, str], set[int]]
+
+
+def strengths(proofs: Iterable[Record]) -> Proved:
+    """What tests have proved, by format, tower and layout: positions in ``WORDS``."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for proof in proofs:
+        for tower, layout in proof["towers"].items():
+            found.setdefault((proof["format"], tower, layout), set()).add(WORDS.index(proof["word"]))
+    return found
+
+
+def cell(record: Record, proved: Proved) -> Cell:
+    """The word for one planned load: the weakest of the best that is proved of each tower.
+
+    A load that warns leaves embeddings that differ, so parity is not what it has. Scalars are no embedding: equal bits
+    are all that can be proved of them.
+    """
+    most = WORDS.index("bit-equal") if record["warnings"] else len(WORDS) - 1
+    found = []
+    for tower, layout in record["towers"].items():
+        strength = max(word for word in proved.get((record["format"], tower, layout), {1}) if word <= most)
+        found.append(most if tower == "scale" and strength > 1 else strength)
+    return Cell(WORDS[min(found)], tuple(record["towers"]), record["whole"])
+
+
+def short(warning: str) -> str:
+    """A warning of a load without where it was read and what to change."""
+    return re.sub(r" \((format|config\.json)[^)]*\)", "", warning).partition(", so ")[0]
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+HEAD = """<!-- Written by tools/make_coverage.py from a run of the tests: `make test`, then `make coverage-page`. -->
+# Coverage
+
+All {count} configurations that OpenCLIP {version} ships, and every format that keymap reads. A cell says what the
+tests of this repository prove of loading a file of that format into that configuration.
+
+| word | what is proved |
+|---|---|
+| parity | the loaded model computes the embeddings that the owner's code computes from the file, at most 2e-5 apart |
+| bit-equal | every tensor has the bits that the owner's loader or converter, or a conversion by hand, gives it |
+| names and shapes | every key of a full-size file has its place, every tensor of the model its key, all shapes agree |
+| {none} | there are no such weights |
+
+Names and shapes are proved at full size, for every cell: the key list is that of the owner's code, the model lies on
+the meta device, and the plan of the load is complete, strict and without resizing. Parity and equal bits are proved on
+small models of random weights. They hold for a configuration whose towers have the same *layout* as the small model's:
+the same keys, apart from the number of blocks. A cell is as good as the weakest of its towers.
+
+What no weight tells (activations, head counts, the eps of norms, pooling) is compared with what the owner's code or its
+configuration file says. Where the configuration of OpenCLIP has another, the load warns, embeddings differ a little
+from the owner's, and the cell says no more than bit-equal.
+
+A word alone is about the whole file. With `(image)` or `(text)` the file holds that tower alone, or its other tower has
+no place in this configuration; then the load has `towers=`. A file exists where the format's code can express the
+tower, published or not: people train their own.
+"""
+
+
+def names(found: Sequence[str], group: Sequence[str]) -> str:
+    """Where something holds: nothing for the whole group, else the configurations, or those where it does not."""
+    without = [name for name in group if name not in found]
+    if not without:
+        return ""
+    return f" (all but {', '.join(without)})" if len(without) < len(found) else f" ({', '.join(found)})"
+
+
+def code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def merged(told: Iterable[tuple[str, str, str]], group: Sequence[str]) -> list[str]:
+    """Lines for (format, what, configuration): formats of which the same is told of the same configurations as one."""
+    by_format: dict[tuple[str, str], list[str]] = {}
+    for form, what, name in told:
+        by_format.setdefault((form, what), []).append(name)
+    lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (form, what), found in by_format.items():
+        lines.setdefault((what, tuple(found)), []).append(form)
+    return [f"{code(forms)}: {what}{names(found, group)}" for (what, found), forms in lines.items()]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def usual() -> dict[str, str]:
+    """For each format the reason that most configurations have no such weights for."""
+    told: dict[str, Counter[str]] = {form: Counter() for form in sources.FORMATS}
+    for name in full_size.names():
+        for form, answer in sources.of(name).items():
+            if isinstance(answer, str):
+                told[form][answer] += 1
+    return {form: reasons.most_common(1)[0][0] if reasons else "" for form, reasons in told.items()}
+
+
+def group_page(title: str, group: Sequence[str], records: Mapping[tuple[str, str], Record], cells: Cells) -> list[str]:
+    """One table: the configurations of a layout, the formats that there are for them, and what else is to say."""
+    answers = {name: sources.of(name) for name in group}
+    columns = [form for form in sources.FORMATS if any(not isinstance(answers[n][form], str) for n in group)]
+    rows = [[name, *(str(cells.get((name, form), NONE)) for form in columns)] for name in group]
+    lines = [f"## {title}", "", *table(["configuration", *(f"`{form}`" for form in columns)], rows), ""]
+    found = [records[name, form] for form in columns for name in group if (name, form) in records]
+    lacking = [
+        (r["format"], "the file has no projection to CLIP's embedding; load it with `strict=False`", r) for r in found
+    ]
+    told = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
+    told += [(r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]]
+    common = usual()
+    for form in sources.FORMATS:
+        for name in group:
+            answer = answers[name][form]
+            if isinstance(answer, str) and (form in columns or answer != common[form]):
+                told.append((form, f"no such weights: {answer}", name))
+    return [*lines, *(f"- {line}" for line in merged(told, group)), *([""] if told else [])]
+
+
+def groups(records: Mapping[tuple[str, str], Record]) -> list[tuple[str, list[str]]]:
+    """Configurations of one class and one layout, with a title."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in full_size.names():
+        record = records.get((name, "open_clip"))
+        key = (record["classes"][0], *record["towers"].values()) if record else ("",)
+        found.setdefault(key, []).append(name)
+    titled = []
+    for key, group in found.items():
+        known = next((name for name in TITLES if name in group), None)
+        record = records.get((group[0], "open_clip"))
+        words = "{}: {} and {}".format(*record["classes"]) if record else "Not loaded"
+        order = list(TITLES).index(known) if known else len(TITLES)
+        titled.append((order, TITLES[known] if known and key != ("",) else words, group))
+    return [(title, group) for _, title, group in sorted(titled)]
+
+
+def page(proofs: Sequence[Record]) -> str:
+    """The text of docs/coverage.md."""
+    proved = strengths(proofs)
+    planned = [proof for proof in proofs if proof["word"] == WORDS[1]]
+    records = {(proof["configuration"], proof["format"]): proof for proof in planned if "configuration" in proof}
+    cells: dict[tuple[str, str], Cell] = {}
+    for name in full_size.names():
+        for form, answer in sources.of(name).items():
+            if not isinstance(answer, str):
+                record = records.get((name, form))
+                cells[name, form] = cell(record, proved) if record else Cell(WORDS[0], (), False)
+    lines = [HEAD.format(count=len(full_size.names()), version=version("open_clip_torch"), none=NONE)]
+    lines += ["## In short", ""]
+    shown = [word for word in reversed(WORDS) if word != WORDS[0] or any(c.word == word for c in cells.values())]
+    rows = []
+    for form, reason in usual().items():
+        words = [found.word for (_, other), found in cells.items() if other == form]
+        counts = [str(words.count(word) or "") for word in shown]
+        rows.append([f"[{form}](formats/{form}.md)", str(len(words) or ""), *counts, reason])
+    lines += table(["format", "configurations", *shown, "no such weights for others, unless said below"], rows)
+    lines += [""]
+    for title, group in groups(records):
+        lines += group_page(f"{title} ({len(group)})", group, records, cells)
+    lines += relatives({proof["relative"]: proof for proof in planned if "relative" in proof}, proved)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
+    """Files whose models OpenCLIP can build, but has no configuration for."""
+    rows = []
+    for name, relative in sources.RELATIVES.items():
+        found = cell(records[name], proved) if name in records else Cell(WORDS[0], (), False)
+        rows.append([name.partition(", ")[0], f"`{relative.form}`", relative.target, str(found)])
+    return [
+        "## Models without a configuration",
+        "",
+        "OpenCLIP builds these models too, from other fields of a configuration that it ships. At full size:",
+        "",
+        *table(["model", "format", "goes into", "proved"], rows),
+        "",
+        "- TinyCLIP's models of automatic inheritance are pruned block by block; no OpenCLIP model has such blocks.",
+        "- Of LiT's models with a BERT text tower the image tower loads, into the same models.",
+        "",
+    ]
+
+
+# --- the committed page --------------------------------------------------------------------------------------
+
+
+def read_cells(text: str) -> dict[tuple[str, str], str]:
+    """The cells of a page, by configuration (or model) and format."""
+    found: dict[tuple[str, str], str] = {}
+    columns: list[str] = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if parts and parts[0] in ("configuration", "model"):
+            columns = [part.strip("`") for part in parts]
+        elif not parts:
+            columns = []
+        elif columns[:1] == ["configuration"] and parts[0] != "---":
+            found |= {(parts[0], form): text for form, text in zip(columns[1:], parts[1:], strict=True)}
+        elif columns[:1] == ["model"] and parts[0] != "---":
+            found[parts[0], parts[1].strip("`")] = parts[3]
+    return found
+
+
+def rank(text: str) -> tuple[int, int]:
+    """How much a cell says: of the whole file before a part of it, then by its word."""
+    word, _, part = text.partition(" (")
+    return (WORDS.index(word), 0 if part else 1) if word in WORDS else (-1, 0)
+
+
+def worse(old: str, new: str) -> list[str]:
+    """The cells that say less than they did."""
+    before, after = read_cells(old), read_cells(new)
+    return [
+        f"{name}, {form}: was {text}, is {after.get((name, form), NONE)}"
+        for (name, form), text in before.items()
+        if any(now < was for now, was in zip(rank(after.get((name, form), NONE)), rank(text), strict=True))
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the coverage page from what a run of the tests proved.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is stale")
+    parser.add_argument("--proofs", type=Path, default=PROOFS, help="what the tests wrote (make test)")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    asked = parser.parse_args(arguments)
+    if not asked.proofs.is_file():
+        print(f"{asked.proofs} is not there: run `make test` first")
+        return 1
+    run = json.loads(asked.proofs.read_text(encoding="utf-8"))
+    if run["failed"]:
+        print(f"{len(run['failed'])} tests failed in that run, the first is {run['failed'][0]}; no page is made of it")
+        return 1
+    old = asked.page.read_text(encoding="utf-8") if asked.page.is_file() else ""
+    new = page(run["proofs"])
+    lost = worse(old, new)
+    for line in lost:
+        print(f"worse: {line}")
+    if asked.check:
+        print(f"{asked.page.name} is {'fresh' if old == new else 'stale: run `make coverage-page` after `make test`'}")
+        return 0 if old == new else 1
+    asked.page.write_text(new, encoding="utf-8")
+    print(f"{asked.page.name}: {len(read_cells(new))} cells, {len(lost)} worse than before")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
