@@ -38,7 +38,7 @@ from keymap.pattern import PatternError, Side, overlap, parse_source, parse_targ
 from keymap.rules import Part, Rule, RuleTable
 from keymap.view import View, ViewError, parse_view
 
-__all__ = ["compile_mapping"]
+__all__ = ["compile_mapping", "compile_marked"]
 
 
 @lru_cache(maxsize=1)
@@ -308,11 +308,13 @@ def _text(key: str, value: Any) -> str:
     return f"'{key}: {{{shown}}}'"
 
 
-def _clashes(rules: tuple[Rule, ...], which: str) -> Iterable[str]:
-    """Pairs of rules that can match one key."""
-    plain = [rule for rule in rules if not rule.rest]
-    for i, one in enumerate(plain):
-        for other in plain[i + 1 :]:
+def _clashes(rules: tuple[Rule, ...], which: str, seen: int = 0) -> Iterable[str]:
+    """Pairs of rules that can match one key; the first ``seen`` rules have been compared with each other."""
+    plain = [(number, rule) for number, rule in enumerate(rules) if not rule.rest]
+    for i, (_, one) in enumerate(plain):
+        for number, other in plain[i + 1 :]:
+            if number < seen:
+                continue
             witness = overlap(one.source, other.source)
             if witness is not None:
                 yield (
@@ -409,7 +411,12 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
     Raises:
         MappingError: with every fault found, each with its place.
     """
-    marked = parse_yaml(text, file)
+    return compile_marked(parse_yaml(text, file), library)
+
+
+def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lambda name: None) -> Mapping:
+    """Compile a parsed mapping file; see `compile_mapping`."""
+    file = marked.file
     if not isinstance(marked.data, dict):
         raise MappingError(f"{file} is not a mapping", [f"{file}:1:1: it holds no fields, as format: and groups:"])
     faults = []
@@ -458,10 +465,12 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
     config = _config(data["config"], compiler) if "config" in data else None
     facts = {name: _fact(name, value, compiler) for name, value in compiler.facts.items()}
     if not compiler.faults:
+        back = RuleTable(tuple(rules)).inverse().rules
         for extra in [(), *(variant.rules for variant in variants)]:
-            table = RuleTable((*rules, *extra))
-            compiler.faults += _clashes(table.rules, "key")
-            compiler.faults += _clashes(table.inverse().rules, "on the way back, key")
+            seen, seen_back = (len(rules), len(back)) if extra else (0, 0)
+            compiler.faults += _clashes((*rules, *extra), "key", seen)
+            both = (*back, *RuleTable(extra).inverse().rules)
+            compiler.faults += _clashes(both, "on the way back, key", seen_back)
         for accept in accepts:
             compiler.faults += _clashes(accept.table.rules, "key")
         if kind != "hub":  # the hub's own rules are prefixes; what it drops is told apart by what the model has

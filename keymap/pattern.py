@@ -26,15 +26,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import permutations
+from math import prod
 
-__all__ = ["PatternError", "Side", "Slot", "overlap", "parse_source", "parse_target"]
+__all__ = ["Effort", "PatternError", "Side", "Slot", "overlap", "parse_source", "parse_target"]
 
 
 class PatternError(ValueError):
     """A pattern outside the subset; the message says what to write instead."""
+
+
+_MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
+_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern stands for
+
+
+class Effort:
+    """How much work the patterns of one file may make, in steps of a microsecond or so."""
+
+    def __init__(self, left: int = 500_000) -> None:
+        self.left = left
+
+    def spend(self, steps: int) -> None:
+        """Raises PatternError where nothing is left."""
+        self.left -= steps
+        if self.left < 0:
+            raise PatternError("the patterns of this file are too many, or too much alike, to be told apart")
 
 
 _OPEN: dict[
@@ -121,13 +139,15 @@ class Side:
     """One side of a rule: literal text and slots, in order."""
 
     tokens: tuple[Token, ...]
-    slots: tuple[Slot, ...] = field(init=False, repr=False, compare=False)
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        body = "".join(re.escape(t) if isinstance(t, str) else t.regex() for t in self.tokens)
-        object.__setattr__(self, "slots", tuple(t for t in self.tokens if isinstance(t, Slot)))
-        object.__setattr__(self, "_regex", re.compile(body, re.DOTALL))
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(t for t in self.tokens if isinstance(t, Slot))
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        """Compiled when first asked for: of most formats no key is ever seen."""
+        return re.compile("".join(re.escape(t) if isinstance(t, str) else t.regex() for t in self.tokens), re.DOTALL)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -146,11 +166,20 @@ class Side:
     @cached_property
     def starts(self) -> tuple[str, ...]:
         """Literal texts of which one begins every key that the side matches."""
-        first, after = self.tokens[0], self.tokens[1:2]
+        first, after = self.tokens[0] if self.tokens else "", self.tokens[1:2]
         if isinstance(first, str):
             return (first,)
         follows = after[0] if after and isinstance(after[0], str) else ""
         return tuple(spelled + follows for _, spelled in first.options) if first.kind == "alts" else ("",)
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """Literal texts of which one ends every key that the side matches."""
+        last, before = self.tokens[-1] if self.tokens else "", self.tokens[-2:-1]
+        if isinstance(last, str):
+            return (last,)
+        leads = before[0] if before and isinstance(before[0], str) else ""
+        return tuple(leads + spelled for _, spelled in last.options) if last.kind == "alts" else ("",)
 
     def match(self, key: str) -> dict[str, str] | None:
         """The variables' values, or None. Linear in the length of the key."""
@@ -170,6 +199,15 @@ class Side:
 
     def write(self, values: Mapping[str, str]) -> str:
         return "".join(t if isinstance(t, str) else t.write(values) for t in self.tokens)
+
+    @cached_property
+    def readings(self) -> int:
+        """How many keys a sample of it has: every alternative, three of each index, one word."""
+        return prod(len(slot.options) or (3 if slot.kind == "int" else 1) for slot in self.slots)
+
+    @cached_property
+    def automaton(self) -> _Automaton:
+        return _automaton(self)
 
     def __str__(self) -> str:
         names = {"int": r"(\d+)", "word": r"(\w+)", "part": "([^.]+)", "rest": "(.+)"}
@@ -205,9 +243,10 @@ def _alternatives(body: str, text: str) -> tuple[tuple[str, str], ...]:
     return tuple((option, option) for option in options)
 
 
-def parse_source(text: str, first: int = 1) -> Side:
+def parse_source(text: str, first: int = 1, effort: Effort | None = None) -> Side:
     """A source pattern; its groups are the variables ``first``, ``first + 1``, ..."""
     tokens: list[Token] = []
+    _check_length(text)
     at = 0
     while at < len(text):
         if text[at] == "(":
@@ -226,11 +265,15 @@ def parse_source(text: str, first: int = 1) -> Side:
             at += len(literal)
     if not tokens:
         raise PatternError("an empty pattern matches no key")
-    _check_readings(tokens, text)
-    return Side(tuple(tokens))
+    return _checked(tokens, text, effort)
 
 
-_ARITHMETIC = re.compile(r"(\d+)(?:\*(\d+)\+(\d+))?(?:([+-]\d+))?")
+def _check_length(text: str) -> None:
+    if len(text) > _MOST_TEXT:
+        raise PatternError(f"a pattern of {len(text)} characters, {text[:40]!r} ...: the limit is {_MOST_TEXT}")
+
+
+_ARITHMETIC = re.compile(r"(\d{1,9})(?:\*(\d{1,9})\+(\d{1,9}))?(?:([+-]\d{1,9}))?", re.ASCII)
 
 
 def parse_target(
@@ -238,6 +281,7 @@ def parse_target(
     source: Side,
     lookups: Mapping[str, Mapping[str, str]] | None = None,
     index: str | None = None,
+    effort: Effort | None = None,
 ) -> Side:
     """A target template over the variables of ``source``.
 
@@ -247,8 +291,10 @@ def parse_target(
         source: the other side, which says what each variable may hold.
         lookups: the named one-to-one tables that ``<1:name>`` may use.
         index: the name that ``<name>`` may use, for a rule that unstacks.
+        effort: what the file's patterns may cost.
     """
     text = "".join(segment for segment, _ in segments)
+    _check_length(text)
     tokens: list[Token] = []
     for segment, offset in segments:
         for token in _target_tokens(segment, source, lookups or {}, offset, index):
@@ -261,8 +307,16 @@ def parse_target(
         raise PatternError(f"'{text}' uses a group twice: the way back could not tell which one to believe")
     if not tokens:
         raise PatternError("an empty target")
-    _check_readings(tokens, text)
-    return Side(tuple(tokens))
+    return _checked(tokens, text, effort)
+
+
+def _checked(tokens: Sequence[Token], text: str, effort: Effort | None) -> Side:
+    side, effort = Side(tuple(tokens)), effort or Effort()
+    if side.readings > _MOST_READINGS:
+        raise PatternError(f"'{text}' stands for {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
+    effort.spend(400 * side.readings)  # samples are made of them, and blocks are asked to be whole
+    _check_readings(tokens, text, effort)
+    return side
 
 
 def _target_tokens(
@@ -274,7 +328,7 @@ def _target_tokens(
         char = text[at]
         if char == "\\":
             number = text[at + 1 : at + 2]
-            if not number.isdigit():
+            if number not in set("0123456789"):
                 raise PatternError(f"'{text}': after a backslash stands the number of a group, as in \\1")
             yield _same(known, str(int(number) + offset), text, offset)
             at += 2
@@ -314,7 +368,7 @@ def _computed(
     if body == index:
         return Slot((body,), "int")
     number, colon, table = body.partition(":")
-    if colon and number.isdigit():
+    if colon and number.isascii() and number.isdigit():
         slot = _same(known, str(int(number) + offset), text, offset)
         if table not in lookups:
             near = ", ".join(sorted(lookups)) or "none is declared"
@@ -339,7 +393,7 @@ def _computed(
         return Slot(first.names, "int", shift=int(shift or 0))
     second = _same(known, str(int(low) + offset), text, offset)
     values = [value for value, _ in second.options]
-    if first.kind != "int" or values != [str(i) for i in range(int(base))]:
+    if first.kind != "int" or len(values) != int(base) or values != [str(i) for i in range(int(base))]:
         raise PatternError(
             f"<{body}> in '{text}': group {high} must be (\\d+) and group {low} must list "
             f"0 to {int(base) - 1}, as (0|1|...)"
@@ -347,16 +401,17 @@ def _computed(
     return Slot((*first.names, *second.names), "int", shift=int(shift or 0), base=int(base))
 
 
-def _check_readings(tokens: Sequence[Token], text: str) -> None:
+def _check_readings(tokens: Sequence[Token], text: str, effort: Effort) -> None:
     """Refuse an open-ended group that is followed by something it could match itself, and such alternatives."""
     for i, token in enumerate(tokens):
         if isinstance(token, str):
             continue
         if token.kind == "alts":
             after = tuple(tokens[i + 1 :])
+            effort.spend(len(token.options) ** 2 // 16)
             for short, long in permutations([spelled for _, spelled in token.options], 2):
                 if long.startswith(short) and long != short:
-                    key = overlap(Side(after), Side((long[len(short) :], *after)))
+                    key = overlap(Side(after), Side((long[len(short) :], *after)), effort)
                     if key is not None:
                         raise PatternError(f"'{text}': '{short + key}' has two readings, with {short!r} and {long!r}")
             continue
@@ -386,10 +441,12 @@ def _check_readings(tokens: Sequence[Token], text: str) -> None:
 
 _digit = _OPEN["int"][1]
 _Class = str | Callable[[str], bool]  # one character, or a predicate
+_Automaton = tuple[list[list[tuple[_Class, int]]], list[list[int]], int]
 _SAMPLES = "1a_-/.:#"
 
 
-def _automaton(side: Side) -> tuple[list[list[tuple[_Class, int]]], list[list[int]], int]:
+@lru_cache(maxsize=4096)
+def _automaton(side: Side) -> _Automaton:
     """States with character edges and empty edges; the last number is the accepting state."""
     edges: list[list[tuple[_Class, int]]] = [[]]
     empty: list[list[int]] = [[]]
@@ -454,15 +511,17 @@ def _common(a: _Class, b: _Class) -> str | None:
 
 def overlap(a: Side, b: Side) -> str | None:
     """A key that both sides match, or None where they share none."""
-    shared = min(len(a.prefix), len(b.prefix))
-    if a.prefix[:shared] != b.prefix[:shared]:
+    if not any(x.startswith(y) or y.startswith(x) for x in a.starts for y in b.starts):
         return None
-    edges_a, empty_a, end_a = _automaton(a)
-    edges_b, empty_b, end_b = _automaton(b)
+    if not any(x.endswith(y) or y.endswith(x) for x in a.ends for y in b.ends):
+        return None
+    edges_a, empty_a, end_a = a.automaton
+    edges_b, empty_b, end_b = b.automaton
     queue: list[tuple[int, int, str]] = [(0, 0, "")]
     seen = {(0, 0)}
     while queue:
         i, j, text = queue.pop()
+        effort.spend(2 + len(edges_a[i]) * len(edges_b[j]) // 2)
         if i == end_a and j == end_b and a.match(text) is not None and b.match(text) is not None:
             return text
         steps = [(n, j, text) for n in empty_a[i]] + [(i, n, text) for n in empty_b[j]]

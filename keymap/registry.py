@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from keymap.compile import compile_mapping
+from keymap.compile import compile_marked
 from keymap.errors import MappingError
 from keymap.mapping import Configuration, Containers, Mapping, data_folder
 from keymap.marked_yaml import Marked, parse_yaml
@@ -93,7 +93,7 @@ class Registry:
                 the same keys.
         """
         parsed = dict(self.files)
-        texts: list[tuple[Path, str]] = []
+        texts: list[tuple[Path, Marked]] = []
         for file in files:
             try:
                 text = file.read_text(encoding="utf-8")
@@ -103,11 +103,11 @@ class Registry:
             name = marked.data.get("format") if isinstance(marked.data, dict) else None
             if isinstance(name, str):
                 parsed[name] = marked
-            texts.append((file, text))
+            texts.append((file, marked))
         added: dict[str, Mapping] = {}
         places = dict(self.places)
-        for file, text in texts:
-            mapping = compile_mapping(text, _shown(file), parsed.get)
+        for file, marked in texts:
+            mapping = compile_marked(marked, parsed.get)
             name, here = mapping.name, parsed[mapping.name].at(("format",))
             taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
             if taken is not None:

@@ -392,3 +392,10 @@ def test_a_mapping_compiles_without_the_others():
             text, mapping.file, lambda name, allowed=wanted: KNOWN.files[name] if name in allowed else None
         )
         assert [rule.text for rule in again.rules] == [rule.text for rule in mapping.rules]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "mappings").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_mapping_can_be_read_at_a_sitting(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert lines[0] == "# yaml-language-server: $schema=../schemas/mapping.schema.json"
