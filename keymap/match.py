@@ -161,7 +161,7 @@ class _Work:
             try:
                 entry = self._entry(key, layout, shape, target.dtype)
             except ResizeError as error:
-                self.mismatched[key] = f"{error} (from {some(layout.sources)})"
+                self.mismatched[key] = f"{error} (from {some(layout.sources) or 'a tensor without elements'})"
                 continue
             self.entries.append(entry)
 
@@ -319,6 +319,7 @@ class _Work:
                     told.append(f"the file holds no {' or '.join(absent)} tower: load with towers=({has},)")
                 else:
                     told.append("strict=False loads what fits and reports the rest")
+                told += unwrapped.notes
                 raise PlanError(f"{held} does not fit the model; nothing was changed", told)
         else:
             for tower, count in in_file.items():

@@ -713,3 +713,14 @@ def test_a_tower_under_names_that_no_rule_owns_is_refused_even_in_part(tmp_path)
     state["text_model.final_layer_norm.weight"] = torch.randn(32)
     path = _safetensors(tmp_path, {k: v for k, v in state.items() if k != "text_projection.weight"})
     refuses(openclip.clip(seed=5), path, keymap.PlanError, "tensors of the text tower", strict=False)
+
+
+def test_a_scale_that_is_a_number_and_no_tensor_is_told(tmp_path):
+    torch.save({**_state(), "logit_scale": 2.5}, tmp_path / "clip.pt")
+    words = ["logit_scale", "entries that are no tensors were skipped: logit_scale"]
+    refuses(openclip.clip(), tmp_path / "clip.pt", keymap.PlanError, *words)
+
+
+def test_a_tensor_without_elements_is_told_as_such(tmp_path):
+    path = _safetensors(tmp_path, {**_state(), "visual.proj": torch.randn(0, 24)})
+    refuses(openclip.clip(), path, keymap.PlanError, "visual.proj", "a tensor without elements")
