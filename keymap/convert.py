@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from keymap.carry import Read, materialise
+from keymap.catalogue import Registry
 from keymap.detect import detect, spelling
 from keymap.errors import MappingError, PlanError, VerifyError, some
 from keymap.mapping import Mapping as Format
 from keymap.pieces import Layout
 from keymap.plan import checked_facts
 from keymap.read import LazyTensor
-from keymap.registry import Registry
 from keymap.source import PathLike, known_with, layouts_of
 from keymap.translate import Translated, from_hub, incomplete, respell, to_hub
 from keymap.unwrap import unwrap

@@ -10,12 +10,12 @@ import hashlib
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
+from keymap.catalogue import Registry
 from keymap.detect import spelling
 from keymap.errors import some
 from keymap.mapping import Mapping
 from keymap.pattern import Side
 from keymap.pieces import Layout
-from keymap.registry import Registry
 from keymap.rules import apply_rules
 from keymap.translate import tower_of
 

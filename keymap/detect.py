@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
+from keymap.catalogue import Registry
 from keymap.errors import DetectionError
 from keymap.mapping import Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
-from keymap.registry import Registry
 from keymap.rules import Fault, RuleTable, Step, apply_rules
 
 __all__ = ["Detection", "accept", "detect", "holds", "refuse_in_words", "spelling"]

@@ -14,6 +14,7 @@ from math import prod
 
 import torch
 
+from keymap.catalogue import Registry
 from keymap.config import differences, unverified
 from keymap.describe import describe, unlike
 from keymap.detect import spelling
@@ -22,7 +23,6 @@ from keymap.mapping import Mapping, Position
 from keymap.model import ModelView
 from keymap.pieces import Layout, Piece, join_runs, whole
 from keymap.plan import Entry, Plan, Request, dtype_name
-from keymap.registry import Registry
 from keymap.resize import Resize, ResizeError, plan_resize
 from keymap.rules import Check, Rule, RuleTable
 from keymap.source import Opened

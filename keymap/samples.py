@@ -14,15 +14,16 @@ from math import prod
 
 import torch
 
+from keymap.catalogue import Registry
 from keymap.detect import accept, holds
+from keymap.errors import MappingError
 from keymap.mapping import Clue, Evidence, Mapping
 from keymap.pattern import Side
 from keymap.pieces import Layout, whole
-from keymap.registry import Registry
 from keymap.rules import Rule, RuleTable
 from keymap.view import Group
 
-__all__ = ["Sample", "claims", "samples"]
+__all__ = ["Sample", "claims", "refuse_claims", "samples"]
 
 Shape = tuple[int, ...]
 
@@ -228,3 +229,14 @@ def claims(known: Registry, new: Iterable[str] | None = None) -> Iterator[str]:
                             f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
                             f"Name under `none` what only the other one has"
                         )
+
+
+def refuse_claims(known: Registry, new: Iterable[str]) -> None:
+    """Refuse formats whose evidence does not keep them apart from the others.
+
+    Raises:
+        MappingError: with every pair of formats that claim the same keys.
+    """
+    faults = tuple(claims(known, new))
+    if faults:
+        raise MappingError("the evidence of formats does not keep them apart", faults)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
+from keymap.catalogue import Registry
 from keymap.detect import Detection, holds, spelling
 from keymap.mapping import Mapping
 from keymap.pieces import Layout
-from keymap.registry import Registry
 from keymap.rules import Check, Fault, Rule, RuleTable, Step, apply_rules
 
 _MOST = 10_000  # indices that a group is asked to be complete for

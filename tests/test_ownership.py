@@ -24,7 +24,7 @@ from keymap.detect import accept, detect, holds
 from keymap.errors import DetectionError
 from keymap.pieces import whole
 from keymap.registry import Registry, registry
-from keymap.samples import claims, samples
+from keymap.samples import claims, refuse_claims, samples
 
 ROOT = Path(__file__).parents[1]
 KNOWN = registry()
@@ -273,7 +273,7 @@ def registered(folder, text, name):
     file = folder / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
     known = Registry(dict(KNOWN.mappings), dict(KNOWN.files))
-    return known.add([file], detected=True)
+    return known.add([file], check=refuse_claims)
 
 
 @pytest.mark.parametrize(
