@@ -15,14 +15,14 @@ PROOFS := build/proofs.json
 
 test: $(DONE)
 	rm -f $(PROOFS)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --proofs $(PROOFS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --proofs=$(PROOFS)
 
 # Of what the tests have just proved: is the page fresh, and is no cell of it worse? `coverage-page` writes it.
 coverage: $(DONE)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs $(PROOFS) --check
 
 coverage-page: $(DONE)
-	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs $(PROOFS)
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs=$(PROOFS)
 
 lint: $(DONE)
 	$(BIN)/ruff check keymap tests tools

@@ -13,7 +13,7 @@ from pathlib import Path
 from keymap.compile import compile_marked
 from keymap.errors import MappingError
 from keymap.mapping import Configuration, Containers, Mapping
-from keymap.marked_yaml import Marked, parse_yaml
+from keymap.marked_yaml import Marked, read_yaml
 from keymap.pattern import overlap
 from keymap.rules import RuleTable
 
@@ -94,11 +94,7 @@ class Registry:
         parsed = dict(self.files)
         texts: list[tuple[Path, Marked]] = []
         for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise MappingError(f"{file} cannot be read: {error}") from None
-            marked = parse_yaml(text, _shown(file))
+            marked = read_yaml(file, _shown(file))
             name = marked.data.get("format") if isinstance(marked.data, dict) else None
             if isinstance(name, str):
                 parsed[name] = marked

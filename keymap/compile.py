@@ -7,13 +7,13 @@ a file can match one key. All faults of a file are collected, each with ``file:l
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterable
 from collections.abc import Mapping as MappingType
-from functools import lru_cache
+from itertools import islice
 from typing import Any
 
-from keymap.errors import MappingError
+from keymap.errors import MappingError, some
 from keymap.mapping import (
     Accept,
     Clue,
@@ -30,23 +30,20 @@ from keymap.mapping import (
     Refusal,
     Scalar,
     Variant,
-    data_folder,
 )
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.marked_yaml import Path as Where
-from keymap.pattern import PatternError, Side, overlap, parse_source, parse_target
+from keymap.pattern import Effort, PatternError, Side, overlap, parse_source, parse_target
 from keymap.rules import Part, Rule, RuleTable
+from keymap.schema import schema_faults
 from keymap.view import View, ViewError, parse_view
 
 __all__ = ["compile_mapping", "compile_marked"]
 
 
-@lru_cache(maxsize=1)
-def _validator() -> Any:
-    from jsonschema import Draft202012Validator
-
-    schema = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))
-    return Draft202012Validator(schema)
+_MOST = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
+_MOST_NESTED = 8  # tables within tables
+_TOLD = 50  # faults of one sort
 
 
 class _Compiler:
@@ -55,6 +52,7 @@ class _Compiler:
     def __init__(self, marked: Marked, library: Callable[[str], Marked | None]) -> None:
         self.marked = marked
         self.faults: list[str] = []
+        self.effort, self.entries = Effort(), 0
         self.lookups: dict[str, dict[str, str]] = {}
         self.tables: dict[str, tuple[Marked, Where]] = {}
         self.sizes: dict[str, int | str] = dict(marked.data.get("sizes", {}))
@@ -66,6 +64,8 @@ class _Compiler:
             if other is None:
                 self.fault(marked, where, f"there is no mapping {name!r} to use tables of")
                 continue
+            if schema_faults(other):
+                raise MappingError(f"{other.file} does not follow schemas/mapping.schema.json", schema_faults(other))
             self._collect(other)
         self._collect(marked)
 
@@ -80,9 +80,17 @@ class _Compiler:
     def fault(self, marked: Marked, where: Where, what: str) -> None:
         self.faults.append(f"{marked.at(where)}: {what}")
 
+    def count(self, marked: Marked, where: Where) -> None:
+        """One more rule or pattern. Raises MappingError where there are too many."""
+        self.entries += 1
+        if self.entries > _MOST:
+            what = f"{marked.at(where)}: with this the file has more than {_MOST} rules and patterns; use alternatives"
+            raise MappingError(f"{self.marked.file}: the mapping is too large", [*self.faults, what])
+
     def side(self, text: str, where: Where) -> Side | None:
+        self.count(self.marked, where)
         try:
-            return parse_source(text)
+            return parse_source(text, effort=self.effort)
         except PatternError as error:
             self.fault(self.marked, where, str(error))
             return None
@@ -108,7 +116,7 @@ class _Compiler:
             return dict(words)
         if words not in self.lookups:
             self.fault(self.marked, where, f"there is no lookup {words!r}; known: {', '.join(sorted(self.lookups))}")
-        return dict(self.lookups.get(words, {}))
+        return self.lookups.get(words, {})
 
     def drop(self, key: str, value: str | MappingType[str, str]) -> Drop | None:
         side = self.side(key, ("drop", key))
@@ -117,7 +125,7 @@ class _Compiler:
         twin = None
         if "same_as" in value:
             try:
-                twin = parse_target([(value["same_as"], 0)], side, self.lookups)
+                twin = parse_target([(value["same_as"], 0)], side, self.lookups, effort=self.effort)
             except PatternError as error:
                 self.fault(self.marked, ("drop", key), f"same_as: {error}")
         return Drop(side, value["why"], twin)
@@ -141,19 +149,21 @@ class _Compiler:
         sizes: MappingType[str, int | str],
         within: tuple[str, ...],
     ) -> Iterable[Rule]:
+        self.count(marked, where)
         options: dict[str, Any] = {"to": value} if isinstance(value, str) else dict(value)
         targets = options["to"] if isinstance(options["to"], list) else [options["to"]]
         sizes = {**sizes, **dict(options.get("sizes", {}))}
         groups_before = source_prefix.count("(")
         if "table" in options:
             name = options["table"]
-            if name not in self.tables or name in within or len(targets) > 1 or set(options) - {"to", "table", "sizes"}:
-                known = ", ".join(sorted(self.tables)) or "none is declared"
+            wrong = name not in self.tables or name in within or len(within) >= _MOST_NESTED
+            if wrong or len(targets) > 1 or set(options) - {"to", "table", "sizes"}:
+                known = some(sorted(self.tables), 20) or "none is declared"
                 self.fault(
                     marked,
                     where,
-                    f"table {name!r}: it must exist (known: {known}), not contain itself, and a rule with a table "
-                    f"has one target and no operation besides sizes",
+                    f"table {name!r}: it must exist (known: {known}), not contain itself, lie in at most "
+                    f"{_MOST_NESTED} others, and a rule with a table has one target and no operation besides sizes",
                 )
                 return
             home, path = self.tables[name]
@@ -165,9 +175,11 @@ class _Compiler:
                 )  # fmt: skip
             return
         try:
-            source = parse_source(source_prefix + key)
+            source = parse_source(source_prefix + key, effort=self.effort)
             sides = tuple(
-                parse_target((*target_prefix, (t, groups_before)), source, self.lookups, options.get("unstack"))
+                parse_target(
+                    (*target_prefix, (t, groups_before)), source, self.lookups, options.get("unstack"), self.effort
+                )
                 for t in targets
             )
             text = _text(key, value)
@@ -224,7 +236,7 @@ class _Compiler:
         add = None
         if "add" in options:
             key, bracket, row = options["add"].partition("[")
-            if bracket and not (row.endswith("]") and row[:-1].isdigit()):
+            if bracket and re.fullmatch("[0-9]{1,9}]", row) is None:
                 raise PatternError(f"add: {options['add']!r}: write a key, or key[0] for one row of it")
             add = (key, int(row[:-1]) if bracket else None)
         times = options.get("times", 1.0)
@@ -305,17 +317,21 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, str):
         return f"'{key}: {value}'"
     shown = ", ".join(f"{name}: {option}" for name, option in value.items())
-    return f"'{key}: {{{shown}}}'"
+    return f"'{key}: {{{shown if len(shown) < 400 else shown[:400] + ' ...'}}}'"
 
 
-def _clashes(rules: tuple[Rule, ...], which: str, seen: int = 0) -> Iterable[str]:
+def _clashes(rules: tuple[Rule, ...], which: str, effort: Effort, seen: int = 0) -> Iterable[str]:
     """Pairs of rules that can match one key; the first ``seen`` rules have been compared with each other."""
     plain = [(number, rule) for number, rule in enumerate(rules) if not rule.rest]
     for i, (_, one) in enumerate(plain):
         for number, other in plain[i + 1 :]:
             if number < seen:
                 continue
-            witness = overlap(one.source, other.source)
+            try:
+                witness = overlap(one.source, other.source, effort)
+            except PatternError as error:
+                yield f"{other.place}: {error}"
+                return
             if witness is not None:
                 yield (
                     f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
@@ -325,11 +341,15 @@ def _clashes(rules: tuple[Rule, ...], which: str, seen: int = 0) -> Iterable[str
         yield f"{rules[0].place}: more than one rule says rest: true"
 
 
-def _taken(rules: Iterable[Rule], named: Iterable[tuple[Side, str]]) -> Iterable[str]:
+def _taken(rules: Iterable[Rule], named: Iterable[tuple[Side, str]], effort: Effort) -> Iterable[str]:
     """Rules that own a key which another part of the file leaves out."""
     for side, where in named:
         for rule in rules:
-            witness = overlap(rule.source, side) if not rule.rest else None
+            try:
+                witness = overlap(rule.source, side, effort) if not rule.rest else None
+            except PatternError as error:
+                yield f"{rule.place}: {error}"
+                return
             if witness is not None:
                 yield f"{rule.place}: key {witness!r} is claimed by rule {rule.text} and left out by '{where}: {side}'"
 
@@ -417,11 +437,9 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
 def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lambda name: None) -> Mapping:
     """Compile a parsed mapping file; see `compile_mapping`."""
     file = marked.file
-    if not isinstance(marked.data, dict):
-        raise MappingError(f"{file} is not a mapping", [f"{file}:1:1: it holds no fields, as format: and groups:"])
-    faults = []
-    for error in sorted(_validator().iter_errors(marked.data), key=lambda e: list(map(str, e.absolute_path))):
-        faults += _schema_fault(marked, error)
+    faults = schema_faults(marked)
+    if faults and not isinstance(marked.data, dict):
+        raise MappingError(f"{file} is not a mapping", faults)
     if faults:
         raise MappingError(f"{file} does not follow schemas/mapping.schema.json", faults)
     data = marked.data
@@ -465,17 +483,18 @@ def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lam
     config = _config(data["config"], compiler) if "config" in data else None
     facts = {name: _fact(name, value, compiler) for name, value in compiler.facts.items()}
     if not compiler.faults:
+        effort = compiler.effort
         back = RuleTable(tuple(rules)).inverse().rules
         for extra in [(), *(variant.rules for variant in variants)]:
             seen, seen_back = (len(rules), len(back)) if extra else (0, 0)
-            compiler.faults += _clashes((*rules, *extra), "key", seen)
+            compiler.faults += islice(_clashes((*rules, *extra), "key", effort, seen), _TOLD)
             both = (*back, *RuleTable(extra).inverse().rules)
-            compiler.faults += _clashes(both, "on the way back, key", seen_back)
+            compiler.faults += islice(_clashes(both, "on the way back, key", effort, seen_back), _TOLD)
         for accept in accepts:
-            compiler.faults += _clashes(accept.table.rules, "key")
+            compiler.faults += islice(_clashes(accept.table.rules, "key", effort), _TOLD)
         if kind != "hub":  # the hub's own rules are prefixes; what it drops is told apart by what the model has
             named = [*((entry.side, "drop") for entry in drop if entry), *((s, "nowhere") for s, _, _ in nowhere if s)]
-            compiler.faults += _taken(rules, named)
+            compiler.faults += islice(_taken(rules, named, effort), _TOLD)
     absent = {
         key: (value["value"], bool(value.get("always"))) if isinstance(value, dict) else (value, False)
         for key, value in data.get("absent_means", {}).items()
@@ -524,41 +543,3 @@ def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lam
         ),
         containers=containers,
     )
-
-
-def _lower(text: str) -> str:
-    """A description within a sentence."""
-    return (text[:1].lower() + text[1:]).rstrip(".")
-
-
-def _schema_fault(marked: Marked, error: Any) -> list[str]:
-    """The schema's words, at the line they are about, with the names that were probably meant."""
-    from difflib import get_close_matches
-
-    where = tuple(error.absolute_path)
-    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = list(error.schema.get("properties", {}))
-        out = []
-        for key in error.instance:
-            if key not in known:
-                near = get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-                out.append(f"{marked.at((*where, key))}: there is no field {key!r} here{hint}")
-        return out
-    if error.validator in ("anyOf", "oneOf") and error.context:
-        branch = [e for e in error.context if e.validator not in ("type", "const")]
-        if branch:
-            best = max(branch, key=lambda e: len(e.absolute_path))
-            return _schema_fault(marked, best)
-        choices = [_lower(said) for e in error.context if (said := e.schema.get("description"))]
-        about = _lower(error.schema.get("description", ""))
-        told = f"{json.dumps(error.instance)[:80]} does not stand here{f' ({about})' if about else ''}"
-        return [f"{marked.at(where)}: {told}{'; write ' if choices else ''}{' or '.join(choices)}"]
-    if error.validator == "oneOf" and not error.context:
-        fields = [name for branch in error.validator_value for name in branch.get("required", ())]
-        return [f"{marked.at(where)}: give only one of {', '.join(fields)}"]
-    if error.validator == "not":
-        return [f"{marked.at(where)}: a field of the hub stands in a file that is not the hub"]
-    said = error.message if len(error.message) < 200 else error.message[:200] + " ..."
-    hint = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
-    return [f"{marked.at(where)}: {said}{' (' + hint + ')' if hint else ''}"]

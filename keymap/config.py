@@ -19,6 +19,8 @@ from keymap.mapping import Config, Fact, Mapping, Place, Scalar
 __all__ = ["Told", "differences", "read_config", "unverified"]
 
 _MAX_BYTES = 1 << 20
+_MAX_WORD = 200
+_MAX_NUMBER = 1 << 53
 _Size = tuple[int, int]
 
 
@@ -42,7 +44,8 @@ class Told:
         """(h, w) in patches."""
         if self.image_size is None or self.patch_size is None:
             return None
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
+        return (height, width) if height and width else None
 
     def to_dict(self) -> dict[str, Any]:
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
@@ -96,7 +99,9 @@ def _read(data: Any, config: Config, where: str) -> Told | None:
 def _texts(file: Path, metadata: MappingType[str, str], name: str) -> Iterator[tuple[str, str]]:
     """Configurations that go with a checkpoint, each with where it lies."""
     for key in (name, Path(name).stem):
-        if key in metadata:
+        if len(metadata.get(key, "")) > _MAX_BYTES:
+            yield f"metadata {key}", ""
+        elif key in metadata:
             yield f"metadata {key}", metadata[key]
     for path in (file.parent / name, file.with_suffix(".json")):
         try:
@@ -117,18 +122,25 @@ def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
         value = _at(data, place.path)
         if place.unless and _at(data, place.unless) is not None:
             continue
-        if isinstance(value, (str, int, float)):
+        if _told(value):
             word = place.words.get(_text(value)) if place.words else value
             if word is not None:
                 return word, f"{place.path} = {_text(value)}"
     return None
 
 
+def _told(value: Any) -> bool:
+    """Whether a value of a configuration is one that can be compared and shown."""
+    if isinstance(value, str):
+        return len(value) <= _MAX_WORD and value.isprintable()
+    return isinstance(value, (int, float)) and -_MAX_NUMBER < value < _MAX_NUMBER
+
+
 def _size(data: Any, places: Iterable[Place]) -> _Size | None:
     for place in places:
         value = _at(data, place.path)
         sides = [value, value] if isinstance(value, int) else value
-        if isinstance(sides, list) and len(sides) == 2 and all(type(n) is int and n > 0 for n in sides):
+        if isinstance(sides, list) and len(sides) == 2 and all(type(n) is int and 0 < n < _MAX_NUMBER for n in sides):
             return sides[0], sides[1]
     return None
 

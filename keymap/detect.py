@@ -11,6 +11,8 @@ from keymap.mapping import Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
 from keymap.rules import Fault, RuleTable, Step, apply_rules
 
+_LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
+
 __all__ = ["Detection", "accept", "detect", "holds", "refuse_in_words", "spelling"]
 
 
@@ -154,13 +156,15 @@ def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
     shown = ", ".join(f"{key!r} {list(tensors[key].shape)}" for key in keys[:5])
     lines = [f"it holds {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {shown}{' ...' if len(keys) > 5 else ''}"]
     scores = []
+    some = {key: tensors[key] for key in keys[:: len(keys) // _LOOKED_AT + 1]}  # all, where they are not too many
     for mapping in known.formats:
         table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
-        accepted, _, _ = accept(mapping, tensors, {})
+        accepted, _, _ = accept(mapping, some, {})
         scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
     best, name = max(scores, default=(0, ""))
     if best:
-        lines.append(f"nearest is {name}, whose rules know {best} of the {len(keys)} keys")
+        looked = f"{len(some)} of the " if len(some) < len(keys) else ""
+        lines.append(f"nearest is {name}, whose rules know {best} of {looked or 'the '}{len(keys)} keys")
     for prefix in known.containers.prefixes:
         without = [key for key in keys if not key.startswith(prefix)]
         if len(without) < len(keys) / 2:

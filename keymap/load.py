@@ -91,6 +91,9 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             for key, piece in by_source[source]:
                 copy_pieces([piece], tensor, targets[key].detach())
 
+    files = {id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values()
+    for file in files:
+        file.unchanged()
     order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
     crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
     shared = set(crossing) if torch.get_num_threads() > 1 else set()
@@ -110,6 +113,8 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         for entry in others:
             with torch.no_grad():
                 targets[entry.key].copy_(_value(entry, tensors))
+        for file in files:
+            file.unchanged()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
     finally:

@@ -7,17 +7,20 @@ grow when it is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
 from keymap.errors import MappingError
 
-__all__ = ["Marked", "Path", "parse_yaml"]
+__all__ = ["Marked", "Path", "parse_yaml", "read_yaml"]
 
 Path = tuple[str | int, ...]
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 17  # characters; the longest mapping that keymap brings has a tenth of it
+_MAX_TEXT = 1 << 12  # characters of one key or value
+_MAX_NUMBER = 1 << 53
 _MAX_DEPTH = 12
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -38,11 +41,27 @@ class Marked:
         return f"{self.file}:{line}:{column}"
 
 
+def read_yaml(path: FilePath, file: str) -> Marked:
+    """Read a file that holds one YAML document.
+
+    Raises:
+        MappingError: it cannot be read, is no regular file, or as `parse_yaml`.
+    """
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise MappingError(f"{file} cannot be read: there is no such file")
+        with path.open(encoding="utf-8") as source:
+            text = source.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise MappingError(f"{file} cannot be read: {error}") from None
+    return parse_yaml(text, file)
+
+
 def parse_yaml(text: str, file: str) -> Marked:
     """Read one YAML document.
 
     Raises:
-        MappingError: not YAML, too large, too deep, or it uses an alias, a tag or a key twice.
+        MappingError: not YAML, too large, too deep, a number out of range, or it uses an alias, a tag or a key twice.
     """
 
     def refuse(mark: Any, what: str) -> MappingError:
@@ -50,7 +69,7 @@ def parse_yaml(text: str, file: str) -> Marked:
         return MappingError(f"{file} is not a mapping that keymap can read", [f"{place}: {what}"])
 
     if len(text) > _MAX_BYTES:
-        raise refuse(None, f"the file has {len(text)} characters; a mapping has at most {_MAX_BYTES}")
+        raise refuse(None, f"the file has {len(text)} characters or more; a mapping has at most {_MAX_BYTES}")
     try:
         depth = 0
         for event in yaml.parse(text, Loader=_LOADER):
@@ -73,6 +92,10 @@ def parse_yaml(text: str, file: str) -> Marked:
     marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
     scalars = yaml.constructor.SafeConstructor()
 
+    def measured(node: yaml.Node) -> None:
+        if len(node.value) > _MAX_TEXT:
+            raise refuse(node.start_mark, f"a text of {len(node.value)} characters; the limit is {_MAX_TEXT}")
+
     def build(node: yaml.Node, path: Path) -> Any:
         if isinstance(node, yaml.MappingNode):
             data: dict[str, Any] = {}
@@ -80,6 +103,7 @@ def parse_yaml(text: str, file: str) -> Marked:
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise refuse(key_node.start_mark, "a key must be plain text")
                 key = key_node.value
+                measured(key_node)
                 if key_node.tag.endswith(":merge"):
                     raise refuse(key_node.start_mark, "merge keys (<<) are not used: share rules with `tables`")
                 if key in data:
@@ -97,9 +121,15 @@ def parse_yaml(text: str, file: str) -> Marked:
         kind = node.tag.rpartition(":")[2]
         if kind not in ("str", "int", "float", "bool", "null"):
             raise refuse(node.start_mark, f"tag {node.tag!r} is not used in a mapping: quote the text")
+        measured(node)
+        if kind in ("int", "float") and len(node.value) > 32:  # 1:1:1:... is a number too, and takes its time
+            raise refuse(node.start_mark, f"a number of {len(node.value)} characters: quote it if it is a text")
         try:
-            return scalars.construct_object(node)
+            value = scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             raise refuse(node.start_mark, f"{node.value!r}: {error}") from None
+        if isinstance(value, (int, float)) and not -_MAX_NUMBER < value < _MAX_NUMBER:
+            raise refuse(node.start_mark, f"{node.value} is too large, or no number")
+        return value
 
     return Marked(file, build(root, ()), marks)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import permutations
 from math import prod
 
@@ -43,15 +43,20 @@ _MOST_READINGS = 1000  # combinations of alternatives and of a few indices that 
 
 
 class Effort:
-    """How much work the patterns of one file may make, in steps of a microsecond or so."""
+    """How much work the patterns of one file may make.
 
-    def __init__(self, left: int = 500_000) -> None:
-        self.left = left
+    Attributes:
+        steps: of a microsecond or so, to tell the patterns apart.
+        keys: that the source patterns stand for, in samples and where blocks are asked to be whole.
+    """
 
-    def spend(self, steps: int) -> None:
+    def __init__(self, steps: int = 500_000, keys: int = 3000) -> None:
+        self.steps, self.keys = steps, keys
+
+    def spend(self, steps: int, keys: int = 0) -> None:
         """Raises PatternError where nothing is left."""
-        self.left -= steps
-        if self.left < 0:
+        self.steps, self.keys = self.steps - steps, self.keys - keys
+        if self.steps < 0 or self.keys < 0:
             raise PatternError("the patterns of this file are too many, or too much alike, to be told apart")
 
 
@@ -307,14 +312,14 @@ def parse_target(
         raise PatternError(f"'{text}' uses a group twice: the way back could not tell which one to believe")
     if not tokens:
         raise PatternError("an empty target")
-    return _checked(tokens, text, effort)
+    return _checked(tokens, text, effort, target=True)
 
 
-def _checked(tokens: Sequence[Token], text: str, effort: Effort | None) -> Side:
+def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: bool = False) -> Side:
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MOST_READINGS:
         raise PatternError(f"'{text}' stands for {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
-    effort.spend(400 * side.readings)  # samples are made of them, and blocks are asked to be whole
+    effort.spend(1, 0 if target else side.readings)
     _check_readings(tokens, text, effort)
     return side
 
@@ -445,7 +450,6 @@ _Automaton = tuple[list[list[tuple[_Class, int]]], list[list[int]], int]
 _SAMPLES = "1a_-/.:#"
 
 
-@lru_cache(maxsize=4096)
 def _automaton(side: Side) -> _Automaton:
     """States with character edges and empty edges; the last number is the accepting state."""
     edges: list[list[tuple[_Class, int]]] = [[]]
@@ -509,8 +513,10 @@ def _common(a: _Class, b: _Class) -> str | None:
     return next((c for c in _SAMPLES if a(c) and b(c)), None)
 
 
-def overlap(a: Side, b: Side) -> str | None:
-    """A key that both sides match, or None where they share none."""
+def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:
+    """A key that both sides match, or None where they share none; PatternError where ``effort`` is not enough."""
+    effort = effort or Effort()
+    effort.spend(1 + len(a.starts) * len(b.starts) // 8 + len(a.ends) * len(b.ends) // 8)
     if not any(x.startswith(y) or y.startswith(x) for x in a.starts for y in b.starts):
         return None
     if not any(x.endswith(y) or y.endswith(x) for x in a.ends for y in b.ends):

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 
 import torch
 
 __all__ = ["Layout", "Piece", "cut", "join_runs", "permute", "place", "row_major", "whole"]
+
+_MOST = 20_000  # pieces of one tensor; where axes do not follow each other, a tensor falls apart into its elements
 
 Axis = tuple[int, int, int]  # length, stride in the source, stride in the target
 
@@ -176,6 +179,14 @@ def _flatten(spread: _Spread, strides: Sequence[int], shift: int = 0) -> Piece:
     return _piece(spread.piece, axes, spread.piece.source_offset, offset)
 
 
+def _few(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """All pieces; raises ValueError where there are too many to go on with."""
+    found = tuple(islice(pieces, _MOST + 1))
+    if len(found) > _MOST:
+        raise ValueError(f"the tensor falls apart into more than {_MOST} pieces: its axes do not follow each other")
+    return found
+
+
 def permute(layout: Layout, shape: Sequence[int], order: Sequence[int], result: Sequence[int]) -> Layout:
     """Read the tensor as ``shape``, put its axes into ``order``, call the outcome ``result``."""
     if list(order) == list(range(len(shape))):
@@ -184,8 +195,8 @@ def permute(layout: Layout, shape: Sequence[int], order: Sequence[int], result: 
     strides = [0] * len(shape)
     for stride, axis in zip(ordered, order, strict=True):
         strides[axis] = stride
-    pieces = [_flatten(s, strides) for p in layout.pieces for s in _spread(p, shape)]
-    return replace(layout, shape=tuple(result), pieces=tuple(pieces))
+    pieces = _few(_flatten(s, strides) for p in layout.pieces for s in _spread(p, shape))
+    return replace(layout, shape=tuple(result), pieces=pieces)
 
 
 def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[Piece, ...]:
@@ -194,7 +205,7 @@ def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[
     shift = start * strides[axis]
     if all(n == 1 for n in layout.shape[:axis]):
         return tuple(replace(p, target_offset=p.target_offset + shift) for p in layout.pieces)
-    return tuple(_flatten(s, strides, shift) for p in layout.pieces for s in _spread(p, layout.shape))
+    return _few(_flatten(s, strides, shift) for p in layout.pieces for s in _spread(p, layout.shape))
 
 
 def _clip(spread: _Spread, axis: int, start: int, stop: int) -> Iterator[_Spread]:
@@ -231,13 +242,13 @@ def cut(layout: Layout, axis: int, start: int, stop: int) -> Layout:
     shape = tuple(stop - start if d == axis else n for d, n in enumerate(layout.shape))
     strides = row_major(shape)
     shift = -start * strides[axis]
-    pieces = [
+    pieces = _few(
         _flatten(part, strides, shift)
         for p in layout.pieces
         for spread in _spread(p, layout.shape)
         for part in _clip(spread, axis, start, stop)
-    ]
-    return replace(layout, shape=shape, pieces=tuple(pieces))
+    )
+    return replace(layout, shape=shape, pieces=pieces)
 
 
 def join_runs(pieces: Iterable[Piece]) -> tuple[Piece, ...]:

@@ -16,7 +16,7 @@ import torch
 
 from keymap.pattern import Side, Slot
 from keymap.pieces import Layout, Piece, cut, place, whole
-from keymap.view import View, ViewError
+from keymap.view import View
 
 __all__ = ["Applied", "Check", "Fault", "Part", "Rule", "RuleTable", "Step", "apply_rules"]
 
@@ -203,6 +203,8 @@ class Applied:
 
 
 _DIGITS = re.compile(r"[0-9]+")
+_MOST_LACKING = 10_000  # members of a join that no key holds
+_MOST_SLICES = 10_000  # keys that one tensor is cut into
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def _in_order(part: Part, found: Iterable[tuple[str, ...]]) -> list[tuple[str | 
             if gap is not None:
                 raise _RuleError(f"the index leaves a gap: there is {there[-1]}, but no {gap}")
             column = [str(n) for n in there]
+        if len(product) * len(column) > len(keys) + _MOST_LACKING:
+            raise _RuleError(f"the join lacks {len(product) * len(column) - len(keys)} members or more")
         product = [(*row, cell) for row in product for cell in column]
     return product
 
@@ -288,7 +292,10 @@ def _common_dtype(members: list[Layout]) -> torch.dtype:
     for member in members[1:]:
         if member.dtype != common:
             narrow = 1 in (common.itemsize, member.dtype.itemsize) and common.is_floating_point
-            common = torch.float32 if narrow else torch.promote_types(common, member.dtype)
+            try:
+                common = torch.float32 if narrow else torch.promote_types(common, member.dtype)
+            except RuntimeError:  # torch has no common dtype for all unsigned integers
+                raise _RuleError(f"members of unlike dtypes: {common}, {member.dtype}") from None
     return common
 
 
@@ -366,6 +373,10 @@ def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layou
         last = at == len(part.variables) - 1
         if axis >= len(now.shape) or not now.shape[axis]:
             raise _RuleError(f"there is nothing to cut on axis {axis} of {list(now.shape)}")
+        if part.kind == "stack" and now.shape[axis] > _MOST_SLICES:
+            raise _RuleError(
+                f"axis {axis} of {list(now.shape)} is more than {_MOST_SLICES} long, too much to cut apart"
+            )
         if last and part.members and part.kind == "concat":
             for member, (start, stop) in zip(part.members, part.bounds(now.shape[axis]), strict=True):
                 taken = cut(now, axis, start, stop)
@@ -482,7 +493,7 @@ def apply_rules(
             outputs = list(_run(rule, values, members, facts))
             if rule.add is not None:
                 outputs = [(target, _with_sum(rule, layout, tensors)) for target, layout in outputs]
-        except (_RuleError, ViewError) as error:
+        except ValueError as error:  # of a rule, a view or a piece
             result.faults.append(_fault(rule, values, keys, members, str(error)))
             continue
         for target, layout in outputs:

@@ -60,7 +60,7 @@ def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
             )
         return known, name
     file = Path(name)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise MappingError(f"{name}: there is no such mapping file")
     extended = Registry(dict(known.mappings), dict(known.files), dict(known.places))
     return extended, extended.add([file])[0].name
@@ -87,7 +87,7 @@ def open_sources(
     if not isinstance(wrapper, (str, type(None))):
         raise CheckpointError(f"wrapper={wrapper!r}: give the dotted path of a state dict in the file")
     place, notes = Path(path), tuple[str, ...]()
-    if place.is_dir():
+    if os.path.isdir(place):  # which is False, not an error, for what may not be looked at
         place, why = choose_file(place, known.containers)
         notes = (why,)
     checkpoint = open_checkpoint(place, weights_only)

@@ -14,7 +14,7 @@ from keymap.mapping import Mapping
 from keymap.pieces import Layout
 from keymap.rules import Check, Fault, Rule, RuleTable, Step, apply_rules
 
-_MOST = 10_000  # indices that a group is asked to be complete for
+_MOST = 1000  # indices that a group is asked to be complete for
 
 __all__ = ["Translated", "from_hub", "incomplete", "respell", "to_hub", "tower_of"]
 

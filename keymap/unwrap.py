@@ -13,10 +13,12 @@ from typing import Any
 from keymap.errors import CheckpointError, some
 from keymap.mapping import Containers
 from keymap.read import LazyTensor
+from keymap.read.lazy import MAX_KEY, brief
 
 __all__ = ["Unwrapped", "parts_of", "unwrap"]
 
 _MAX_DEPTH = 4
+_MAX_PREFIXES = 16  # wrapper classes around one another
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,15 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, LazyTensor]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor)}
 
 
-def _found(tree: Any, wrappers: tuple[str, ...], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of dicts that hold tensors, along names of the table."""
-    if not isinstance(tree, Mapping) or len(path) > _MAX_DEPTH:
+def _found(
+    tree: Any, wrappers: tuple[str, ...], path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Paths of dicts that hold tensors, along names of the table; of a dict that stands at several, the first."""
+    seen = set() if seen is None else seen
+    if not isinstance(tree, Mapping) or len(path) > _MAX_DEPTH or id(tree) in seen:
         return
-    inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name))]
+    seen.add(id(tree))
+    inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name), seen)]
     here = [path] if _flat(tree) else []
     most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
     # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
@@ -96,7 +102,11 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
         raise CheckpointError(f"{file}: it holds no state dict", [_what(tree, containers)])
     state = _at(tree, chosen)
     tensors = _flat(state)
-    skipped = [str(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
+    odd = next((key for key in tensors if len(key) > MAX_KEY or not key.isprintable()), None)
+    if odd is not None:
+        what = f"{len(odd)} characters" if len(odd) > MAX_KEY else "characters that cannot be shown"
+        raise CheckpointError(f"{file}: the key {brief(odd)} has {what}; no model has such a key, so rename it")
+    skipped = [_shown(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
     notes = [f"entries that are no tensors were skipped: {some(skipped)}"] if skipped else []
     others = tuple(".".join(path) for path in paths if path != chosen)
     whole = _cut(Unwrapped(tensors, ".".join(chosen), others, (), tuple(notes)), containers, file)
@@ -128,7 +138,7 @@ def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
     known = (*containers.prefixes, *(f"{name}." for name in containers.parts))
     while True:
         prefix = next((p for p in known if all(k.startswith(p) and k != p for k in tensors)), None)
-        if prefix is not None:
+        if prefix is not None and len(prefixes) < _MAX_PREFIXES:
             prefixes.append(prefix)
             tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
             continue
@@ -161,23 +171,29 @@ def _what(tree: Mapping[str, Any], containers: Containers) -> str:
         return "the dict is empty: save model.state_dict()"
     if list(tree) == [""]:
         return f"it holds a {type(tree['']).__name__}, not a dict of tensors: save model.state_dict()"
-    names = ", ".join(repr(str(key)) for key in list(tree)[:8])
+    names = ", ".join(repr(_shown(key)) for key in list(tree)[:8])
     training = [name for name in containers.training_state if name in tree]
     if training:
         return (
             f"its entries are {names}: this is training state ({', '.join(training)}) without weights; "
             f"save model.state_dict() beside it"
         )
-    nested = [".".join(path) for path in _paths_of_tensors(tree)]
+    nested = [".".join(map(_shown, path)) for path in _paths_of_tensors(tree, (), set())]
     if nested:
         return f"tensors lie under {some(nested)}, which is no wrapper that is known: pass wrapper={nested[0]!r}"
     return f"its entries are {names}, and none of them is a tensor"
 
 
-def _paths_of_tensors(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of dicts that hold tensors, whatever their names."""
+def _shown(key: object) -> str:
+    """A name of the file for a message."""
+    return key if isinstance(key, str) and len(key) < 80 and key.isprintable() else brief(key)
+
+
+def _paths_of_tensors(tree: Mapping[str, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, ...]]:
+    """Paths of dicts that hold tensors, whatever their names; of a dict that stands at several, the first."""
     if path and _flat(tree):
         yield path
     for name, value in tree.items():
-        if isinstance(value, Mapping) and isinstance(name, str) and len(path) < _MAX_DEPTH:
-            yield from _paths_of_tensors(value, (*path, name))
+        if isinstance(value, Mapping) and isinstance(name, str) and len(path) < _MAX_DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            yield from _paths_of_tensors(value, (*path, name), seen)

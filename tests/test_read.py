@@ -615,7 +615,7 @@ BAD_PICKLES: dict[str, tuple[bytes, list[str]]] = {
     "long_text": (b"\x80\x02X\xff\xff\xff\xff.", ["truncated"]),
     "long_bytes": (b"\x80\x04\x8e" + b"\xff" * 8 + b".", ["truncated"]),
     "long_integer": (b"\x80\x02\x8b\xff\xff\xff\x7f.", ["integer of 2147483647 bytes"]),
-    "memo_jump": (b"\x80\x02}r\xff\xff\xff\xff", ["truncated"]),
+    "memo_jump": (b"\x80\x02}r\xff\xff\xff\xff.", ["stores value 4294967295 after only 0 others"]),
     "no_memo": (b"\x80\x02h\x07.", ["never stored"]),
     "no_mark": (b"\x80\x02t.", ["mark"]),
     "underflow": (b"\x80\x02R.", ["not there"]),
@@ -628,7 +628,7 @@ BAD_PICKLES: dict[str, tuple[bytes, list[str]]] = {
     "endless": (SHARED, ["more than 2000000 values"]),
     "self": (b"\x80\x02]q\x00h\x00a.", ["holds itself"]),
     "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", ["nests deeper"]),
-    "grows": (b"\x80\x02]" + ENCODE + b"00" + b"h\x00h\x01Ra" * 500 + b".", ["grows far beyond"]),
+    "grows": (b"\x80\x02]" + ENCODE + b"00" + b"h\x00h\x01Ra" * 11_000 + b".", ["grows far beyond"]),
     "bytearray": (
         b"\x80\x02" + named("builtins", "bytearray") + number(2**40) + b"\x85R.",
         ["does not take"],

@@ -57,7 +57,7 @@ def open_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
 
 
 def _open(path: Path, weights_only: bool, index: bool) -> Checkpoint:
-    if path.is_dir():
+    if os.path.isdir(path):  # which is False, not an error, for what may not be looked at
         held = sorted(item.name for item in path.iterdir() if item.name.endswith(WEIGHTS))
         advice = f"name one of its weight files: {held[:10]}" if held else "it holds no weight file"
         raise CheckpointError(f"{path}: is a directory; {advice}")
@@ -66,7 +66,7 @@ def _open(path: Path, weights_only: bool, index: bool) -> Checkpoint:
         members = read_directory(file)
         prefix = archive_prefix(members)
         if prefix is not None:
-            safe = weights_only or is_scripted(members, prefix)  # torch.load would run an archive's code
+            safe = weights_only or is_scripted(members)  # torch.load would run an archive's code
             return _or_trusted(file, safe, "torch", lambda: read_archive(file, members, prefix))
         if is_npz(members):
             return read_npz(file, members)

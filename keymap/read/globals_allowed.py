@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 import torch
 
-from keymap.read.lazy import Record
+from keymap.read.lazy import MAX_DIMS, Record
 from keymap.read.numpy_file import torch_dtype
-from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, Global, UnreadTensorError, check_key
+from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, Global, UnreadTensorError, check_keys
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -51,7 +51,8 @@ NAMES_ONLY = frozenset(
     ["torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"]
     + [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "bytes", "object")]
 )
-SIZED = (str, bytes, bytearray, list, dict, tuple, set, frozenset)
+BYTES = (str, bytes, bytearray)
+SIZED = (*BYTES, list, dict, tuple, set, frozenset)
 UNREAD = {
     "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -143,7 +144,11 @@ class AllowedGlobals:
         function = _CALLS.get(name)
         if function is None:
             raise BadPickleError(f"it calls {name}, which may only be named")
-        spend(sum(len(value) for value in arguments if isinstance(value, SIZED)))
+        spend(
+            sum(
+                len(value) * (1 if isinstance(value, BYTES) else 100) for value in arguments if isinstance(value, SIZED)
+            )
+        )
         try:
             return function(*arguments)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError):
@@ -227,15 +232,14 @@ def _parameter(tensor: Any, *_: Any) -> TensorView:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if type(value) not in (tuple, list):
+    if type(value) not in (tuple, list) or len(value) > MAX_DIMS:
         raise TypeError
     return tuple(value)
 
 
 def _plain_dict(items: Any = ()) -> dict[Any, Any]:
     pairs = list(items.items()) if type(items) is dict else list(items)
-    for key, _ in pairs:
-        check_key(key)
+    check_keys(key for key, _ in pairs)
     return dict(pairs)
 
 
@@ -248,8 +252,7 @@ def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
 def _members(items: Any = ()) -> list[Any]:
     if type(items) not in (list, tuple, set):
         raise TypeError
-    for item in items:
-        check_key(item)
+    check_keys(items)
     return list(items)
 
 
@@ -267,6 +270,12 @@ def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
     if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
         raise TypeError
     return text.encode(encoding)
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError  # the text of a value that shares much could be endless
+    return value
 
 
 def _complex(real: Any, imaginary: Any = 0.0) -> complex:
@@ -324,7 +333,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _tensor_of_type,
     "torch.Size": lambda sizes=(): _sizes(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if type(part) in (str, int)),
-    "torch.serialization._get_layout": lambda name: str(name),
+    "torch.serialization._get_layout": _text,
     "torch.jit._pickle.build_tensorlist": _script_list,
     "torch.jit._pickle.build_intlist": _script_list,
     "torch.jit._pickle.build_doublelist": _script_list,

@@ -18,7 +18,11 @@ from keymap.errors import CheckpointError, UnsafeCheckpointError
 
 MAX_DIMS = 64
 MAX_INT64 = 2**63 - 1
-INFLATE_STEP = 1 << 16  # deflated bytes handed to zlib at a time
+MAX_KEY = 2048  # characters; a real key has less than 200
+FEW = 120_000  # tensors that a file of any size may hold, and one more for each PER_TENSOR bytes
+PER_TENSOR = 1 << 12
+SMALL = 1 << 24  # bytes that a tensor or member may have beside four times its file: deflated, or repeating
+INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +84,63 @@ class SourceFile:
         path: where it lies.
         size: bytes.
         data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
+        status: of the file when it was opened.
+        handed: whether values were read from it.
     """
 
     def __init__(self, path: Path) -> None:
         """Map ``path``; raise CheckpointError where it is no readable, regular, non-empty file."""
         self.path = path
+        self.handed = False
         try:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                raise self.bad("is not a regular file", "give the path of a checkpoint file")
-            if status.st_size == 0:
-                raise self.bad("is empty (0 bytes)", "download or save it again")
-            with path.open("rb") as handle:
-                self.size = os.fstat(handle.fileno()).st_size
-                self.data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for ever
+            try:
+                self.status = os.fstat(handle)
+                if not stat.S_ISREG(self.status.st_mode):
+                    raise self.bad("is not a regular file", "give the path of a checkpoint file")
+                if self.status.st_size == 0:
+                    raise self.bad("is empty (0 bytes)", "download or save it again")
+                self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
                 self.size = len(self.data)
+            finally:
+                os.close(handle)
         except FileNotFoundError:
             raise self.bad("does not exist", "check the path") from None
         except PermissionError:
             raise self.bad("may not be read (permission denied)", "change its permissions") from None
         except (OSError, ValueError) as error:
             raise self.bad(f"cannot be opened: {error}", "check the path") from error
+
+    def unchanged(self) -> None:
+        """Raise CheckpointError where the file was written to since it was opened.
+
+        A file that was removed or replaced is not: the mapping keeps what was opened.
+        """
+        size, then = self.data.size(), self.status
+        if size >= self.size:  # beyond the end of a file that shrank there is no memory, and a read ends the process
+            try:
+                now = os.stat(self.path)
+            except OSError:
+                return
+            same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
+            if not same or now.st_mtime_ns == then.st_mtime_ns:
+                return
+        fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
+        half = ": a model that was being filled from it is half loaded" if self.handed else ""
+        raise self.bad(fact, f"wait until it is whole and load again{half}")
+
+    def refuse_many(self, count: int) -> None:
+        """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size holds."""
+        most = FEW + self.size // PER_TENSOR
+        if count > most:
+            raise self.bad(f"holds {count} or more tensors; the limit for its size is {most}", "save fewer, or stacked")
+
+    def refuse_large(self, name: str, nbytes: int) -> None:
+        """Raise CheckpointError for a tensor, or member, that would take far more memory than the file has."""
+        most = 4 * self.size + SMALL
+        if nbytes > most:
+            fact = f"{brief(name)} would take {nbytes} bytes of memory, far more than the file has ({self.size})"
+            raise self.bad(fact, "save it as it is, not as a view that repeats elements or as a bomb of zeros")
 
     def give_back(self, start: int, stop: int) -> None:
         """Give the memory of the whole pages within ``start`` to ``stop`` back; they are mapped anew when read again.
@@ -152,6 +192,7 @@ class Block:
                 total, crc = total + len(part), zlib.crc32(part, crc)
             self._judge(total, crc, self.crc)
         elif self.seal is not None:
+            self.file.unchanged()
             start, length, wanted = self.seal
             with memoryview(self.file.data) as view:
                 crc = zlib.crc32(view[start : start + length])
@@ -172,8 +213,11 @@ class Block:
     def load(self) -> torch.Tensor:
         """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory of its own.
 
-        Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared.
+        Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared, and where the
+        file has been written to.
         """
+        self.file.unchanged()
+        self.file.handed = True
         if self.nbytes == 0 and self.crc is None:
             return torch.empty(0, dtype=torch.uint8)
         if self.crc is None:
@@ -251,6 +295,8 @@ def lazy_view(
 ) -> LazyTensor:
     """A tensor over ``block``; the caller has checked that the view lies inside it.
 
+    Raises CheckpointError where it would take far more memory than the file has.
+
     Args:
         block: the raw bytes; those beyond a whole number of elements are left out.
         dtype: how they are read.
@@ -259,6 +305,8 @@ def lazy_view(
         offset: first element.
     """
     whole = block.nbytes - block.nbytes % dtype.itemsize
+    inflated = block.nbytes if block.crc is not None else 0
+    block.file.refuse_large(block.name, max(inflated, (element_count(shape) or 0) * dtype.itemsize))
 
     def read() -> torch.Tensor:
         if whole == 0 or 0 in shape:

@@ -10,7 +10,8 @@ import torch
 from keymap.errors import CheckpointError
 from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count, lazy_view
 
-MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000  # bytes
+PARSED = 1 << 26  # bytes that what is parsed of a header may take, beside four times the file
 AGAIN = "download or save the file again"
 
 DTYPES = {
@@ -57,7 +58,7 @@ def parse_json(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except DuplicateKeyError as error:
-        raise file.bad(f"{what} gives the key {error.args[0]!r} twice", AGAIN) from None
+        raise file.bad(f"{what} gives the key {brief(error.args[0])} twice", AGAIN) from None
     except (ValueError, RecursionError) as error:
         raise file.bad(f"{what} is not valid JSON ({error})", AGAIN) from None
     if not isinstance(value, dict):
@@ -82,10 +83,16 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     if length > file.size - 8:
         fact = f"is truncated: its header claims {length} bytes, the file has {file.size - 8} after the length"
         raise file.bad(fact, AGAIN)
-    header = parse_json(file, file.data[8 : 8 + length], "its header")
+    raw = file.data[8 : 8 + length]
+    file.refuse_many(raw.count(b'"dtype"'))
+    parsed = 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')  # lists, texts, slots
+    if parsed > 4 * file.size + PARSED:
+        raise file.bad(f"its header of {length} bytes would take {parsed} bytes of memory", AGAIN)
+    header = parse_json(file, raw, "its header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise file.bad("its __metadata__ is not an object of texts", AGAIN)
+    file.refuse_many(len(header))
 
     faults: list[str] = []
     found: list[tuple[int, int, str, LazyTensor]] = []
@@ -93,7 +100,7 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     for key, entry in header.items():
         fault, begin, end, tensor = _entry(file, base, key, entry)
         if fault or tensor is None:
-            faults.append(f"{key!r}: {fault}")
+            faults.append(f"{brief(key)}: {fault}")
         else:
             found.append((begin, end, key, tensor))
     found.sort(key=lambda item: item[:2])
@@ -135,8 +142,8 @@ def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> 
     for begin, end, key, _ in found:
         if begin != at:
             kind = "overlap of" if begin < at else "hole of"
-            faults.append(f"{key!r}: {kind} {abs(begin - at)} bytes with {before}, which ends at {at}")
-        at, before = max(at, end), repr(key)
+            faults.append(f"{brief(key)}: {kind} {abs(begin - at)} bytes with {before}, which ends at {at}")
+        at, before = max(at, end), brief(key)
     if at != size:
         faults.append(f"{size - at} bytes after the last tensor belong to none")
     return faults

@@ -14,7 +14,7 @@ from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, UnreadTen
 from keymap.read.zip_file import whole_member
 
 MAX_PICKLE = 1 << 28
-MAX_SCAN = 1 << 22
+MAX_SCAN = 1 << 19
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 AGAIN = "download or save the file again"
@@ -27,9 +27,10 @@ def archive_prefix(members: dict[str, Block]) -> str | None:
     return found[0].removesuffix("data.pkl") if len(found) == 1 else None
 
 
-def is_scripted(members: dict[str, Block], prefix: str) -> bool:
-    """Whether torch.jit.save wrote the archive."""
-    return prefix + "constants.pkl" in members or any(name.startswith(prefix + "code/") for name in members)
+def is_scripted(members: dict[str, Block]) -> bool:
+    """Whether torch.jit.save wrote the archive, or torch.load would think so."""
+    marks = ("/constants.pkl", "/code/")  # in any folder: torch.load takes that of the first member for the archive's
+    return any(mark in f"/{name}" for name in members for mark in marks)
 
 
 def read_archive(file: SourceFile, members: dict[str, Block], prefix: str) -> Checkpoint:
@@ -43,7 +44,7 @@ def read_archive(file: SourceFile, members: dict[str, Block], prefix: str) -> Ch
     order = members.get(prefix + "byteorder")
     if order is not None and whole_member(order, 64).strip() != b"little":
         raise file.bad("was written on a big-endian machine", "save it again on a little-endian one")
-    scripted = is_scripted(members, prefix)
+    scripted = is_scripted(members)
     raw = whole_member(members[prefix + "data.pkl"], MAX_PICKLE)
     allowed = AllowedGlobals(scripted)
     value, _ = _run(file, raw, 0, allowed)
@@ -133,7 +134,7 @@ def _legacy_blocks(file: SourceFile, at: int, keys: Any, storages: list[Storage]
 def _run(file: SourceFile, data: Any, start: int, allowed: AllowedGlobals) -> tuple[Any, int]:
     """The value of a pickle and the position after it; raises CheckpointError as the modules' readers say."""
     try:
-        return run_pickle(data, start, allowed)
+        return run_pickle(data, start, allowed, file.size)
     except ForbiddenGlobalError as error:
         raise _refusal(file, data[start : start + MAX_SCAN], allowed, str(error)) from None
     except UnreadTensorError as error:

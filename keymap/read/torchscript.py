@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from keymap.read.globals_allowed import Instance, TensorView
-from keymap.read.lazy import Block, SourceFile
+from keymap.read.lazy import MAX_KEY, Block, SourceFile, brief
 from keymap.read.zip_file import whole_member
 
-MAX_CODE = 1 << 26
-MAX_MODULES = 200_000
+MAX_CODE = 1 << 24
+MAX_VALUES = 1_000_000  # attributes of all modules, as often as they are reached
 MAX_DEPTH = 100
 CLASS = re.compile(r"^class (\w+)(?:\((\w*)\))?:", re.MULTILINE)
 LISTED = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
@@ -79,13 +79,16 @@ def module_tensors(file: SourceFile, members: dict[str, Block], prefix: str, roo
     visits = 0
     while waiting:
         path, module, depth = waiting.pop()
-        visits += 1
-        if depth > MAX_DEPTH or visits > MAX_MODULES:
-            raise file.bad(f"is a TorchScript archive whose modules do not end, at {path[:80]!r}", again)
-        script = sources.of(module.name)
         state = module.state if isinstance(module.state, dict) else {}
+        visits += 1 + len(state)
+        if depth > MAX_DEPTH or visits > MAX_VALUES or len(path) > MAX_KEY:
+            raise file.bad(f"is a TorchScript archive whose modules do not end, at {path[:80]!r}", again)
+        file.refuse_many(len(result))
+        script = sources.of(module.name)
         inner: list[tuple[str, Instance, int]] = []
         for name, value in state.items() if script.module else ():
+            if type(name) is not str or len(name) > MAX_KEY:
+                raise file.bad(f"is a TorchScript archive whose {path[:80]!r} has an attribute {brief(name)}", again)
             if type(value) is TensorView and (script.tensors is None or name in script.tensors):
                 result[f"{path}{name}"] = value
             elif type(value) is Instance and value.name.startswith("__torch__."):

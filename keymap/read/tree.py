@@ -31,6 +31,8 @@ from keymap.read.numpy_file import torch_dtype
 from keymap.read.unpickle import Global
 
 MAX_DEPTH = 100
+SHOWN = 200  # characters of a path that a message shows, and that a name adds to it
+PLAIN = (str, int, float, bool, bytes)
 MAX_NODES = 2_000_000
 AGAIN = "download or save the file again"
 SMALLER = "save the state dict alone"
@@ -48,6 +50,7 @@ class TreeBuilder:
         self.file, self.locate = file, locate
         self.done: dict[int, tuple[Any, int]] = {}
         self.open: set[int] = set()
+        self.tensors = 0
 
     def tree(self, value: Any) -> dict[str, Any]:
         """The tree of a whole file: a dict as it is, anything else under the key ""."""
@@ -75,12 +78,12 @@ class TreeBuilder:
         if id(value) in self.open:
             raise self.file.bad(f"{path!r} holds itself", SMALLER)
         if depth > MAX_DEPTH:
-            raise self.file.bad(f"it nests deeper than {MAX_DEPTH} levels, at {path[:80]!r}", SMALLER)
+            raise self.file.bad(f"it nests deeper than {MAX_DEPTH} levels, at {path!r}", SMALLER)
         self.open.add(id(value))
         result, nodes = self._container(value, path, depth + 1)
         self.open.discard(id(value))
         if nodes > MAX_NODES:
-            raise self.file.bad(f"{path[:80]!r} holds more than {MAX_NODES} values", SMALLER)
+            raise self.file.bad(f"{path!r} holds more than {MAX_NODES} values", SMALLER)
         self.done[id(value)] = (result, nodes)
         return result, nodes
 
@@ -89,7 +92,11 @@ class TreeBuilder:
 
         def inside(item: Any, name: object) -> Any:
             nonlocal nodes
-            result, count = self._convert(item, f"{path}.{name}" if path else str(name), depth)
+            if item is None or type(item) in PLAIN:
+                nodes += 1
+                return item
+            told = name if type(name) is str else brief(name)
+            result, count = self._convert(item, f"{path}.{told[:SHOWN]}"[-SHOWN:] if path else told[:SHOWN], depth)
             nodes += count
             return result
 
@@ -131,6 +138,8 @@ class TreeBuilder:
 
     def lazy(self, view: TensorView, path: str) -> LazyTensor:
         """The tensor of a view; raises CheckpointError where it reaches outside its storage."""
+        self.tensors += 1
+        self.file.refuse_many(self.tensors)
         storage, dtype, shape, strides = view.storage, view.dtype, view.shape, view.strides
         block = self.locate(storage)
         size = storage.numel * storage.dtype.itemsize
@@ -152,6 +161,7 @@ class TreeBuilder:
         first = view.offset + storage.first
         last = first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         room = size // dtype.itemsize
+        self.file.refuse_large(path, count * dtype.itemsize)
         if count > 0 and last >= room:
             raise bad(f"runs past storage {storage.key!r} of {room} elements (reaches {last})")
         if count > 0 and strides == contiguous_strides(shape) and block.crc is None:

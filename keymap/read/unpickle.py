@@ -2,19 +2,30 @@
 
 A pickle is a program. Python's own machine imports what the program names and calls it. This one hands
 every name to ``allowed`` and every call to a short table there (see globals_allowed.py), so a name that is
-not in the table ends the reading before anything happened. What a program can cost is bounded by its
-length: no opcode allocates more than the bytes it is made of, and calls have a budget.
+not in the table ends the reading before anything happened. What a program can cost is bounded by the size of
+its file: every opcode and every call spends from a budget of memory, and each takes a time that its own bytes
+pay for.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from keymap.read.lazy import FEW
+
 MAX_INTEGER = 64  # bytes; a random generator's state needs 17
+MAX_NAME = 1024  # characters of a module and a name in it
 KEY_DEPTH = 3  # of tuples that are keys: hashing shared, nested tuples can take for ever
+MAX_NUMBERED = 1 << 15  # keys of a dict that has others than texts: these can be made to collide, texts cannot
+MAX_HASH = 1 << 60  # above, integers share their hashes
+SLACK = 3 << 24  # bytes of memory that a pickle may take beside twice its file
+PER_TENSOR = 2500  # more, for each storage that it names, of those that such a file can hold
+TENSOR = 128  # bytes of a file that the smallest tensor takes with its name
+GROWS = "it grows far beyond its own size when it is run"
+MEMO_GAP = 1024  # how far ahead of those in use the number of a stored value may be
 
 
 class BadPickleError(Exception):
@@ -52,51 +63,69 @@ class Allowed(Protocol):
         """What the reference stands for: a storage; raises BadPickleError."""
 
 
-def run_pickle(data: Any, start: int, allowed: Allowed) -> tuple[Any, int]:
+def run_pickle(data: Any, start: int, allowed: Allowed, size: int = 0) -> tuple[Any, int]:
     """The value of the pickle at ``start`` and the position after it.
 
     Args:
         data: bytes or a mapping.
         start: first byte.
         allowed: what the pickle may name.
+        size: bytes of the file that the pickle lies in, where it is larger than ``data``.
 
     Raises:
         ForbiddenGlobalError: it names something that is not allowed.
         BadPickleError: it is truncated, malformed, or uses an opcode that torch.save never writes.
     """
-    machine = _Machine(data, start, allowed)
+    machine = _Machine(data, start, allowed, max(size, len(data)))
     return machine.run(), machine.at
 
 
-def check_key(key: Any, depth: int = 0) -> None:
-    """Raise BadPickleError unless ``key`` is a plain value whose hash is cheap."""
+def check_keys(keys: Iterable[Any], held: Collection[Any] = ()) -> None:
+    """Raise BadPickleError unless the keys, and those that are held already, can be hashed in little time."""
+    count = len(held)
+    for key in keys:
+        count += 1
+        if type(key) is not str:
+            _check_key(key, 0)
+            if count > MAX_NUMBERED:
+                raise BadPickleError(f"a dict or set has more than {MAX_NUMBERED} keys, and not all are texts")
+
+
+def _check_key(key: Any, depth: int) -> None:
     if isinstance(key, tuple) and depth < KEY_DEPTH and len(key) <= 16:
         for part in key:
-            check_key(part, depth + 1)
+            _check_key(part, depth + 1)
+    elif type(key) is int and not -MAX_HASH < key < MAX_HASH:
+        raise BadPickleError("a dict or set has an integer of more than 60 bits as a key")
     elif key is not None and type(key) not in (str, bytes, int, float, bool, Global):
         raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}")
 
 
 class _Machine:
-    def __init__(self, data: Any, start: int, allowed: Allowed) -> None:
+    def __init__(self, data: Any, start: int, allowed: Allowed, size: int) -> None:
         self.data, self.at, self.stop, self.allowed = data, start, len(data), allowed
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.budget = 4 * (self.stop - start) + (1 << 16)
+        self.budget = 2 * size + SLACK
+        self.storages, self.most = set[str](), min(size // TENSOR, FEW)
         self.done = False
 
     def run(self) -> Any:
-        data, steps = self.data, _STEPS
+        data, stop, steps = self.data, self.stop, _STEPS
         while not self.done:
             at = self.at
-            if at >= self.stop:
+            if at >= stop:
                 raise BadPickleError(f"it is truncated at byte {at} (an opcode expected)")
             self.at = at + 1
-            step = steps.get(data[at])
-            if step is None:
+            known = steps.get(data[at])
+            if known is None:
                 code = bytes([data[at]])
                 raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
+            step, cost = known
+            self.budget -= cost
+            if self.budget < 0:
+                raise BadPickleError(GROWS)
             step(self)
         if self.below or len(self.stack) != 1:
             raise BadPickleError("it stops with more or less than one value")
@@ -108,6 +137,7 @@ class _Machine:
         if end > self.stop:
             raise BadPickleError(f"it is truncated at byte {at} ({count} more bytes expected)")
         self.at = end
+        self.budget -= count
         raw: bytes = self.data[at:end]
         return raw
 
@@ -137,7 +167,7 @@ class _Machine:
     def spend(self, amount: int) -> None:
         self.budget -= amount
         if self.budget < 0:
-            raise BadPickleError("it grows far beyond its own size when it is run")
+            raise BadPickleError(GROWS)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -162,9 +192,8 @@ class _Machine:
         target = self.top(dict)
         if len(items) % 2:
             raise BadPickleError("a dict has a key without a value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            check_key(key)
-            target[key] = value
+        check_keys(items[::2], target)
+        target.update(zip(items[::2], items[1::2], strict=True))
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
@@ -174,11 +203,15 @@ class _Machine:
     def store(self, index: int) -> None:
         if not self.stack:
             raise BadPickleError("it stores a value that is not there")
+        if index > len(self.memo) + MEMO_GAP:
+            raise BadPickleError(f"it stores value {index} after only {len(self.memo)} others")
         self.memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise BadPickleError("it names a global by something that is no text")
+        if len(module) + len(name) > MAX_NAME:
+            raise BadPickleError(f"it names a global of {len(module) + len(name)} characters")
         self.push(self.allowed.find(module, name))
 
     def call(self, target: Any, arguments: Any) -> None:
@@ -245,8 +278,10 @@ def _old_string(count: int) -> Callable[[_Machine], None]:
 
 def _tuple_of(count: int) -> Callable[[_Machine], None]:
     def step(m: _Machine) -> None:
-        items = [m.pop() for _ in range(count)]
-        m.push(tuple(reversed(items)))
+        stack = m.stack
+        if len(stack) < count:
+            raise BadPickleError(f"it takes {count} values where there are {len(stack)}, before byte {m.at}")
+        stack[-count:] = [tuple(stack[-count:])]
 
     return step
 
@@ -274,15 +309,14 @@ def _dict(m: _Machine) -> None:
 
 def _add_items(m: _Machine) -> None:
     items = m.marked()
-    for item in items:
-        check_key(item)
-    m.top(set).update(items)
+    target = m.top(set)
+    check_keys(items, target)
+    target.update(items)
 
 
 def _frozen_set(m: _Machine) -> None:
     items = m.marked()
-    for item in items:
-        check_key(item)
+    check_keys(items)
     m.push(frozenset(items))
 
 
@@ -323,7 +357,11 @@ def _build(m: _Machine) -> None:
 
 
 def _persistent(m: _Machine) -> None:
-    m.push(m.allowed.persistent(m.pop()))
+    reference = m.pop()
+    m.push(m.allowed.persistent(reference))
+    if reference[2] not in m.storages and len(m.storages) < m.most:
+        m.storages.add(reference[2])
+        m.budget += PER_TENSOR
 
 
 def _pop_mark(m: _Machine) -> None:
@@ -337,7 +375,7 @@ def _pop(m: _Machine) -> None:
         m.marked()
 
 
-_STEPS: dict[int, Callable[[_Machine], None]] = {
+_DOES: dict[int, Callable[[_Machine], None]] = {
     ord("\x80"): _protocol,
     ord("\x95"): _frame,
     ord("."): _stop,
@@ -392,3 +430,8 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("b"): _build,
     ord("Q"): _persistent,
 }
+
+# Bytes of memory that a step takes, at most, and its value in the tree that is made of it; 40 for the others.
+_COSTS = {ord(code): 70 for code in "(UTX\x8c\x8dCB\x8e\x96"} | {ord(code): 110 for code in "]}t\x85\x86\x87ldqr\x94"}
+_COSTS |= {ord(code): 250 for code in "R\x81\x92Q\x8f\x91"} | {ord(code): 16 for code in "N)\x88\x89hj20.eaus\x90b"}
+_STEPS = {code: (step, _COSTS.get(code, 40)) for code, step in _DOES.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 
-from keymap.read.lazy import Block, SourceFile
+from keymap.read.lazy import MAX_KEY, Block, SourceFile, brief
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+MIN_DIRECTORY = 1 << 22  # bytes that the directory of every archive may have; it grows tenfold when it is read
 MAX_RATIO = 1040  # deflate cannot reach more; a larger declared size is a lie
 AGAIN = "download or save the file again"
 BROKEN = (
@@ -23,6 +25,28 @@ BROKEN = (
 )
 
 
+class _Directory(io.RawIOBase):
+    """The file as zipfile reads it: only so much at once as a directory of a sensible size has."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.data, self.limit = file.data, MIN_DIRECTORY + file.size // 5
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            self.data.seek((0, self.data.tell(), len(self.data))[whence] + offset)
+        except ValueError as error:  # what zipfile expects of a file
+            raise OSError(str(error)) from None
+        return self.data.tell()
+
+    def tell(self) -> int:
+        return self.data.tell()
+
+    def read(self, count: int = -1) -> bytes:
+        if count > self.limit:
+            raise ValueError(f"a directory of {count} bytes, the limit is {self.limit}")
+        return self.data.read(count)
+
+
 def looks_like_zip(file: SourceFile) -> bool:
     """Whether the file begins with a member's header, or is an archive without members."""
     return file.data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
@@ -35,16 +59,17 @@ def read_directory(file: SourceFile) -> dict[str, Block]:
     encrypted, overlaps another, lies outside the file, or is compressed otherwise than by deflate.
     """
     try:
-        with file.path.open("rb") as handle, zipfile.ZipFile(handle) as archive:
+        with zipfile.ZipFile(_Directory(file)) as archive:
             entries = archive.infolist()
             stop = archive.start_dir
     except BROKEN as error:
         raise file.bad(f"is a truncated or corrupt zip archive ({error})", AGAIN) from error
+    file.refuse_many(len(entries))
     members: dict[str, Block] = {}
     for entry in entries:
         if entry.orig_filename in members:
-            raise file.bad(f"member {entry.orig_filename!r} is there twice", AGAIN)
-        if not entry.is_dir():
+            raise file.bad(f"member {brief(entry.orig_filename)} is there twice", AGAIN)
+        if not entry.orig_filename.endswith("/"):
             members[entry.orig_filename] = _member(file, entry, stop)
     reached, before = 0, ""
     for name, block in sorted(members.items(), key=lambda item: (item[1].start, item[1].stored)):
@@ -57,6 +82,8 @@ def read_directory(file: SourceFile) -> dict[str, Block]:
 def _member(file: SourceFile, entry: zipfile.ZipInfo, stop: int) -> Block:
     """The block of one entry, after its own header was found to agree with the directory."""
     name, at = entry.orig_filename, entry.header_offset
+    if len(name) > MAX_KEY:
+        raise file.bad(f"member {brief(name)} has a name of {len(name)} characters", AGAIN)
     if not 0 <= at <= min(stop, file.size) - LOCAL_HEADER.size:
         raise file.bad(f"member {name!r} lies outside the file (at byte {at} of {file.size})", AGAIN)
     fields = LOCAL_HEADER.unpack(file.data[at : at + LOCAL_HEADER.size])
@@ -91,6 +118,7 @@ def whole_member(block: Block, limit: int) -> bytes:
     Raises CheckpointError where it is larger than ``limit``, corrupt, or its checksum differs.
     """
     file = block.file
+    file.refuse_large(block.name, block.nbytes)
     if block.nbytes > limit:
         raise file.bad(f"member {block.name!r} has {block.nbytes} bytes, the limit is {limit}", AGAIN)
     return block.load().numpy().tobytes() if block.crc is not None else block.head(block.nbytes)

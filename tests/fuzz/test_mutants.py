@@ -1,0 +1,103 @@
+"""The short run: some mutants of every kind, always the same. And that the judge sees what it has to see."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import keymap
+from fuzz import judge, workers
+from fuzz.seeds import KINDS
+
+COUNT = 120
+
+
+def test_some_mutants_of_every_kind_load_right_or_are_refused() -> None:
+    tallies = workers.fuzz(list(KINDS), COUNT)
+    assert {kind: tally.failures for kind, tally in tallies.items() if tally.failures} == {}
+    assert all(tally.mutants == COUNT and tally.refusals >= COUNT // 4 for tally in tallies.values())
+    assert all(tallies[kind].loads >= 3 for kind in KINDS if kind not in ("npy", "index"))
+
+
+@pytest.fixture(scope="module")
+def kind(tmp_path_factory: pytest.TempPathFactory) -> judge.Kind:
+    return judge.Kind("safetensors", tmp_path_factory.mktemp("mutants"))
+
+
+def _raises(error: Exception, change: bool = False):
+    def load(model, *arguments, **options):
+        if change:
+            with torch.no_grad():
+                model.visual.proj.add_(1)
+        raise error
+
+    return load
+
+
+def _burns(*arguments, **options):
+    start = time.process_time()
+    while time.process_time() < start + judge.SECONDS:
+        pass
+    raise keymap.CheckpointError("at last")
+
+
+def _swells(*arguments, **options):
+    bytes_ = bytearray(judge.MEMORY + (8 << 20))
+    bytes_[:: 1 << 12] = bytes(len(bytes_) >> 12)  # a page that nobody wrote to is none
+    raise keymap.CheckpointError(f"after {len(bytes_)}")
+
+
+PLANTED = {
+    "another exception": (_raises(ValueError("odd")), "ValueError: odd"),
+    "the last net": (_raises(keymap.CheckpointError("a: cannot be read (KeyError: 3)")), "only the last net"),
+    "a changed model": (_raises(keymap.CheckpointError("no"), change=True), "['visual.proj'] changed"),
+    "too slow": (_burns, "it took 2."),
+    "too large": (_swells, "MB for a file of"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_judge_sees(name: str, kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, words = PLANTED[name]
+    before = {key: value.clone() for key, value in kind.seeds[0].model.state_dict().items()}
+    monkeypatch.setattr(keymap, "load_checkpoint", load)
+    outcome = kind._judge(0, kind.data[0], True, True)
+    kind.seeds[0].model.load_state_dict(before)
+    assert outcome.word == "FAILED" and words in outcome.text, outcome
+
+
+def test_the_judge_sees_values_that_are_not_the_files(kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = keymap.load_checkpoint
+
+    def load(model, *arguments, **options):
+        result = real(model, *arguments, **options)
+        with torch.no_grad():
+            model.visual.proj[0, 0] += 1
+        return result
+
+    monkeypatch.setattr(keymap, "load_checkpoint", load)
+    assert "visual.proj is not what" in kind._judge(0, kind.data[0], True, True).text
+
+
+DYING = """
+import os, signal
+from fuzz import judge
+real = judge.Kind.run
+def run(self, number):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGBUS)
+    return real(self, number)
+judge.Kind.run = run
+"""
+
+
+def test_a_worker_that_dies_is_seen_and_the_next_goes_on_behind_it(tmp_path: Path) -> None:
+    tally = workers.fuzz(["npy"], 5, first_of_all=DYING)["npy"]
+    assert tally.mutants == 5 and tally.refusals == 4
+    assert tally.failures == [
+        (2, f"the process was ended by signal {int(signal.SIGBUS)} (9 after 30 s without an answer)")
+    ]

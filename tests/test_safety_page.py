@@ -1,0 +1,50 @@
+"""docs/safety.md says what the code does: its names and its limits are the code's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from keymap import compile as compile_
+from keymap import config, folder, marked_yaml, pattern, unwrap, view
+from keymap.read import lazy, numpy_file, safetensors_file, shards, tree, unpickle, zip_file
+from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
+
+PAGE = (Path(__file__).parents[1] / "docs" / "safety.md").read_text(encoding="utf-8")
+SECTION = PAGE.partition("## Names that a pickle may use")[2].partition("## Limits")[0]
+LIMITS = PAGE.partition("## Limits")[2].partition("## How")[0]
+
+
+def test_the_names_of_the_page_are_those_of_the_code() -> None:
+    named = set(re.findall(r"`([\w.]+\.[\w.]+)`", SECTION))
+    allowed = {*_CALLS, *NAMES_ONLY, *DTYPES, *(f"torch.{name}" for name in STORAGE_DTYPES), *UNREAD}
+    spellings = {"numpy.core", "torch.storage"}  # of modules, which the page names as such
+    assert named - spellings == allowed
+
+
+def row(of: str) -> list[int]:
+    line = next(line for line in LIMITS.splitlines() if line.startswith(f"| {of} |"))
+    return [int(number) for number in re.findall(r"\d+", line.strip("|").split("|")[1])]
+
+
+def test_the_limits_of_the_page_are_those_of_the_code() -> None:
+    assert row("tensors, or members, or keys of an index") == [lazy.FEW, lazy.PER_TENSOR]
+    assert row("one tensor, or one inflated member") == [lazy.SMALL >> 20]
+    assert row("a key of a state dict") == [lazy.MAX_KEY]
+    assert row("dimensions of a tensor") == [lazy.MAX_DIMS]
+    header = [safetensors_file.MAX_HEADER // 10**6, safetensors_file.PARSED >> 20]
+    assert row("the header of a safetensors file") == header
+    assert row("the directory of an archive") == [zip_file.MIN_DIRECTORY >> 20]
+    assert row("the header of an array") == [numpy_file.MAX_HEADER]
+    assert row("memory that a pickle builds") == [unpickle.SLACK >> 20, unpickle.PER_TENSOR, lazy.FEW, unpickle.TENSOR]
+    nesting = [tree.MAX_DEPTH, tree.MAX_NODES, unwrap._MAX_DEPTH, unwrap._MAX_PREFIXES]
+    assert row("containers within containers") == nesting
+    assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED]
+    assert row("an index of shards") == [shards.MAX_INDEX >> 20, shards.MAX_SHARDS]
+    assert row("a folder") == [folder._MOST]
+    assert row("a configuration") == [config._MAX_BYTES >> 20]
+    effort = pattern.Effort()
+    mapping = [marked_yaml._MAX_BYTES, marked_yaml._MAX_DEPTH, marked_yaml._MAX_TEXT, compile_._MOST, effort.keys]
+    assert row("a mapping") == mapping
+    assert row("a pattern") == [pattern._MOST_TEXT, pattern._MOST_READINGS]
+    assert row("a view") == [view._MOST_AXES]
