@@ -9,7 +9,7 @@ from keymap.catalogue import Registry
 from keymap.errors import DetectionError
 from keymap.mapping import Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
-from keymap.rules import Fault, RuleTable, Step, apply_rules
+from keymap.rules import Fault, Rule, RuleTable, Step, apply_rules
 
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 
@@ -94,22 +94,30 @@ def refuse_in_words(
                 raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
 
 
+def _may_own(rule: Rule, keys: str) -> bool:
+    """False where the texts of a rule show that it owns none of the keys, which stand in lines of one text."""
+    side = rule.source
+    there = all(token in keys for token in side.tokens if isinstance(token, str))
+    return there and any(f"\n{start}" in keys for start in side.starts)
+
+
 def accept(
     mapping: Mapping, tensors: MappingType[str, Layout], facts: MappingType[str, int]
 ) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
     """The tensors under the spelling that the format writes."""
     faults: list[Fault] = []
     steps: list[Step] = []
+    keys = "\n".join(("", *tensors)) if mapping.accepts else ""
     for block in mapping.accepts:
-        if block.when is not None and holds(block.when, tensors) is None:
+        if not any(_may_own(rule, keys) for rule in block.table.rules):
             continue
-        starts = tuple(start for rule in block.table.rules for start in rule.source.starts)
-        if not any(key.startswith(starts) for key in tensors):
+        if block.when is not None and holds(block.when, tensors) is None:
             continue
         applied = apply_rules(block.table, tensors, facts, pass_others=True)
         faults += applied.faults
         steps += applied.steps
         tensors = applied.out
+        keys = "\n".join(("", *tensors))
     return tensors, tuple(faults), tuple(steps)
 
 

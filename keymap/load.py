@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from keymap.carry import copy_pieces, materialise
 from keymap.errors import PlanError, VerifyError, some
@@ -17,6 +18,7 @@ from keymap.plan import Entry, Plan
 from keymap.read import LazyTensor, SourceFile
 from keymap.resize import resample
 from keymap.rules import Check
+from keymap.straight import Run, batches, opened, read, run_of
 from keymap.verify import failed
 
 __all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable", "verify_plan"]
@@ -68,21 +70,22 @@ def _value(entry: Entry, tensors: Tensors) -> torch.Tensor:
 def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
     """Copy every piece into the model's memory, source by source in the order of the file.
 
-    Only resized and computed tensors, and targets that are not contiguous, take a temporary, one at a time. Pieces
-    whose axes change their order are shared out over threads, because torch copies such on one; pages of the file
-    that were copied are given back on the way.
+    Bytes that file and model have in common are read straight into the model, on all threads. Pieces whose axes
+    change their order are shared out over threads too, because torch copies such on one; pages of the file that were
+    copied are given back on the way. Only resized and computed tensors, and targets that are not contiguous, take a
+    temporary, one at a time.
 
     Raises:
+        CheckpointError: the file was written to meanwhile; the model is half loaded then, and the error says so.
         KeyboardInterrupt: the load was interrupted; the model is half loaded then, and the error says so.
     """
+    files = {id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}
+    for file in files.values():
+        file.unchanged()
+    runs: list[Run] = []
+    straight: list[torch.Tensor] = []
     by_source: dict[str | None, list[tuple[str, Piece]]] = {}
     others = []
-    for entry in plan.entries:
-        if not _simple(entry, targets[entry.key]):
-            others.append(entry)
-            continue
-        for piece in entry.layout.pieces:
-            by_source.setdefault(piece.source, []).append((entry.key, piece))
     inference = torch.is_inference_mode_enabled()
 
     def copy(source: str | None) -> None:
@@ -91,17 +94,27 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             for key, piece in by_source[source]:
                 copy_pieces([piece], tensor, targets[key].detach())
 
-    files = {id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values()
-    for file in files:
-        file.unchanged()
-    order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
-    crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
-    shared = set(crossing) if torch.get_num_threads() > 1 else set()
     try:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with opened(files.values()) as handles, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for entry in plan.entries:
+                target = targets[entry.key]
+                if not _simple(entry, target):
+                    others.append(entry)
+                    continue
+                for piece in entry.layout.pieces:
+                    run = run_of(piece, tensors[piece.source], target) if piece.source is not None else None
+                    if run is None or id(run.file) not in handles:
+                        by_source.setdefault(piece.source, []).append((entry.key, piece))
+                    else:
+                        runs.append(run)
+                        straight.append(target)
+            order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
+            crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
+            shared = set(crossing) if torch.get_num_threads() > 1 else set()
             under_way = [pool.submit(copy, source) for source in crossing if source in shared]
+            under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(runs)]
             try:
-                for sources in _runs([source for source in order if source not in shared], tensors):
+                for sources in _neighbours([source for source in order if source not in shared], tensors):
                     for source in sources:
                         copy(source)
                     _give_back(sources, tensors)
@@ -110,15 +123,15 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             finally:
                 for waiting in under_way:
                     waiting.cancel()
+        increment_version(straight)  # autograd did not see that they were written to
         for entry in others:
             with torch.no_grad():
                 targets[entry.key].copy_(_value(entry, tensors))
-        for file in files:
+        for file in files.values():
             file.unchanged()
+        _give_back(order, tensors)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
-    finally:
-        _give_back(order, tensors)
 
 
 def _crosses(pieces: Iterable[tuple[str, Piece]]) -> bool:
@@ -126,7 +139,7 @@ def _crosses(pieces: Iterable[tuple[str, Piece]]) -> bool:
     return any(piece.source_strides[-1] != 1 and piece.numel > _SMALL for _, piece in pieces)
 
 
-def _runs(sources: Iterable[str | None], tensors: Tensors) -> Iterator[list[str | None]]:
+def _neighbours(sources: Iterable[str | None], tensors: Tensors) -> Iterator[list[str | None]]:
     """Sources in order, as many at a time as take some megabytes of the file."""
     run: list[str | None] = []
     size = 0

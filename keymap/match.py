@@ -142,6 +142,7 @@ class _Work:
         self.known, self.hub, self.mapping, self.now = known, known.hub, mapping, now
         self.model, self.request, self.asked = model, request, asked
         self.targets = {k: t for k, t in model.tensors.items() if tower_of(self.hub, k) in asked}
+        self.places = {key: _storage(target) for key, target in self.targets.items()}
         self.config_grid: tuple[int, int] | None = None
         self.dtypes: MappingType[str, torch.dtype] = {}
         self.entries: list[Entry] = []
@@ -167,7 +168,7 @@ class _Work:
 
     def _entry(self, key: str, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
         resize = None
-        if _kind(layout.dtype) != _kind(dtype):
+        if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
             raise ResizeError(
                 f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: not a cast keymap makes"
             )
@@ -183,8 +184,8 @@ class _Work:
         layout = replace(layout, pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
         filled = sum(piece.numel for piece in layout.pieces if not piece.add)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        given = {self.dtypes[source] for source in layout.sources} - {dtype}
-        casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given))
+        given = {self.dtypes[piece.source] for piece in layout.pieces if piece.source is not None} - {dtype}
+        casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given)) if given else ()
         return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, casts=casts)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
@@ -218,7 +219,7 @@ class _Work:
         """Tensors of the model that share their memory must get equal values."""
         shared: dict[tuple[int, int], Entry] = {}
         for entry in self.entries:
-            place = self._storage(self.targets[entry.key])
+            place = self.places[entry.key]
             first = shared.setdefault(place, entry) if place is not None else entry
             if first.layout.pieces != entry.layout.pieces:
                 why = f"{entry.key} and {first.key} are one tensor of the model"
@@ -227,7 +228,7 @@ class _Work:
     def absent(self) -> None:
         """Keys that only one side has: what their absence means, derived buffers, ties, and what is left."""
         written = {entry.key for entry in self.entries}
-        storages = {self._storage(self.targets[key]) for key in written} - {None}
+        storages = {self.places[key] for key in written} - {None}
         towers = {entry.tower for entry in self.entries}
         for key, target in self.targets.items():
             if key in written or key in self.mismatched:
@@ -235,7 +236,7 @@ class _Work:
             tower = tower_of(self.hub, key)
             if self.hub.dropped(key) is not None:
                 self.notes.append(f"{key}: derived by the model, left as it is")
-            elif self._storage(target) in storages:
+            elif self.places[key] in storages:
                 self.notes.append(f"{key}: tied to a tensor that is loaded")
             elif tower in towers and self._may_fill(key):
                 value, always = self.hub.absent_means[key]
@@ -262,15 +263,6 @@ class _Work:
                 self.now.dropped.update(dict.fromkeys(layout.sources, because))
             else:
                 self.unexpected += [k for k in layout.sources if k not in self.unexpected]
-
-    @staticmethod
-    def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
-        """Where a tensor lies; equal for tied tensors."""
-        if not tensor.numel():
-            return None
-        if tensor.device.type == "meta":
-            return id(tensor), -1
-        return tensor.data_ptr(), tensor.numel()
 
     def _may_fill(self, key: str) -> bool:
         """True where absence has a meaning, and the source's format has no place for the key."""
@@ -350,6 +342,14 @@ class _Work:
         )
         text = unlike(self.known, self.mapping.title, file, model)
         return [text] if text else []
+
+
+def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Where a tensor lies; equal for tied tensors."""
+    count = tensor.numel()
+    if not count:
+        return None
+    return (id(tensor), -1) if tensor.is_meta else (tensor.data_ptr(), count)
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -39,10 +39,8 @@ def _follow(model: nn.Module, path: str) -> Any:
     """The attribute at a dotted path, or ``_NOTHING`` where there is none."""
     here: Any = model
     for name in path.split("."):
-        if isinstance(here, nn.Module) and name in dict(here.named_children()):
-            here = here.get_submodule(name)
-        else:
-            here = getattr(here, name, _NOTHING)
+        inner = here._modules.get(name) if isinstance(here, nn.Module) else None
+        here = getattr(here, name, _NOTHING) if inner is None else inner
         if here is _NOTHING or here is None:
             return here
     return here

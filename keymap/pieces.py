@@ -8,14 +8,14 @@ tensor on either side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 
 import torch
 
-__all__ = ["Layout", "Piece", "cut", "join_runs", "permute", "place", "row_major", "whole"]
+__all__ = ["Layout", "Piece", "cut", "join_runs", "permute", "place", "renamed", "row_major", "whole"]
 
 _MOST = 20_000  # pieces of one tensor; where axes do not follow each other, a tensor falls apart into its elements
 
@@ -124,6 +124,12 @@ def whole(source: str | None, shape: Sequence[int], dtype: torch.dtype, constant
     if count == 0:
         return Layout(tuple(shape), dtype, ())
     return Layout(tuple(shape), dtype, (Piece(source, (count,), 0, (1,), 0, (1,), term=constant),))
+
+
+def renamed(layout: Layout, names: Mapping[str, str | None]) -> Layout:
+    """The same elements of other sources, by the names of those of ``layout``."""
+    pieces = tuple(replace(p, source=names[p.source]) if p.source is not None else p for p in layout.pieces)
+    return Layout(layout.shape, layout.dtype, pieces)
 
 
 @dataclass(frozen=True, slots=True)

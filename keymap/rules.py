@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from keymap.pattern import Side, Slot
-from keymap.pieces import Layout, Piece, cut, place, whole
+from keymap.pieces import Layout, Piece, cut, place, renamed, whole
 from keymap.view import View
 
 __all__ = ["Applied", "Check", "Fault", "Part", "Rule", "RuleTable", "Step", "apply_rules"]
@@ -119,11 +119,11 @@ class Rule:
     def match(self, key: str) -> dict[str, str] | None:
         """The captures, or None: also where ``<1-1>`` would write an index below zero."""
         values = self.source.match(key)
-        if values is not None and any(slot.write(values).startswith("-") for slot in self._falling):
+        if values is not None and self._falling and any(s.write(values).startswith("-") for s in self._falling):
             return None
         return values
 
-    @property
+    @cached_property
     def computes(self) -> bool:
         return self.factor != 1.0 or self.term != 0.0 or self.root is not None
 
@@ -405,10 +405,17 @@ def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
     return cut(layout, 0, start, total if stop is None else stop)
 
 
-def _run(
-    rule: Rule, values: Mapping[str, str], members: Mapping[tuple[str, ...], Layout], facts: Mapping[str, int]
-) -> Iterator[tuple[str | None, Layout]]:
-    """The targets of one application; a key of None is a part that must hold zeros."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor that a rule makes: the captures that its key has besides, and whether it must hold zeros."""
+
+    values: Mapping[str, str]
+    layout: Layout
+    zeros: bool
+
+
+def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[str, int]) -> Iterator[_Made]:
+    """The operations of a rule, in their order."""
     sizes = _sizes(rule, facts)
     if rule.take is not None:
         members = {key: _taken(layout, *rule.take) for key, layout in members.items()}
@@ -426,15 +433,33 @@ def _run(
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
     parts = _cut_all(rule.cut, now) if rule.cut is not None else iter([({}, now, False)])
-    for part_values, layout, zeros in parts:
-        if rule.after is not None:
-            layout = rule.after.apply(layout, sizes)
-        for side in rule.targets:
-            yield (None if zeros else side.write({**values, **part_values})), layout
+    for values, layout, zeros in parts:
+        yield _Made(values, layout if rule.after is None else rule.after.apply(layout, sizes), zeros)
+
+
+class _Blocks:
+    """What rules made before: repeated blocks differ in the names of their sources alone."""
+
+    def __init__(self, facts: Mapping[str, int]) -> None:
+        self.facts = facts
+        self.made: dict[object, list[_Made]] = {}
+
+    def make(self, rule: Rule, members: Mapping[tuple[str, ...], Layout]) -> Iterable[_Made]:
+        """As `_make`."""
+        if not all(layout.copied_whole for layout in members.values()):
+            return _make(rule, members, self.facts)
+        like = (id(rule), *((row, layout.shape, layout.dtype) for row, layout in members.items()))
+        if like not in self.made:
+            nameless = {row: whole(str(n), m.shape, m.dtype) for n, (row, m) in enumerate(members.items())}
+            self.made[like] = list(_make(rule, nameless, self.facts))
+        names = {str(n): layout.pieces[0].source for n, layout in enumerate(members.values())}
+        return [replace(made, layout=renamed(made.layout, names)) for made in self.made[like]]
 
 
 def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
-    key, row = rule.add or ("", None)
+    if rule.add is None:
+        return layout
+    key, row = rule.add
     if key not in tensors:
         raise _RuleError(f"it adds {key!r}, which is not there")
     other = tensors[key]
@@ -458,7 +483,7 @@ def apply_rules(
         facts: lengths that views may ask for.
         pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
     """
-    result = Applied()
+    result, blocks = Applied(), _Blocks(facts)
     jobs: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[str, ...], str]] = {}
     rules: dict[int, Rule] = {}
     for key, layout in tensors.items():
@@ -490,9 +515,11 @@ def apply_rules(
                     result.checks.append(Check(key, tensors[key], tensors[twin], f"it is tied to {twin}"))
             continue
         try:
-            outputs = list(_run(rule, values, members, facts))
-            if rule.add is not None:
-                outputs = [(target, _with_sum(rule, layout, tensors)) for target, layout in outputs]
+            outputs = [
+                (None if made.zeros else side.write({**values, **made.values}), _with_sum(rule, made.layout, tensors))
+                for made in blocks.make(rule, members)
+                for side in rule.targets
+            ]
         except ValueError as error:  # of a rule, a view or a piece
             result.faults.append(_fault(rule, values, keys, members, str(error)))
             continue

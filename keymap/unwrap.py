@@ -142,7 +142,8 @@ def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
             prefixes.append(prefix)
             tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
             continue
-        segment = next((s for s in containers.segments if any(_has(key, s) for key in tensors)), None)
+        keys = "\n.".join(("", *tensors))
+        segment = next((s for s in containers.segments if f".{s}" in keys), None)
         if segment is None:
             return Unwrapped(tensors, found.wrapper, found.others, tuple(prefixes), tuple(notes))
         shorter: dict[str, str] = {}
@@ -155,10 +156,6 @@ def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
         changed = sum(name != key for name, key in shorter.items())
         notes.append(f"{segment!r} was cut out of {changed} keys")
         tensors = {name: tensors[key] for name, key in shorter.items()}
-
-
-def _has(key: str, segment: str) -> bool:
-    return key.startswith(segment) or f".{segment}" in key
 
 
 def _without(key: str, segment: str) -> str:

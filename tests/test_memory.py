@@ -32,9 +32,17 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
-    """What torch runs while pieces are carried out; a `copy_` that converts dtype is one pass, too."""
+    """What torch runs while pieces are carried out, and ``read`` for each that the system reads into the model.
+
+    A `copy_` that converts dtype is one pass, too.
+    """
     seen: list[str] = []
-    real = load.load_plan
+    real, run_of = load.load_plan, load.run_of
+
+    def counted(*arguments):
+        run = run_of(*arguments)
+        seen.extend(["read"] if run is not None else [])
+        return run
 
     def watched(*arguments):
         with Operations() as mode:
@@ -42,8 +50,9 @@ def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
         seen.extend(mode.names)
 
     monkeypatch.setattr("keymap.api.load_plan", watched)
+    monkeypatch.setattr("keymap.load.run_of", counted)
     keymap.load_checkpoint(model, path, **options)
-    assert "copy_" in seen
+    assert "copy_" in seen or "read" in seen
     return seen
 
 
@@ -65,14 +74,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("reads", [True, False], ids=["read straight", "copied"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_load_from_safetensors_runs_only_views_and_copies(name, tmp_path, monkeypatch):
+def test_a_load_from_safetensors_runs_only_views_and_copies(name, reads, tmp_path, monkeypatch):
     path, model, options = CASES[name](tmp_path / "model.safetensors")
+    if not reads:
+        monkeypatch.delattr("os.preadv")
     seen = operations_of_the_load(model, path, monkeypatch, **options)
-    assert set(seen) <= VIEWS | WRITES
-    copies = seen.count("copy_")
+    assert set(seen) <= VIEWS | WRITES | ({"read"} if reads else set())
+    moved = seen.count("copy_") + seen.count("read")
     pieces = keymap.plan_load(model, path, **options).pieces
-    assert copies == sum(piece.source is not None for piece in pieces)
+    assert moved == sum(piece.source is not None for piece in pieces)
+    if reads and name != "views: timm into the native tower":
+        assert seen.count("read") > seen.count("copy_")
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -80,15 +94,14 @@ def test_a_load_from_npz_transposes_and_unstacks_without_temporaries(scanned, tm
     flat = big_vision.init()
     big_vision.save(big_vision.scan(flat) if scanned else flat, tmp_path / "model.npz")
     seen = operations_of_the_load(openclip.siglip(), tmp_path / "model.npz", monkeypatch)
-    assert set(seen) <= VIEWS | WRITES
+    assert set(seen) <= VIEWS | WRITES | {"read"}
 
 
 def test_a_dtype_conversion_is_part_of_the_copy(tmp_path, monkeypatch):
     openai.save_state_dict(openai.vit(), tmp_path / "clip.pt")
     model = openclip.clip(quick_gelu=True, **openai.VIT)
     seen = operations_of_the_load(model, tmp_path / "clip.pt", monkeypatch)
-    assert set(seen) <= VIEWS | WRITES | {"_to_copy"}
-    assert "_to_copy" not in seen
+    assert set(seen) <= VIEWS | WRITES | {"read"}
 
 
 def test_only_a_resized_tensor_takes_a_temporary(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class LazyTensor:
         position: byte position of the values, for reading in file order.
         streamed: True when ``read`` decompresses; only then can it raise CheckpointError.
         region: the file, and from which byte to which its mapping holds the values; None where they are not mapped.
+        plain: True when the region is the values alone, row-major.
         check: raises CheckpointError where the values are not those that were written; None where the container
             has no checksum of its own (safetensors), or none that its writers must set (torch).
     """
@@ -48,6 +50,7 @@ class LazyTensor:
     position: int = 0
     streamed: bool = False
     region: tuple[SourceFile, int, int] | None = None
+    plain: bool = False
     check: Callable[[], None] | None = None
 
 
@@ -128,6 +131,18 @@ class SourceFile:
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
         half = ": a model that was being filled from it is half loaded" if self.handed else ""
         raise self.bad(fact, f"wait until it is whole and load again{half}")
+
+    def reopened(self) -> int | None:
+        """A descriptor of the file, which the caller closes; None where another one lies at its path now."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except OSError:
+            return None
+        now, then = os.fstat(handle), self.status
+        if (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino):
+            return handle
+        os.close(handle)
+        return None
 
     def refuse_many(self, count: int) -> None:
         """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size holds."""
@@ -305,21 +320,22 @@ def lazy_view(
         offset: first element.
     """
     whole = block.nbytes - block.nbytes % dtype.itemsize
-    inflated = block.nbytes if block.crc is not None else 0
-    block.file.refuse_large(block.name, max(inflated, (element_count(shape) or 0) * dtype.itemsize))
+    values = prod(shape) * dtype.itemsize
+    streamed = block.crc is not None
+    block.file.refuse_large(block.name, max(block.nbytes, values) if streamed else values)
+    plain = strides is None and offset == 0 and values == block.nbytes and not streamed
 
     def read() -> torch.Tensor:
         if whole == 0 or 0 in shape:
-            if block.crc is not None:
+            if streamed:
                 block.load()
             return torch.empty(shape, dtype=dtype)
         flat = block.load()[:whole].view(dtype)
-        if strides is None and offset == 0 and element_count(shape) == flat.numel():
+        if strides is None and offset == 0 and values == whole:
             return flat.view(shape)
         return flat.as_strided(shape, strides or contiguous_strides(shape), offset)
 
-    streamed = block.crc is not None
     position = block.start if streamed else block.start + offset * dtype.itemsize
     sealed = streamed or block.seal is not None
     region = None if streamed else (block.file, block.start, block.start + block.nbytes)
-    return LazyTensor(shape, dtype, read, position, streamed, region, block.check if sealed else None)
+    return LazyTensor(shape, dtype, read, position, streamed, region, plain, block.check if sealed else None)

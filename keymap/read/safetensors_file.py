@@ -138,12 +138,14 @@ def _entry(file: SourceFile, base: int, key: str, entry: object) -> tuple[str, i
 
 def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:
     """Holes, overlaps and left-over bytes, of entries sorted by offset."""
-    faults, at, before = [], 0, "the header"
+    faults: list[str] = []
+    at, before = 0, None
     for begin, end, key, _ in found:
         if begin != at:
             kind = "overlap of" if begin < at else "hole of"
-            faults.append(f"{brief(key)}: {kind} {abs(begin - at)} bytes with {before}, which ends at {at}")
-        at, before = max(at, end), brief(key)
+            last = "the header" if before is None else brief(before)
+            faults.append(f"{brief(key)}: {kind} {abs(begin - at)} bytes with {last}, which ends at {at}")
+        at, before = max(at, end), key
     if at != size:
         faults.append(f"{size - at} bytes after the last tensor belong to none")
     return faults

@@ -112,21 +112,24 @@ class _Machine:
         self.done = False
 
     def run(self) -> Any:
-        data, stop, steps = self.data, self.stop, _STEPS
-        while not self.done:
-            at = self.at
-            if at >= stop:
-                raise BadPickleError(f"it is truncated at byte {at} (an opcode expected)")
-            self.at = at + 1
-            known = steps.get(data[at])
-            if known is None:
-                code = bytes([data[at]])
-                raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
-            step, cost = known
-            self.budget -= cost
-            if self.budget < 0:
-                raise BadPickleError(GROWS)
-            step(self)
+        data, steps = self.data, _STEPS
+        try:
+            while not self.done:
+                at = self.at
+                self.at = at + 1
+                known = steps.get(data[at])
+                if known is None:
+                    code = bytes([data[at]])
+                    raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
+                step, cost = known
+                self.budget -= cost
+                if self.budget < 0:
+                    raise BadPickleError(GROWS)
+                step(self)
+        except (IndexError, struct.error):
+            if self.at <= self.stop:  # it is not the data that ended
+                raise
+            raise BadPickleError(f"it is truncated at byte {self.stop} (an opcode or a number expected)") from None
         if self.below or len(self.stack) != 1:
             raise BadPickleError("it stops with more or less than one value")
         return self.stack[0]
@@ -140,14 +143,6 @@ class _Machine:
         self.budget -= count
         raw: bytes = self.data[at:end]
         return raw
-
-    def byte(self) -> int:
-        at = self.at
-        if at >= self.stop:
-            raise BadPickleError(f"it is truncated at byte {at} (1 more byte expected)")
-        self.at = at + 1
-        value: int = self.data[at]
-        return value
 
     def number(self, count: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(count), "little", signed=signed)
@@ -195,11 +190,6 @@ class _Machine:
         check_keys(items[::2], target)
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    def recall(self, index: int) -> None:
-        if index not in self.memo:
-            raise BadPickleError(f"it recalls value {index}, which it never stored")
-        self.push(self.memo[index])
-
     def store(self, index: int) -> None:
         if not self.stack:
             raise BadPickleError("it stores a value that is not there")
@@ -244,7 +234,39 @@ def _constant(value: Any) -> Callable[[_Machine], None]:
 
 
 def _integer(count: int, signed: bool = False) -> Callable[[_Machine], None]:
-    return lambda m: m.push(m.number(count, signed))
+    number = struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I"}[count]).unpack_from
+
+    def step(m: _Machine) -> None:
+        at = m.at
+        m.at = at + count
+        m.stack += number(m.data, at)
+
+    return step
+
+
+def _store(count: int) -> Callable[[_Machine], None]:
+    number = struct.Struct("<B" if count == 1 else "<I").unpack_from
+
+    def step(m: _Machine) -> None:
+        at = m.at
+        m.at = at + count
+        m.store(number(m.data, at)[0])
+
+    return step
+
+
+def _recall(count: int) -> Callable[[_Machine], None]:
+    number = struct.Struct("<B" if count == 1 else "<I").unpack_from
+
+    def step(m: _Machine) -> None:
+        at = m.at
+        m.at = at + count
+        (index,) = number(m.data, at)
+        if index not in m.memo:
+            raise BadPickleError(f"it recalls value {index}, which it never stored")
+        m.stack.append(m.memo[index])
+
+    return step
 
 
 def _long(count: int) -> Callable[[_Machine], None]:
@@ -386,7 +408,7 @@ _DOES: dict[int, Callable[[_Machine], None]] = {
     ord("\x88"): _constant(True),
     ord("\x89"): _constant(False),
     ord("J"): _integer(4, signed=True),
-    ord("K"): lambda m: m.stack.append(m.byte()),
+    ord("K"): _integer(1),
     ord("M"): _integer(2),
     ord("\x8a"): _long(1),
     ord("\x8b"): _long(4),
@@ -416,11 +438,11 @@ _DOES: dict[int, Callable[[_Machine], None]] = {
     ord("\x8f"): lambda m: m.push(set()),
     ord("\x90"): _add_items,
     ord("\x91"): _frozen_set,
-    ord("q"): lambda m: m.store(m.byte()),
-    ord("r"): lambda m: m.store(m.number(4)),
+    ord("q"): _store(1),
+    ord("r"): _store(4),
     ord("\x94"): lambda m: m.store(len(m.memo)),
-    ord("h"): lambda m: m.recall(m.byte()),
-    ord("j"): lambda m: m.recall(m.number(4)),
+    ord("h"): _recall(1),
+    ord("j"): _recall(4),
     ord("2"): lambda m: m.push(m.stack[-1] if m.stack else m.pop()),
     ord("c"): _global,
     ord("\x93"): _stack_global,

@@ -1,0 +1,120 @@
+"""Bytes that a file and a model have in common: the system reads them straight into the model's memory.
+
+Nothing of them is mapped, so no page is faulted in and given back again, and a file that shrinks meanwhile gives an
+error where a mapping would end the process. One call fills many small tensors, and large ones are shared out over
+threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from keymap.pieces import Piece
+from keymap.read import LazyTensor, SourceFile
+
+__all__ = ["Batch", "Run", "batches", "opened", "read", "run_of"]
+
+_BATCH = 1 << 23  # bytes that one call reads
+_BUFFERS = 256  # places that one call fills; systems allow at least 1024 on Linux
+_GAP = 1 << 12  # bytes between two tensors that are read and thrown away
+_scratch = memoryview(bytearray(_GAP))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring bytes of a file, from ``start`` on, that are neighbours in a tensor of the model too."""
+
+    file: SourceFile
+    start: int
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Runs that one call reads: from ``start`` on, into one place after the other."""
+
+    file: SourceFile
+    start: int
+    places: tuple[memoryview, ...]
+    size: int
+
+
+def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
+    """The piece as a run, or None where more than bytes must be moved: other dtypes, other orders, other devices.
+
+    Args:
+        piece: of one source, not computed.
+        lazy: its source.
+        target: contiguous.
+    """
+    one = piece.source_strides == piece.target_strides == (1,)
+    plain = lazy.plain and lazy.dtype == target.dtype and lazy.dtype != torch.bool and lazy.region is not None
+    if not (one and plain and target.device.type == "cpu" and hasattr(os, "preadv")) or lazy.region is None:
+        return None
+    size = target.element_size()
+    memory: memoryview = target.detach().view(-1).view(torch.uint8).numpy().data
+    first = piece.target_offset * size
+    file, start, _ = lazy.region
+    return Run(file, start + piece.source_offset * size, memory[first : first + piece.numel * size])
+
+
+def batches(runs: Iterable[Run]) -> Iterator[Batch]:
+    """All runs in the order of their files, as many at a time as lie close together; large ones in several batches."""
+    file: SourceFile | None = None
+    start, end = 0, 0
+    places: list[memoryview] = []
+    for run in sorted(runs, key=lambda run: (id(run.file), run.start)):
+        gap, at = run.start - end, 0
+        if file is not None and (run.file is not file or not 0 <= gap <= _GAP or len(places) >= _BUFFERS):
+            yield Batch(file, start, tuple(places), end - start)
+            file = None
+        if file is None:
+            file, start, end, places = run.file, run.start, run.start, []
+        elif gap:
+            places.append(_scratch[:gap])
+            end += gap
+        while at < len(run.memory):
+            part = run.memory[at : at + max(_BATCH - (end - start), 1)]
+            places.append(part)
+            at, end = at + len(part), end + len(part)
+            if end - start >= _BATCH:
+                yield Batch(file, start, tuple(places), end - start)
+                start, places = end, []
+    if file is not None and places:
+        yield Batch(file, start, tuple(places), end - start)
+
+
+@contextmanager
+def opened(files: Iterable[SourceFile]) -> Iterator[dict[int, int]]:
+    """Descriptors of files by id(file), of those that still lie at their path; closed at the end."""
+    handles: dict[int, int] = {}
+    try:
+        for file in files:
+            handle = file.reopened()
+            if handle is not None:
+                handles[id(file)] = handle
+        yield handles
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+def read(batch: Batch, handle: int) -> None:
+    """Fill the places; raises CheckpointError where the file ends before they are full."""
+    batch.file.handed = True
+    done, places = 0, list(batch.places)
+    while done < batch.size:
+        count = os.preadv(handle, places, batch.start + done)
+        done += count
+        if count == 0:
+            batch.file.unchanged()
+            raise batch.file.bad(f"ends at byte {batch.start + done} while it is read", "the model is half loaded")
+        while places and count >= len(places[0]):
+            count -= len(places.pop(0))
+        if count:
+            places[0] = places[0][count:]

@@ -1,0 +1,162 @@
+"""Bytes that go from the file into the model as they are: which they are, how they are read, and what torch is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peers import openclip
+from peers.common import same_bits
+from safetensors.torch import save_file
+from torch import Tensor
+
+import keymap
+import keymap.straight
+from keymap.pieces import Piece
+from keymap.read import LazyTensor, open_checkpoint
+from keymap.straight import batches, opened, read, run_of
+
+SIZES = [3, 0, 1, 500, 7, 4096, 2, 1]
+
+
+def written(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, LazyTensor]]:
+    tensors = {f"t{n}": torch.randn(size).to(dtype) for n, size in enumerate(SIZES)}
+    save_file(tensors, folder / "a.safetensors")
+    tree = open_checkpoint(folder / "a.safetensors").tree
+    return tensors, {key: tree[key] for key in tensors}
+
+
+def all_of(lazy: LazyTensor) -> Piece:
+    count = lazy.shape[0]
+    return Piece("x", (count,), 0, (1,), 0, (1,))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 100, 1 << 20])
+@pytest.mark.parametrize("buffers", [1, 2, 100])
+@pytest.mark.parametrize("chosen", [slice(None), slice(None, None, 2), slice(2, 7, 3)])
+def test_batches_fill_every_place_whatever_their_size(batch, buffers, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(keymap.straight, "_BATCH", batch)
+    monkeypatch.setattr(keymap.straight, "_BUFFERS", buffers)
+    tensors, lazies = written(tmp_path)
+    names = [name for name in list(tensors)[chosen] if tensors[name].numel()]
+    targets = {name: torch.full_like(tensors[name], float("nan")) for name in names}
+    runs = [run_of(all_of(lazies[name]), lazies[name], targets[name]) for name in reversed(names)]
+    assert None not in runs
+    made = list(batches(runs))
+    assert all(part.size == sum(map(len, part.places)) for part in made)
+    assert all(part.size <= batch for part in made) or batch < 4096  # beside what a gap adds
+    with opened({id(run.file): run.file for run in runs}.values()) as handles:
+        for part in made:
+            read(part, handles[id(part.file)])
+    assert all(same_bits(targets[name], tensors[name]) for name in names)
+
+
+def test_tensors_that_lie_side_by_side_are_read_by_one_call(tmp_path):
+    tensors, lazies = written(tmp_path)
+    runs = [run_of(all_of(lazies[n]), lazies[n], torch.empty_like(t)) for n, t in tensors.items() if t.numel()]
+    (only,) = batches(runs)
+    assert only.size == sum(t.nbytes for t in tensors.values())
+
+
+def test_a_part_of_a_tensor_goes_to_a_part_of_another(tmp_path):
+    tensors, lazies = written(tmp_path)
+    target = torch.zeros(40)
+    run = run_of(Piece("x", (10,), 300, (1,), 20, (1,)), lazies["t3"], target)
+    with opened([run.file]) as handles:
+        read(*batches([run]), handles[id(run.file)])
+    assert same_bits(target[20:30], tensors["t3"][300:310])
+    assert not target[:20].any() and not target[30:].any()
+
+
+OTHERS = {
+    "another dtype": (torch.float32, lambda n: torch.empty(n, dtype=torch.float16), (1,)),
+    "a device without memory": (torch.float32, lambda n: torch.empty(n, device="meta"), (1,)),
+    "a stride": (torch.float32, lambda n: torch.empty(n), (2,)),
+    "truth values, which may be spelled by any byte": (torch.bool, lambda n: torch.empty(n, dtype=torch.bool), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_more_than_bytes_is_no_run(name, tmp_path):
+    dtype, make, strides = OTHERS[name]
+    _, lazies = written(tmp_path, dtype)
+    piece = Piece("x", (200,), 0, strides, 0, (1,))
+    assert run_of(piece, lazies["t3"], make(500)) is None
+
+
+def test_a_file_that_ends_early_is_told_and_ends_no_process(tmp_path):
+    _, lazies = written(tmp_path)
+    run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.empty(4096))
+    with opened([run.file]) as handles:
+        os.truncate(run.file.path, run.start + 99)
+        (batch,) = batches([run])
+        with pytest.raises(keymap.CheckpointError, match=r"was written to while it was read.*half loaded"):
+            read(batch, handles[id(run.file)])
+        os.utime(run.file.path, ns=(run.file.status.st_atime_ns, run.file.status.st_mtime_ns))
+        with pytest.raises(keymap.CheckpointError, match="half loaded"):
+            read(batch, handles[id(run.file)])
+
+
+def test_another_file_at_the_path_is_not_read(tmp_path):
+    _, lazies = written(tmp_path)
+    file, _, _ = lazies["t3"].region
+    (tmp_path / "b").write_bytes(b"x" * file.size)
+    os.replace(tmp_path / "b", file.path)
+    assert file.reopened() is None
+    os.unlink(file.path)
+    assert file.reopened() is None
+    with opened([file]) as handles:
+        assert handles == {}
+
+
+def test_a_call_that_reads_less_than_asked_goes_on(tmp_path, monkeypatch):
+    tensors, lazies = written(tmp_path)
+    targets = {name: torch.empty_like(t) for name, t in tensors.items() if t.numel()}
+    (batch,) = batches([run_of(all_of(lazies[n]), lazies[n], t) for n, t in targets.items()])
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, places, at: real(handle, [places[0][:1000]], at))
+    with opened([batch.file]) as handles:
+        read(batch, handles[id(batch.file)])
+    assert all(same_bits(targets[name], tensors[name]) for name in targets)
+
+
+def _state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    state = {key: value.contiguous() for key, value in openclip.clip(seed=1).state_dict().items()}
+    save_file(state, folder / "a.safetensors")
+    return folder / "a.safetensors", state
+
+
+def test_autograd_is_told_that_parameters_were_written_to(tmp_path):
+    """A backward pass over values that are gone would be silently wrong."""
+    path, _ = _state(tmp_path)
+    model = openclip.clip(seed=2)
+    loss = (model.visual.proj * model.visual.proj).sum()
+    keymap.load_checkpoint(model, path)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("inference", [False, True])
+def test_every_number_of_threads_loads_the_same(threads, inference, tmp_path):
+    path, state = _state(tmp_path)
+    model = openclip.clip(seed=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(inference):
+            keymap.load_checkpoint(model, path)
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_system_without_the_call_copies(tmp_path, monkeypatch):
+    path, state = _state(tmp_path)
+    model = openclip.clip(seed=2)
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr(keymap.load, "read", lambda batch, handle: pytest.fail("it reads"))
+    keymap.load_checkpoint(model, path)
+    assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
