@@ -185,6 +185,11 @@ class _Regions:
         return True
 
 
+def _onto(device: torch.device, value: torch.Tensor) -> torch.Tensor:
+    """One tensor on a device, straight from where it lies: the place for staging in pinned memory."""
+    return value.to(device)
+
+
 @torch.no_grad()
 def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.device) -> list[str]:
     """Hand tensors over to the model instead of copying into its memory.
@@ -213,7 +218,7 @@ def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.de
             value = _value(entry, tensors)
             made.append(entry.key)
         old = here[entry.key]
-        values[id(old)] = value.to(device)
+        values[id(old)] = _onto(device, value)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in values:

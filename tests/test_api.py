@@ -194,6 +194,25 @@ def test_an_assigned_tensor_can_be_trained_without_touching_the_file(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_tensors_go_to_another_memory_one_at_a_time(tmp_path, monkeypatch):
+    """As to an accelerator: none is first made on the host, and the model holds what came there."""
+    path, moved = tmp_path / "own.safetensors", []
+    save_file(openclip.clip(seed=1).state_dict(), path)
+
+    def onto(device, value):
+        moved.append(value.clone())
+        return moved[-1]
+
+    monkeypatch.setattr("keymap.load._onto", onto)
+    model = openclip.clip().to("meta")
+    result = keymap.load_checkpoint(model, path, assign=True)
+    assert result.report.materialised == ()  # what was handed over lay in the file
+    there = {clone.data_ptr() for clone in moved}
+    assert {value.data_ptr() for value in model.state_dict().values()} == there
+    wanted = openclip.clip(seed=1).state_dict()
+    assert all(same_bits(value, wanted[key]) for key, value in model.state_dict().items())
+
+
 # --- conversion in memory ---
 
 
