@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,6 +24,22 @@ from keymap.source import Opened, PathLike, open_sources
 from keymap.translate import to_hub
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's cyclic collector waits meanwhile.
+
+    A plan is thousands of small objects, and none of them is garbage; to look at every object of a process that has
+    imported torch and its relatives takes longer than the load of a model.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _request(
@@ -75,6 +93,7 @@ def _plan(opened: Sequence[Opened], model: ModelView, request: Request) -> tuple
     raise PlanError(f"{request.file}: none of the {len(opened)} state dicts in it fits the model", faults)
 
 
+@_uncollected()
 def load_checkpoint(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -127,7 +146,7 @@ def load_checkpoint(
     plan, opened = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
     tensors = opened.unwrapped.tensors
     if assign:
-        refuse_unassignable(model, plan, hub.causal_masks, target_device)
+        refuse_unassignable(model, view.tensors, plan, hub.causal_masks, target_device)
     else:
         refuse_unwritable(model, view.tensors, plan)
     bad = verify_plan(plan, tensors, strict)
@@ -142,14 +161,15 @@ def load_checkpoint(
         )
     made: list[str] = []
     if assign:
-        made = assign_plan(plan, tensors, model, target_device)
+        made = assign_plan(plan, tensors, model, view.tensors, target_device)
     else:
         load_plan(plan, tensors, view.tensors)
     for difference in plan.warnings:
-        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=2)
+        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     return LoadResult(Report(plan, time.perf_counter() - start, tuple(made)))
 
 
+@_uncollected()
 def plan_load(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -178,6 +198,7 @@ def plan_load(
     return _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))[0]
 
 
+@_uncollected()
 def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: str | None = None) -> Inspection:
     """What a checkpoint is: container, format, wrappers, keys. No weights are read.
 

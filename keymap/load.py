@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import nn
@@ -191,56 +192,61 @@ def _onto(device: torch.device, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign_plan(plan: Plan, tensors: Tensors, model: nn.Module, device: torch.device) -> list[str]:
+def assign_plan(
+    plan: Plan, tensors: Tensors, model: nn.Module, targets: Mapping[str, torch.Tensor], device: torch.device
+) -> list[str]:
     """Hand tensors over to the model instead of copying into its memory.
 
     A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
-    never to the file.
+    never to the file. The others are made on all threads.
 
     Returns:
         The keys of the tensors that had to be made in memory of their own.
     """
-    made: list[str] = []
     handed = _Regions()
-    values: dict[int, nn.Parameter | torch.Tensor] = {}
-    here = model.state_dict(keep_vars=True)
+    given: dict[str, torch.Tensor] = {}
     for entry in plan.entries:
-        source = entry.layout.sources[0] if entry.layout.sources else None
-        whole = entry.layout.copied_whole and entry.resize is None and source is not None
-        if whole and source is not None:
-            lazy = tensors[source]
-            numel = sum(piece.numel for piece in entry.layout.pieces)
-            whole = lazy.dtype == entry.dtype and torch.Size(lazy.shape).numel() == numel
-        value = tensors[source].read() if whole and source is not None else None
-        if value is not None and value.is_contiguous() and handed.add(value):
-            value = value.reshape(entry.shape)
-        else:
-            value = _value(entry, tensors)
-            made.append(entry.key)
-        old = here[entry.key]
-        values[id(old)] = _onto(device, value)
+        value = _as_it_is(entry, tensors)
+        if value is not None and handed.add(value):
+            given[entry.key] = value.reshape(entry.shape)
+    others = [entry for entry in plan.entries if entry.key not in given]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        values = pool.map(lambda entry: _value(entry, tensors), others)
+        given |= zip((entry.key for entry in others), values, strict=True)
+    new: dict[int, torch.Tensor] = {id(targets[key]): _onto(device, value) for key, value in given.items()}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in values:
-                new = values[id(parameter)]
-                if not isinstance(new, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=parameter.requires_grad)
-                    values[id(parameter)] = new
-                module._parameters[name] = new
-                values[id(new)] = new
+            if parameter is not None and id(parameter) in new:
+                value = new[id(parameter)]
+                if not isinstance(value, nn.Parameter):  # once for tied parameters
+                    value = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                    new[id(parameter)] = value
+                module._parameters[name] = value
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and id(buffer) in values:
-                module._buffers[name] = values[id(buffer)]
-    for path, buffer in absent_buffers(model):
+            if buffer is not None and id(buffer) in new:
+                module._buffers[name] = new[id(buffer)]
+    for path, buffer in _absent_buffers(model, targets):
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner)._buffers[name] = causal_mask(buffer, device)
-    return made
+    return [entry.key for entry in others]
 
 
-def absent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _as_it_is(entry: Entry, tensors: Tensors) -> torch.Tensor | None:
+    """The file's own tensor where it is what the model needs, element by element and in order; else None."""
+    layout = entry.layout
+    if not layout.copied_whole or entry.resize is not None or layout.pieces[0].source is None:
+        return None
+    lazy = tensors[layout.pieces[0].source]
+    if lazy.dtype != entry.dtype or prod(lazy.shape) != layout.pieces[0].numel:
+        return None
+    value = lazy.read()
+    return value if value.is_contiguous() else None
+
+
+def _absent_buffers(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """Buffers on the meta device that no state dict holds, by dotted path."""
-    stored = {id(value) for value in model.state_dict(keep_vars=True).values()}
-    return [(path, b) for path, b in model.named_buffers() if b.device.type == "meta" and id(b) not in stored]
+    known = {id(value) for value in stored.values()}
+    return [(path, b) for path, b in model.named_buffers() if b.is_meta and id(b) not in known]
 
 
 def causal_mask(like: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -291,10 +297,13 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
         )
 
 
-def refuse_unassignable(model: nn.Module, plan: Plan, masks: Collection[str], device: torch.device) -> None:
+def refuse_unassignable(
+    model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan, masks: Collection[str], device: torch.device
+) -> None:
     """What handing tensors over would leave without values.
 
     Args:
+        targets: the model's tensors by key.
         masks: names of buffers that are causal masks, which can be made anew.
 
     Raises:
@@ -302,9 +311,9 @@ def refuse_unassignable(model: nn.Module, plan: Plan, masks: Collection[str], de
     """
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
-    lost = [path for path, _ in absent_buffers(model) if path not in masks]
+    lost = [path for path, _ in _absent_buffers(model, targets) if path not in masks]
     written = {entry.key for entry in plan.entries}
-    lost += [k for k, t in model.state_dict().items() if t.device.type == "meta" and k not in written]
+    lost += [key for key, target in targets.items() if target.is_meta and key not in written]
     if lost:
         raise PlanError(
             f"{plan.file}: tensors of the model are on the meta device, and the load gives them no values: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -211,6 +212,28 @@ def test_tensors_go_to_another_memory_one_at_a_time(tmp_path, monkeypatch):
     assert {value.data_ptr() for value in model.state_dict().values()} == there
     wanted = openclip.clip(seed=1).state_dict()
     assert all(same_bits(value, wanted[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_left_as_it_was(on, hf_file):
+    before = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        keymap.load_checkpoint(openclip.clip(), hf_file)
+        with pytest.raises(keymap.KeymapError):
+            keymap.load_checkpoint(openclip.clip(), "nowhere.pt")
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_a_warning_points_at_the_line_that_loads(hf_file):
+    """Not at a line of keymap, which nobody can change."""
+    config = {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}
+    (hf_file.parent / "config.json").write_text(json.dumps(config))
+    with pytest.warns(keymap.ConfigurationWarning) as told:
+        keymap.load_checkpoint(openclip.clip(quick_gelu=True), hf_file)
+    assert {warning.filename for warning in told} == {__file__}
 
 
 # --- conversion in memory ---
