@@ -413,6 +413,7 @@ def _containers(data: MappingType[str, Any], compiler: _Compiler) -> Containers:
         texts("wrappers"),
         texts("prefixes"),
         texts("segments"),
+        texts("counters"),
         texts("parts"),
         texts("training_state"),
         named("files"),

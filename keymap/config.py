@@ -80,10 +80,12 @@ def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, h
 
 
 def _read(data: Any, config: Config, where: str) -> Told | None:
-    """What a configuration says; None where it is some other JSON."""
+    """What a configuration says; None where it is some other JSON: it tells nothing, and has none of the sections."""
     found = {name: _first(data, places) for name, places in config.facts.items()}
     sizes = _size(data, config.image_size), _size(data, config.patch_size)
-    if not isinstance(data, dict) or (where != config.file and not any((*found.values(), *sizes))):
+    paths = [place.path for places in config.facts.values() for place in places]
+    sections = {path.partition(".")[0] for path in paths if "." in path}
+    if not isinstance(data, dict) or not (any((*found.values(), *sizes)) or sections & data.keys()):
         return None
     facts: dict[str, tuple[Scalar, str]] = {}
     for name, places in config.facts.items():

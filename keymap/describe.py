@@ -78,9 +78,10 @@ def describe(known: Registry, layouts: MappingType[str, Layout]) -> Described:
 
 def unlike(known: Registry, title: str, file: Described, model: Described) -> str:
     """One sentence for a file of another architecture or size than the model; empty where nothing seems to differ."""
-    if all(tower.like(model[name]) for name, tower in file.items() if name in model):
-        return ""
     fits = configurations_for(known, file)
+    alike = all(tower.like(model[name]) for name, tower in file.items() if name in model)
+    if alike and (not fits or fits == configurations_for(known, model)):
+        return ""
     names = f"configurations of OpenCLIP that fit it: {some(fits, 6)}" if fits else "OpenCLIP has no such configuration"
     return f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; {names}"
 

@@ -81,11 +81,11 @@ def choose_file(folder: Path, containers: Containers) -> tuple[Path, str]:
     for side, why in containers.folders:
         if any(side.match(name) is not None for name in names):
             raise CheckpointError(f"{folder}: {why}")
-    own = [name for name in weights if "/" not in name]
+    own = [name for name in weights if "/" not in name] or weights
     if len(own) == 1:
         return chosen(own[0], "the only weight file in it")
     if not weights:
         shown = f": {', '.join(names[:8])}" if names else ""
         raise CheckpointError(f"{folder}: is a folder without a weight file{shown}; name a checkpoint")
-    listed = ", ".join((own or weights)[:10])
+    listed = ", ".join(own[:10])
     raise CheckpointError(f"{folder}: is a folder with several weight files; name the one to load: {listed}")

@@ -198,7 +198,7 @@ def assign_plan(
     """Hand tensors over to the model instead of copying into its memory.
 
     A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
-    never to the file. The others are made on all threads.
+    never to the file. The others are made one after the other: new memory comes no faster to several threads.
 
     Returns:
         The keys of the tensors that had to be made in memory of their own.
@@ -210,9 +210,7 @@ def assign_plan(
         if value is not None and handed.add(value):
             given[entry.key] = value.reshape(entry.shape)
     others = [entry for entry in plan.entries if entry.key not in given]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        values = pool.map(lambda entry: _value(entry, tensors), others)
-        given |= zip((entry.key for entry in others), values, strict=True)
+    given |= {entry.key: _value(entry, tensors) for entry in others}
     new: dict[int, torch.Tensor] = {id(targets[key]): _onto(device, value) for key, value in given.items()}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

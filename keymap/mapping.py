@@ -174,6 +174,7 @@ class Containers:
         wrappers: names that hold a state dict, the preferred first.
         prefixes: cut from keys where every key has them.
         segments: names that a wrapper class puts into the middle of keys; cut wherever they stand.
+        counters: numbers that a training class keeps beside a model.
         parts: names of models that a file may hold beside other things; one of them is taken as a state dict.
         training_state: names that tell a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
@@ -183,6 +184,7 @@ class Containers:
     wrappers: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     segments: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     training_state: tuple[str, ...] = ()
     files: tuple[tuple[Side, str], ...] = ()

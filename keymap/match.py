@@ -17,7 +17,7 @@ import torch
 from keymap.catalogue import Registry
 from keymap.config import differences, unverified
 from keymap.describe import describe, unlike
-from keymap.detect import spelling
+from keymap.detect import accept, spelling
 from keymap.errors import SHOWN, DetectionError, PlanError, some
 from keymap.mapping import Mapping, Position
 from keymap.model import ModelView
@@ -50,6 +50,12 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
         raise PlanError(
             f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
             f"pass the model inside a wrapper (model.module, model._orig_mod)"
+        )
+    whole_keys, _, _ = accept(hub, model.layouts, {})
+    if whole_keys.keys() != model.layouts.keys():
+        raise PlanError(
+            f"{request.file}: the model is one tower alone ({some(model.tensors)}); pass the whole model, and "
+            f"towers=('image',) or ('text',) where only that is meant"
         )
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     now = to_hub(found, facts)

@@ -108,6 +108,9 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
         raise CheckpointError(f"{file}: the key {brief(odd)} has {what}; no model has such a key, so rename it")
     skipped = [_shown(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
     notes = [f"entries that are no tensors were skipped: {some(skipped)}"] if skipped else []
+    for counter in [key for key in containers.counters if key in tensors and not tensors[key].shape]:
+        del tensors[counter]
+        notes.append(f"{counter!r} was left out: it counts, and is no weight")
     others = tuple(".".join(path) for path in paths if path != chosen)
     whole = _cut(Unwrapped(tensors, ".".join(chosen), others, (), tuple(notes)), containers, file)
     return _part(Unwrapped(tensors, whole.wrapper, others, (), whole.notes), part, containers, file) if part else whole

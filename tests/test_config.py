@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peers import big_vision, hf, openai, openclip
+from peers import big_vision, hf, hf_text, openai, openclip
 from peers.common import SQUARE, images, max_diff, same_bits, tokens
 from safetensors.torch import save_file
 
@@ -27,6 +27,7 @@ LABELS = {
     "eps of the image tower's norms",
     "eps of the text tower's norms",
     "causal mask of the text tower",
+    "pooling of the image tower",
     "pooling of the text tower",
 }
 
@@ -69,7 +70,7 @@ def test_a_hf_clip_file_beside_its_configuration(name, kind, tmp_path):
     arguments, expected = MODELS[name]
     if kind is openclip.clip_trunk and "vision" in arguments:
         pytest.skip("timm's tower takes its eps from the timm model")
-    peer = hf.clip()
+    peer = hf.clip(eos=2)  # the highest id is the end, as in OpenAI's files
     model = kind(seed=5, **arguments)
     result, told = load(model, saved(peer, tmp_path))
     eps = ["eps of the image tower's norms"] if kind is openclip.clip_trunk else []  # timm's is 1e-6 or 1e-5
@@ -149,7 +150,7 @@ def test_the_configuration_of_an_open_clip_folder(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
     result, told = load(openclip.clip(quick_gelu=True, seed=2), tmp_path)
     assert told == []
-    assert set(result.report.plan.unverified) == {"eps of the image tower's norms", "eps of the text tower's norms"}
+    assert result.report.plan.unverified == ()
     _, told = load(openclip.clip(seed=2, text={"no_causal_mask": True}), tmp_path)
     assert {text.split(": ")[1] for text in told} == {
         "activation of the image tower",
@@ -162,11 +163,122 @@ def test_a_timm_tower_has_its_activation_from_timm(tmp_path):
     source = openclip.siglip(seed=1)
     save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
     text = {"heads": 4, "no_causal_mask": True, "pool_type": "last", "act_kwargs": {"approximate": "tanh"}}
+    text["norm_kwargs"] = {"eps": 1e-6}
     model_cfg = {"vision_cfg": {"timm_model_name": "x", "image_size": 28}, "text_cfg": text}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
     result, told = load(openclip.siglip(seed=2), tmp_path)
     assert told == []
     assert {"activation of the image tower", "attention heads of the image tower"} <= set(result.report.plan.unverified)
+
+
+def own_folder(folder, source, vision=None, text=None, **model_cfg):
+    """A checkpoint as OpenCLIP's models are published, with what its configuration says of the towers."""
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, folder / "open_clip_model.safetensors")
+    vision = {"width": 48, "head_width": 16, "layers": 2, "patch_size": 14, "image_size": 28} | (vision or {})
+    text = {"width": 32, "heads": 4, "layers": 3} | (text or {})
+    config = {"model_cfg": {"vision_cfg": vision, "text_cfg": text, **model_cfg}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+AVERAGE = {"pool_type": "avg", "final_ln_after_pool": True}
+TANH = {"act_kwargs": {"approximate": "tanh"}}
+EPS = {"norm_kwargs": {"eps": 1e-2}}
+OWN = {  # what the source's towers are, what the model's are, and what is told
+    "pooling": (AVERAGE, {}, {"pooling of the image tower"}),
+    "the same pooling": (AVERAGE, AVERAGE, set()),
+    "the last norm": (AVERAGE, {"pool_type": "avg"}, {"place of the image tower's last norm"}),
+    "tanh GELU": (TANH, {}, {"activation of the image tower"}),
+    "the same tanh GELU": (TANH, TANH, set()),
+    "eps left to the default": ({}, EPS, {"eps of the image tower's norms"}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_image_tower_of_an_open_clip_folder(name, tmp_path):
+    """What is told is what differs: the embeddings are the judge."""
+    theirs, ours, expected = OWN[name]
+    source, model = openclip.clip(seed=1, vision=theirs), openclip.clip(seed=2, vision=ours)
+    result, told = load(model, own_folder(tmp_path, source, theirs))
+    assert {text.split(": ")[1] for text in told} == expected
+    assert result.report.plan.unverified == ()
+    far = max_diff(model.encode_image(images()).detach(), source.encode_image(images()).detach()) > 1e-5
+    assert far == bool(expected)
+
+
+def test_the_pooling_heads_of_coca_are_compared(tmp_path):
+    source, model = openclip.coca(), openclip.coca(seed=3, vision={"attn_pooler_heads": 8})
+    _, told = load(model, own_folder(tmp_path, source, {"attentional_pool": True, "attn_pooler_heads": 4}))
+    assert "heads of the image tower's attentional pooling: 4 in the source" in "\n".join(told)
+
+
+@pytest.mark.parametrize("theirs", ["mean_pooler", "cls_last_hidden_state_pooler"])
+def test_the_pooling_of_a_hf_text_tower_is_compared(theirs, tmp_path):
+    source = openclip.hf_text(family="xlm-roberta", pooler=theirs)
+    model = openclip.hf_text(family="xlm-roberta", pooler="mean_pooler", seed=3)
+    _, told = load(model, own_folder(tmp_path, source, text={"hf_model_name": "x", "hf_pooler_type": theirs}))
+    assert ("pooling of the text tower" in "\n".join(told)) == (theirs != "mean_pooler")
+
+
+def test_a_hf_text_tower_is_compared_with_its_own_configuration(tmp_path):
+    peer = hf_text.model("XLMRobertaModel")
+    peer.save_pretrained(tmp_path)
+    options = {"towers": ("text",), "strict": False}
+    _, told = load(openclip.hf_text(family="xlm-roberta", seed=3), tmp_path, **options)
+    assert told == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_attention_heads": 2, "hidden_act": "relu", "layer_norm_eps": 1e-3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, told = load(openclip.hf_text(family="xlm-roberta", seed=3), tmp_path, **options)
+    about = {text.split(": ")[1] for text in told}
+    assert about == {
+        "attention heads of the text tower",
+        "activation of the text tower",
+        "eps of the text tower's norms",
+    }
+
+
+OF_OTHERS = [
+    '{"model": "ViT-B-32", "lr": 0.001}',
+    "{}",
+    '{"architecture": "vit_base_patch16_224", "num_classes": 0}',
+    "[]",
+]
+
+
+@pytest.mark.parametrize("text", OF_OTHERS)
+def test_a_configuration_of_something_else_says_nothing(text, tmp_path):
+    """A training run's config.json is no CLIP's: its silence is no default."""
+    saved(hf.clip(), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    result, told = load(openclip.clip(), tmp_path / "model.safetensors")
+    assert told == []
+    assert "activation of the image tower" in result.report.plan.unverified
+
+
+def test_a_configuration_of_something_else_hides_none(tmp_path):
+    own_folder(tmp_path, openclip.clip(quick_gelu=True), quick_gelu=True)
+    save_file(hf.disk_keys(hf.clip()), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "config.json").write_text(OF_OTHERS[0])
+    _, told = load(openclip.clip(), tmp_path)
+    assert "quick_gelu in the source (open_clip_config.json" in told[0]
+
+
+def test_a_metaclip2_text_tower_alone_pools_its_end_token(tmp_path):
+    saved(hf.clip(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "metaclip_2_text_model"}))
+    _, told = load(openclip.clip(), tmp_path)
+    assert any("pooling of the text tower: eos in the source" in text for text in told)
+
+
+def test_the_same_end_token_on_both_sides_is_no_difference(tmp_path):
+    model = openclip.clip(text={"pool_type": "eos", "eos_id": 50})
+    _, told = load(model, saved(hf.clip(eos=50), tmp_path))
+    assert told == []
+    other = openclip.clip(text={"pool_type": "eos", "eos_id": 49})
+    _, told = load(other, tmp_path)
+    assert [text.split(": ")[1] for text in told] == ["end token of the text tower"]
 
 
 # --- where nothing is told ---
@@ -233,7 +345,7 @@ def test_a_configuration_that_cannot_be_read_is_told_and_stops_nothing(text, tmp
 def test_a_huge_configuration_is_not_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip", "x": "' + "y" * (1 << 20) + '"}')
     told = read_config(tmp_path / "model.safetensors", {}, registry().get("hf_clip"), registry().hub)
-    assert set(told.facts) == {"text.causal"}
+    assert set(told.facts) == {"text.causal", "image.pool"}
 
 
 # --- OPEN_CLIP_BEHAVIOUR: two rows that load in silence elsewhere ---
@@ -255,7 +367,7 @@ def test_a_checkpoint_of_3_heads_into_a_model_of_6_heads_is_told_of(tmp_path):
 
 
 def test_a_plan_tells_it_too(tmp_path):
-    plan = keymap.plan_load(openclip.clip(quick_gelu=True), saved(hf.clip(), tmp_path))
+    plan = keymap.plan_load(openclip.clip(quick_gelu=True), saved(hf.clip(eos=2), tmp_path))
     assert len(plan.warnings) == 2
     assert plan.to_dict()["warnings"] == list(plan.warnings)
     assert np.shape(plan.to_dict()["unverified"]) == (0,)

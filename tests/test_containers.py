@@ -46,8 +46,21 @@ FOLDERS = {
         "most recent",
     ),
     "one file": ("my_finetune.pt", "my_finetune.pt", "only weight file"),
+    "one file, one level down": ("0_CLIPModel/model.pt", "0_CLIPModel/model.pt", "only weight file"),
     "one file beside others": ("mine.safetensors sub/other.safetensors", "mine.safetensors", "only weight file"),
 }
+
+
+@pytest.mark.parametrize("wrapper", [None, "model_ema"])
+def test_the_average_that_torch_keeps_is_a_model_and_a_count(wrapper, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(openclip.clip(seed=1))
+    content = average.state_dict() if wrapper is None else {"model": state(2), "model_ema": average.state_dict()}
+    torch.save(content, tmp_path / "x.pt")
+    model = openclip.clip(seed=3)
+    result = keymap.load_checkpoint(model, tmp_path / "x.pt", wrapper=wrapper)
+    assert "'n_averaged' was left out" in str(result)
+    wanted = openclip.clip(seed=1).state_dict()
+    assert all(same_bits(value, wanted[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", FOLDERS)

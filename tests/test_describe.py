@@ -105,6 +105,18 @@ def test_another_size_names_the_configuration_that_fits(tmp_path):
     assert len(error.value.faults) <= 8
 
 
+OF_EQUAL_SIZES = [("ViTamin-B", "convnext_base"), ("coca_ViT-B-32", "ViT-B-32"), ("ViT-B-32", "coca_ViT-B-32")]
+OF_EQUAL_SIZES += [("MobileCLIP-S1", "MobileCLIP2-S0"), ("swin_base_patch4_window7_224", "convnext_base_w")]
+
+
+@pytest.mark.parametrize(("file", "model"), OF_EQUAL_SIZES)
+def test_another_architecture_whose_measured_sizes_agree(file, model, tmp_path):
+    path = full_size.sparse_file(tmp_path / "model.safetensors", full_size.model(file).state_dict())
+    with pytest.raises(keymap.PlanError) as error:
+        keymap.plan_load(full_size.model(model), path)
+    assert f"configurations of OpenCLIP that fit it: {file}" in told(error)
+
+
 def test_a_lone_tower_of_another_size(tmp_path):
     save_file(timm_towers.clip_vit(image_width=96, image_heads=6).state_dict(), tmp_path / "timm.safetensors")
     with pytest.raises(keymap.PlanError) as error:

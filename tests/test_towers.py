@@ -147,3 +147,36 @@ def test_strict_holds_within_the_chosen_tower(tmp_path):
     assert_unchanged(model, before)
     result = keymap.load_checkpoint(model, path, strict=False, towers=("image",))
     assert (result.missing_keys, result.unexpected_keys) == (["visual.proj"], ["visual.extra"])
+
+
+IMAGE_KEYS = ["class_embedding", "ln_pre.weight", "ln_post.bias"]
+
+
+@pytest.mark.parametrize("mapping", [None, "open_clip"])
+@pytest.mark.parametrize("kept", IMAGE_KEYS)
+def test_an_image_tower_without_its_stem_is_still_an_image_tower(kept, mapping, tmp_path):
+    """What was frozen is not always saved; one key that only image towers have tells the rest."""
+    source = openclip.custom(seed=5, **ALIKE).visual.state_dict()
+    part = {k: v.contiguous() for k, v in source.items() if "." not in k or k.startswith("transformer.") or k == kept}
+    part = {k: v for k, v in part.items() if k == kept or k not in ("class_embedding", "proj")}
+    save_file(part, tmp_path / "x.safetensors")
+    model = openclip.clip(**ALIKE)
+    before = bits(model)
+    result = keymap.load_checkpoint(model, tmp_path / "x.safetensors", strict=False, mapping=mapping)
+    assert set(result.report.plan.loaded) == {"image"}
+    after = bits(model)
+    assert all(same_bits(after[key], before[key]) for key in before if not key.startswith("visual."))
+    assert all(same_bits(model.state_dict()[f"visual.{key}"], value) for key, value in part.items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_a_tower_in_the_place_of_the_model_is_refused(tower, strict, tmp_path):
+    """`model.visual` has keys of a text tower without prefix; a text tower would fit into its blocks."""
+    saved = getattr(openclip.custom(seed=5, **ALIKE), tower).state_dict()
+    save_file({k: v.contiguous() for k, v in saved.items()}, tmp_path / "x.safetensors")
+    model = openclip.clip(**ALIKE).visual
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match=r"one tower alone .*pass the whole model"):
+        keymap.load_checkpoint(model, tmp_path / "x.safetensors", strict)
+    assert_unchanged(model, before)

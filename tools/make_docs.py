@@ -220,7 +220,7 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     section("Sizes for reports", _measures(data))
     section("What the source tells of itself", _told(data))
     section("Configurations", _configurations(data))
-    for name in ("causal_masks", "wrappers", "prefixes", "segments", "parts", "training_state"):
+    for name in ("causal_masks", "wrappers", "prefixes", "segments", "counters", "parts", "training_state"):
         section(name.replace("_", " ").capitalize(), (f"- {code(item)}" for item in data.get(name, ())))
     for name, title in (("files", "The checkpoint of a folder, the first that is there"), ("folders", "Other folders")):
         section(title, (f"- {code(key)}: {what}" for key, what in data.get(name, {}).items()))
