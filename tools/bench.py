@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
         for case in some:
-            run_case(case, min(rounds, 3) if case.model == "tiny" else rounds, asked.quick)
+            run_case(case, 1 if case.model == "tiny" else rounds, asked.quick)
         if asked.only:
             return 0
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
