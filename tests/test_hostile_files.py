@@ -424,7 +424,7 @@ GROWING = {
     "dicts": START + b"N" + b"}" * (2 * MB) + b".",
     "sets": b"\x80\x04N" + b"\x8f" * (2 * MB) + b".",
     "frozen sets": b"\x80\x04N" + b"(\x91" * MB + b".",
-    "marks": START + b"N" + b"(" * (2 * MB) + b".",
+    "marks": START + b"N" + b"(" * MB + b".",
     "tuples": START + b"N" + b"\x85" * (2 * MB) + b".",
     "pairs in a list": START + b"}" + text("a") + b"(" + b"N\x85" * MB + b"ls.",
     "integers": START + b"N" + b"M\xff\x7f" * MB + b".",
