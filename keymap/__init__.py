@@ -1,7 +1,7 @@
 """Load any CLIP-family checkpoint into an existing OpenCLIP model, by rules that are data.
 
 >>> import keymap
->>> "hf_clip" in keymap.list_formats()
+>>> all(keymap.list_formats().values())  # of every format, by its name, what it is
 True
 """
 

@@ -112,6 +112,7 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
             crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
             shared = set(crossing) if torch.get_num_threads() > 1 else set()
+            increment_version(straight)  # autograd does not see that they are written to
             under_way = [pool.submit(copy, source) for source in crossing if source in shared]
             under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(runs)]
             try:
@@ -124,7 +125,6 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             finally:
                 for waiting in under_way:
                     waiting.cancel()
-        increment_version(straight)  # autograd did not see that they were written to
         for entry in others:
             with torch.no_grad():
                 targets[entry.key].copy_(_value(entry, tensors))

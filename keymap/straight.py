@@ -53,8 +53,8 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
         target: contiguous.
     """
     one = piece.source_strides == piece.target_strides == (1,)
-    plain = lazy.plain and lazy.dtype == target.dtype and lazy.dtype != torch.bool and lazy.region is not None
-    if not (one and plain and target.device.type == "cpu" and hasattr(os, "preadv")) or lazy.region is None:
+    same = lazy.dtype == target.dtype and lazy.dtype != torch.bool and target.device.type == "cpu"
+    if lazy.region is None or not (lazy.plain and one and same and hasattr(os, "preadv")):
         return None
     size = target.element_size()
     memory: memoryview = target.detach().view(-1).view(torch.uint8).numpy().data

@@ -36,7 +36,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("the header of a safetensors file") == header
     assert row("the directory of an archive") == [zip_file.MIN_DIRECTORY >> 20]
     assert row("the header of an array") == [numpy_file.MAX_HEADER]
-    assert row("memory that a pickle builds") == [unpickle.SLACK >> 20, unpickle.PER_TENSOR, lazy.FEW, unpickle.TENSOR]
+    assert row("memory that a pickle builds") == [unpickle.SLACK >> 20, unpickle.PER_STORAGE, lazy.FEW, unpickle.TENSOR]
     nesting = [tree.MAX_DEPTH, tree.MAX_NODES, unwrap._MAX_DEPTH, unwrap._MAX_PREFIXES]
     assert row("containers within containers") == nesting
     assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED]

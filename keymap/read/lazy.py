@@ -23,6 +23,7 @@ MAX_KEY = 2048  # characters; a real key has less than 200
 FEW = 120_000  # tensors that a file of any size may hold, and one more for each PER_TENSOR bytes
 PER_TENSOR = 1 << 12
 SMALL = 1 << 24  # bytes that a tensor or member may have beside four times its file: deflated, or repeating
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
 INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
 
 
@@ -96,7 +97,7 @@ class SourceFile:
         self.path = path
         self.handed = False
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for ever
+            handle = os.open(path, _READ)
             try:
                 self.status = os.fstat(handle)
                 if not stat.S_ISREG(self.status.st_mode):
@@ -119,14 +120,13 @@ class SourceFile:
 
         A file that was removed or replaced is not: the mapping keeps what was opened.
         """
-        size, then = self.data.size(), self.status
+        size = self.data.size()
         if size >= self.size:  # beyond the end of a file that shrank there is no memory, and a read ends the process
             try:
                 now = os.stat(self.path)
             except OSError:
                 return
-            same = (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino)
-            if not same or now.st_mtime_ns == then.st_mtime_ns:
+            if not self._is(now) or now.st_mtime_ns == self.status.st_mtime_ns:
                 return
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
         half = ": a model that was being filled from it is half loaded" if self.handed else ""
@@ -135,14 +135,17 @@ class SourceFile:
     def reopened(self) -> int | None:
         """A descriptor of the file, which the caller closes; None where another one lies at its path now."""
         try:
-            handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            handle = os.open(self.path, _READ)
         except OSError:
             return None
-        now, then = os.fstat(handle), self.status
-        if (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino):
+        if self._is(os.fstat(handle)):
             return handle
         os.close(handle)
         return None
+
+    def _is(self, other: os.stat_result) -> bool:
+        """Whether a status is of this file, not of another one that took its place."""
+        return (other.st_dev, other.st_ino) == (self.status.st_dev, self.status.st_ino)
 
     def refuse_many(self, count: int) -> None:
         """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size holds."""

@@ -22,7 +22,7 @@ KEY_DEPTH = 3  # of tuples that are keys: hashing shared, nested tuples can take
 MAX_NUMBERED = 1 << 15  # keys of a dict that has others than texts: these can be made to collide, texts cannot
 MAX_HASH = 1 << 60  # above, integers share their hashes
 SLACK = 3 << 24  # bytes of memory that a pickle may take beside twice its file
-PER_TENSOR = 2500  # more, for each storage that it names, of those that such a file can hold
+PER_STORAGE = 2500  # more, for each storage that it names, of those that such a file can hold
 TENSOR = 128  # bytes of a file that the smallest tensor takes with its name
 GROWS = "it grows far beyond its own size when it is run"
 MEMO_GAP = 1024  # how far ahead of those in use the number of a stored value may be
@@ -233,8 +233,13 @@ def _constant(value: Any) -> Callable[[_Machine], None]:
     return lambda m: m.stack.append(value)
 
 
+def _unpacked(count: int, signed: bool = False) -> Callable[[Any, int], tuple[int]]:
+    """Reads an integer of so many bytes, as a tuple of one; raises struct.error where the data end before it does."""
+    return struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I"}[count]).unpack_from
+
+
 def _integer(count: int, signed: bool = False) -> Callable[[_Machine], None]:
-    number = struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I"}[count]).unpack_from
+    number = _unpacked(count, signed)
 
     def step(m: _Machine) -> None:
         at = m.at
@@ -245,7 +250,7 @@ def _integer(count: int, signed: bool = False) -> Callable[[_Machine], None]:
 
 
 def _store(count: int) -> Callable[[_Machine], None]:
-    number = struct.Struct("<B" if count == 1 else "<I").unpack_from
+    number = _unpacked(count)
 
     def step(m: _Machine) -> None:
         at = m.at
@@ -256,7 +261,7 @@ def _store(count: int) -> Callable[[_Machine], None]:
 
 
 def _recall(count: int) -> Callable[[_Machine], None]:
-    number = struct.Struct("<B" if count == 1 else "<I").unpack_from
+    number = _unpacked(count)
 
     def step(m: _Machine) -> None:
         at = m.at
@@ -383,7 +388,7 @@ def _persistent(m: _Machine) -> None:
     m.push(m.allowed.persistent(reference))
     if reference[2] not in m.storages and len(m.storages) < m.most:
         m.storages.add(reference[2])
-        m.budget += PER_TENSOR
+        m.budget += PER_STORAGE
 
 
 def _pop_mark(m: _Machine) -> None:
