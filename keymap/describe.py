@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
+from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.detect import spelling
 from keymap.errors import some
 from keymap.mapping import Mapping
 from keymap.pattern import Side
 from keymap.pieces import Layout
-from keymap.rules import apply_rules
 from keymap.translate import tower_of
 
 __all__ = ["Described", "Tower", "configurations_for", "describe", "in_words", "unlike"]

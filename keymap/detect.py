@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
+from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.errors import DetectionError
 from keymap.mapping import Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
-from keymap.rules import Fault, Rule, RuleTable, Step, apply_rules
+from keymap.rules import Fault, Rule, RuleTable, Step
 
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
+from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.detect import Detection, holds, spelling
 from keymap.mapping import Mapping
 from keymap.pieces import Layout
-from keymap.rules import Check, Fault, Rule, RuleTable, Step, apply_rules
+from keymap.rules import Check, Fault, Rule, RuleTable, Step
 
 _MOST = 1000  # indices that a group is asked to be complete for
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import keymap
+from keymap.apply import apply_rules
 from keymap.carry import materialise
 from keymap.compile import compile_mapping
 from keymap.detect import accept
 from keymap.marked_yaml import parse_yaml
 from keymap.pieces import Layout, whole
 from keymap.registry import registry
-from keymap.rules import RuleTable, apply_rules
+from keymap.rules import RuleTable
 from keymap.samples import samples
 from keymap.translate import file_rules
 

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keymap
 from keymap import load
+from keymap.apply import apply_rules
 from keymap.carry import copy_pieces
 from keymap.pieces import Layout, whole
-from keymap.rules import Part, Rule, RuleTable, apply_rules
+from keymap.rules import Part, Rule, RuleTable
 
 VIEWS = {"as_strided", "detach", "view", "alias", "unsqueeze", "slice", "select", "_unsafe_view", "t", "permute"}
 WRITES = {"copy_", "fill_"}

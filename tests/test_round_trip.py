@@ -11,11 +11,12 @@ from peers import big_vision, hf, openai, openclip, timm_towers
 from peers.common import SQUARE, same_bits
 
 import keymap
+from keymap.apply import apply_rules
 from keymap.carry import materialise
 from keymap.detect import accept, holds
 from keymap.pieces import Layout, whole
 from keymap.registry import registry
-from keymap.rules import Check, RuleTable, apply_rules
+from keymap.rules import Check, RuleTable
 from keymap.samples import samples
 from keymap.translate import file_rules
 
