@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -87,7 +88,7 @@ def _joined(part: Part, members: list[Layout]) -> Layout:
     if part.kind == "stack":
         if len(shapes) > 1:
             raise RuleError(f"a stack needs equal shapes, got {_list(m.shape for m in members)}")
-        members = [replace(m, shape=(*m.shape[: part.axis], 1, *m.shape[part.axis :])) for m in members]
+        members = [m._replace(shape=(*m.shape[: part.axis], 1, *m.shape[part.axis :])) for m in members]
     axis = part.axis
     if axis >= len(members[0].shape):
         raise RuleError(f"there is no axis {axis} in {list(first.shape)}")
@@ -153,7 +154,7 @@ def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layou
             raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
         for number, name in enumerate(names):
             taken = cut(now, axis, number, number + 1)
-            taken = replace(taken, shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
+            taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
             step = {**values, part.variables[at]: name or ""}
             if last:
                 yield step, taken, name is None
@@ -171,8 +172,7 @@ def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
     return cut(layout, 0, start, total if stop is None else stop)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(NamedTuple):
     """A tensor that a rule makes: the captures that its key has besides, and whether it must hold zeros."""
 
     values: Mapping[str, str]
@@ -192,9 +192,8 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
         if rule.root is not None and rule.root >= len(now.shape):
             raise RuleError(f"there is no axis {rule.root} in {list(now.shape)}")
         factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
-        now = replace(
-            now,
-            pieces=tuple(replace(p, factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
+        now = now._replace(
+            pieces=tuple(p._replace(factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
         )
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
@@ -219,7 +218,7 @@ class _Blocks:
             nameless = {row: whole(str(n), m.shape, m.dtype) for n, (row, m) in enumerate(members.items())}
             self.made[like] = list(_make(rule, nameless, self.facts))
         names = {str(n): layout.pieces[0].source for n, layout in enumerate(members.values())}
-        return [replace(made, layout=renamed(made.layout, names)) for made in self.made[like]]
+        return [made._replace(layout=renamed(made.layout, names)) for made in self.made[like]]
 
 
 def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
@@ -235,7 +234,7 @@ def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layo
         other = cut(other, 0, row, row + 1)
     if [n for n in other.shape if n != 1] != [n for n in layout.shape if n != 1]:
         raise RuleError(f"it adds {key!r} of shape {list(other.shape)} to {list(layout.shape)}")
-    return replace(layout, pieces=layout.pieces + tuple(replace(p, add=True) for p in other.pieces))
+    return layout._replace(pieces=layout.pieces + tuple(p._replace(add=True) for p in other.pieces))
 
 
 def apply_rules(

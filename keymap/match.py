@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping as MappingType
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -184,10 +183,10 @@ class _Work:
         if resize is None and layout.shape != shape:
             if key in self.hub.scalars and prod(layout.shape) == prod(shape) == 1:
                 self.notes.append(f"{key}: shape {list(layout.shape)} became {list(shape)}")
-                layout = replace(layout, shape=shape)
+                layout = layout._replace(shape=shape)
             else:
                 raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
-        layout = replace(layout, pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
+        layout = layout._replace(pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
         filled = sum(piece.numel for piece in layout.pieces if not piece.add)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
         given = {self.dtypes[piece.source] for piece in layout.pieces if piece.source is not None} - {dtype}
@@ -371,4 +370,4 @@ def _constant(value: float | str, shape: tuple[int, ...], dtype: torch.dtype) ->
         return whole(None, shape, dtype, float(value))
     zeros = whole(None, shape, dtype)
     diagonal = Piece(None, (min(shape),), 0, (0,), 0, (shape[-1] + 1,), term=1.0, add=True)
-    return replace(zeros, pieces=(*zeros.pieces, diagonal))
+    return zeros._replace(pieces=(*zeros.pieces, diagonal))

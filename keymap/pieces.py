@@ -9,9 +9,9 @@ tensor on either side.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -19,11 +19,11 @@ __all__ = ["Layout", "Piece", "cut", "join_runs", "permute", "place", "renamed",
 
 _MOST = 20_000  # pieces of one tensor; where axes do not follow each other, a tensor falls apart into its elements
 
+_ONE = (1,)
 Axis = tuple[int, int, int]  # length, stride in the source, stride in the target
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """These elements of one source tensor go to those of one target tensor.
 
     Attributes:
@@ -61,8 +61,7 @@ class Piece:
         return tuple(zip(self.shape, self.source_strides, self.target_strides, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """A tensor as the pieces that will fill it.
 
     Attributes:
@@ -82,10 +81,11 @@ class Layout:
     @property
     def copied_whole(self) -> bool:
         """True when the tensor is one source tensor, element by element, in order."""
-        if len(self.pieces) != 1 or self.pieces[0].computed:
+        if len(self.pieces) != 1:
             return False
         piece = self.pieces[0]
-        return len(piece.shape) == 1 and piece.source_strides == piece.target_strides and not piece.source_offset
+        in_order = len(piece.shape) == 1 and piece.source_strides == piece.target_strides
+        return in_order and not piece.source_offset and not piece.computed
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -108,8 +108,7 @@ def _piece(like: Piece, axes: Iterable[Axis], source_offset: int, target_offset:
         else:
             merged.append((n, s, t))
     lengths, sources, targets = zip(*merged, strict=True) if merged else ((1,), (1,), (1,))
-    return replace(
-        like,
+    return like._replace(
         shape=lengths,
         source_offset=source_offset,
         source_strides=sources,
@@ -121,19 +120,17 @@ def _piece(like: Piece, axes: Iterable[Axis], source_offset: int, target_offset:
 def whole(source: str | None, shape: Sequence[int], dtype: torch.dtype, constant: float = 0.0) -> Layout:
     """All of one source tensor, in order; with ``source=None`` a constant."""
     count = prod(shape)
-    if count == 0:
-        return Layout(tuple(shape), dtype, ())
-    return Layout(tuple(shape), dtype, (Piece(source, (count,), 0, (1,), 0, (1,), term=constant),))
+    pieces = (Piece(source, (count,), 0, _ONE, 0, _ONE, "", 1.0, constant),) if count else ()
+    return Layout(tuple(shape), dtype, pieces)
 
 
 def renamed(layout: Layout, names: Mapping[str, str | None]) -> Layout:
     """The same elements of other sources, by the names of those of ``layout``."""
-    pieces = tuple(replace(p, source=names[p.source]) if p.source is not None else p for p in layout.pieces)
+    pieces = tuple(Piece(names[p.source], *p[1:]) if p.source is not None else p for p in layout.pieces)
     return Layout(layout.shape, layout.dtype, pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spread:
+class _Spread(NamedTuple):
     """A piece seen in the axes of its tensor: where it starts on each, and steps (length, source, axis, by)."""
 
     piece: Piece
@@ -196,13 +193,13 @@ def _few(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 def permute(layout: Layout, shape: Sequence[int], order: Sequence[int], result: Sequence[int]) -> Layout:
     """Read the tensor as ``shape``, put its axes into ``order``, call the outcome ``result``."""
     if list(order) == list(range(len(shape))):
-        return replace(layout, shape=tuple(result))
+        return layout._replace(shape=tuple(result))
     ordered = row_major([shape[d] for d in order])
     strides = [0] * len(shape)
     for stride, axis in zip(ordered, order, strict=True):
         strides[axis] = stride
     pieces = _few(_flatten(s, strides) for p in layout.pieces for s in _spread(p, shape))
-    return replace(layout, shape=tuple(result), pieces=pieces)
+    return layout._replace(shape=tuple(result), pieces=pieces)
 
 
 def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[Piece, ...]:
@@ -210,7 +207,7 @@ def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[
     strides = row_major(shape)
     shift = start * strides[axis]
     if all(n == 1 for n in layout.shape[:axis]):
-        return tuple(replace(p, target_offset=p.target_offset + shift) for p in layout.pieces)
+        return tuple(p._replace(target_offset=p.target_offset + shift) for p in layout.pieces)
     return _few(_flatten(s, strides, shift) for p in layout.pieces for s in _spread(p, layout.shape))
 
 
@@ -233,12 +230,12 @@ def _clip(spread: _Spread, axis: int, start: int, stop: int) -> Iterator[_Spread
         last = min(n - 1, (stop - 1 - low) // by)
         if first > last:
             return
-        moved = replace(spread.piece, source_offset=spread.piece.source_offset + first * s)
+        moved = spread.piece._replace(source_offset=spread.piece.source_offset + first * s)
         at = tuple(p + first * by if d == axis else p for d, p in enumerate(spread.start))
         yield _Spread(moved, at, (*others, (last - first + 1, s, axis, by)))
         return
     for i in range(n):  # several steps share the axis: take the coarsest one apart
-        moved = replace(spread.piece, source_offset=spread.piece.source_offset + i * s)
+        moved = spread.piece._replace(source_offset=spread.piece.source_offset + i * s)
         at = tuple(p + i * by if d == axis else p for d, p in enumerate(spread.start))
         yield from _clip(_Spread(moved, at, others), axis, start, stop)
 
@@ -254,7 +251,7 @@ def cut(layout: Layout, axis: int, start: int, stop: int) -> Layout:
         for spread in _spread(p, layout.shape)
         for part in _clip(spread, axis, start, stop)
     )
-    return replace(layout, shape=shape, pieces=pieces)
+    return layout._replace(shape=shape, pieces=pieces)
 
 
 def join_runs(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -278,7 +275,7 @@ def join_runs(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
                 and piece.source_offset - last.source_offset == last.source_strides[0] * last.shape[0]
             ):
                 lengths = (last.shape[0] + piece.shape[0], *last.shape[1:])
-                done[-1] = replace(last, shape=lengths)
+                done[-1] = last._replace(shape=lengths)
                 continue
         done.append(piece)
     return tuple(done)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,7 @@ from keymap.rules import Check, Step
 __all__ = ["Entry", "Plan", "Request", "checked_facts", "dtype_name"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of the model: what fills it.
 
     Attributes:
@@ -114,7 +113,7 @@ class Plan:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The plan's pieces; those of a resized tensor are at the source's size."""
-        return tuple(replace(p, target=entry.key) for entry in self.entries for p in entry.layout.pieces)
+        return tuple(p._replace(target=entry.key) for entry in self.entries for p in entry.layout.pieces)
 
     @property
     def resized(self) -> dict[str, str]:

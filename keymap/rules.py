@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from keymap.pattern import Side, Slot
 from keymap.pieces import Layout
@@ -180,8 +181,7 @@ class Fault:
     foreign: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One application of a rule, for `Plan.explain`."""
 
     place: str

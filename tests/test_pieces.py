@@ -95,11 +95,10 @@ def test_pieces_go_straight_into_a_parameter_with_a_cast():
 
 def test_sums_are_computed_in_float32():
     halves = {"x": torch.full((4,), 2048.0).half(), "y": torch.ones(4).half(), "z": torch.ones(4).half()}
-    from dataclasses import replace
 
     total = whole("x", (4,), torch.float16)
     for key in ("y", "z"):
-        total = replace(total, pieces=(*total.pieces, replace(whole(key, (4,), torch.float16).pieces[0], add=True)))
+        total = total._replace(pieces=(*total.pieces, whole(key, (4,), torch.float16).pieces[0]._replace(add=True)))
     assert float(materialise(total, halves.__getitem__)[0]) == 2050.0  # in float16 2048 + 1 + 1 is 2048
 
 

@@ -72,7 +72,7 @@ class Storage:
     first: int = 0  # of a view on a storage, in elements; older files have such
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class TensorView:
     """A tensor as the pickle states it; nothing of it is checked yet."""
 
@@ -144,11 +144,11 @@ class AllowedGlobals:
         function = _CALLS.get(name)
         if function is None:
             raise BadPickleError(f"it calls {name}, which may only be named")
-        spend(
-            sum(
-                len(value) * (1 if isinstance(value, BYTES) else 100) for value in arguments if isinstance(value, SIZED)
-            )
-        )
+        made = 0
+        for value in arguments:
+            if isinstance(value, SIZED):
+                made += len(value) if isinstance(value, BYTES) else 100 * len(value)
+        spend(made)
         try:
             return function(*arguments)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError):

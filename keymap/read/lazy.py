@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,32 +27,85 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
 INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
+class LazyTensor(NamedTuple):
     """A tensor of a file, known by shape and dtype; its values are read only when asked for.
 
     Attributes:
         shape: sizes, outermost first; () for a scalar.
         dtype: as the file states it (numpy's two-byte void is bfloat16).
-        read: gives a CPU tensor of that shape and dtype. Where the container permits, its memory is the
-            file's own, mapped privately: writing to it is allowed, never reaches the file, and is seen by
-            a later ``read`` from the same Checkpoint. Strides may be any, also of a transposed view.
-        position: byte position of the values, for reading in file order.
-        streamed: True when ``read`` decompresses; only then can it raise CheckpointError.
-        region: the file, and from which byte to which its mapping holds the values; None where they are not mapped.
-        plain: True when the region is the values alone, row-major.
-        check: raises CheckpointError where the values are not those that were written; None where the container
-            has no checksum of its own (safetensors), or none that its writers must set (torch).
+        values: the raw bytes, or a function that gives the tensor.
+        strides: in elements of the bytes; row-major where None.
+        offset: first element.
+        shift: bytes of the files that are read before this one.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
-    position: int = 0
-    streamed: bool = False
-    region: tuple[SourceFile, int, int] | None = None
-    plain: bool = False
-    check: Callable[[], None] | None = None
+    values: Block | Callable[[], torch.Tensor]
+    strides: tuple[int, ...] | None = None
+    offset: int = 0
+    shift: int = 0
+
+    def read(self) -> torch.Tensor:
+        """A CPU tensor of that shape and dtype, with any strides.
+
+        Where the container permits, its memory is the file's own, mapped privately: writing to it is allowed, never
+        reaches the file, and is seen by a later ``read`` from the same Checkpoint. Raises CheckpointError where the
+        values have to be inflated and cannot be, or the file was written to.
+        """
+        block, shape, dtype = self.values, self.shape, self.dtype
+        if not isinstance(block, Block):
+            return block()
+        whole = block.nbytes - block.nbytes % dtype.itemsize
+        if whole == 0 or 0 in shape:
+            if block.crc is not None:
+                block.load()
+            return torch.empty(shape, dtype=dtype)
+        if block.crc is None:
+            flat = block.mapped(dtype, whole // dtype.itemsize)
+        else:
+            flat = block.load()[:whole].view(dtype)
+        if self.strides is None and self.offset == 0 and prod(shape) == len(flat):
+            return flat.view(shape)
+        return flat.as_strided(shape, self.strides or contiguous_strides(shape), self.offset)
+
+    @property
+    def position(self) -> int:
+        """Byte position of the values, for reading in file order."""
+        block = self.values
+        if not isinstance(block, Block):
+            return self.shift
+        return self.shift + block.start + (self.offset * self.dtype.itemsize if block.crc is None else 0)
+
+    @property
+    def streamed(self) -> bool:
+        """True when ``read`` decompresses."""
+        return isinstance(self.values, Block) and self.values.crc is not None
+
+    @property
+    def region(self) -> tuple[SourceFile, int, int] | None:
+        """The file, and from which byte to which its mapping holds the values; None where they are not mapped."""
+        block = self.values
+        if not isinstance(block, Block) or block.crc is not None:
+            return None
+        return block.file, block.start, block.start + block.nbytes
+
+    @property
+    def plain(self) -> bool:
+        """True when the region is the values alone, row-major."""
+        block = self.values
+        if not isinstance(block, Block) or self.strides is not None or self.offset or block.crc is not None:
+            return False
+        return block.nbytes == prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def check(self) -> Callable[[], None] | None:
+        """Raises CheckpointError where the values are not those that were written.
+
+        None where the container has no checksum of its own (safetensors), or none that its writers must set (torch).
+        """
+        block = self.values
+        return block.check if isinstance(block, Block) and (block.crc is not None or block.seal) else None
 
 
 @dataclass(frozen=True)
@@ -178,8 +231,7 @@ class SourceFile:
         return UnsafeCheckpointError(f"{self.path}: {fact}; {advice}", faults)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """The raw bytes of one array or storage: a region of the file, as it is or deflated.
 
     Attributes:
@@ -228,18 +280,25 @@ class Block:
             return self.file.data[self.start : self.start + min(count, self.nbytes)]
         return b"".join(self._inflate(count))[:count]
 
+    def mapped(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """So many elements, one at least, of a region stored as it is: the mapping's own memory.
+
+        Raises CheckpointError where the file has been written to.
+        """
+        self.file.unchanged()
+        self.file.handed = True
+        return torch.frombuffer(self.file.data, dtype=dtype, offset=self.start, count=count)
+
     def load(self) -> torch.Tensor:
         """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory of its own.
 
         Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared, and where the
         file has been written to.
         """
+        if self.crc is None:
+            return self.mapped(torch.uint8, self.nbytes) if self.nbytes else torch.empty(0, dtype=torch.uint8)
         self.file.unchanged()
         self.file.handed = True
-        if self.nbytes == 0 and self.crc is None:
-            return torch.empty(0, dtype=torch.uint8)
-        if self.crc is None:
-            return torch.frombuffer(self.file.data, dtype=torch.uint8, offset=self.start, count=self.nbytes)
         result = torch.empty(self.nbytes, dtype=torch.uint8)
         target = result.numpy().data
         total, crc = self.skip + self.nbytes, 0
@@ -322,23 +381,6 @@ def lazy_view(
         strides: in elements; row-major where None.
         offset: first element.
     """
-    whole = block.nbytes - block.nbytes % dtype.itemsize
     values = prod(shape) * dtype.itemsize
-    streamed = block.crc is not None
-    block.file.refuse_large(block.name, max(block.nbytes, values) if streamed else values)
-    plain = strides is None and offset == 0 and values == block.nbytes and not streamed
-
-    def read() -> torch.Tensor:
-        if whole == 0 or 0 in shape:
-            if streamed:
-                block.load()
-            return torch.empty(shape, dtype=dtype)
-        flat = block.load()[:whole].view(dtype)
-        if strides is None and offset == 0 and values == whole:
-            return flat.view(shape)
-        return flat.as_strided(shape, strides or contiguous_strides(shape), offset)
-
-    position = block.start if streamed else block.start + offset * dtype.itemsize
-    sealed = streamed or block.seal is not None
-    region = None if streamed else (block.file, block.start, block.start + block.nbytes)
-    return LazyTensor(shape, dtype, read, position, streamed, region, plain, block.check if sealed else None)
+    block.file.refuse_large(block.name, values if block.crc is None else max(block.nbytes, values))
+    return LazyTensor(shape, dtype, block, strides, offset)

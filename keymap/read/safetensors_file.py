@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from keymap.errors import CheckpointError
-from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count, lazy_view
+from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count
 
 MAX_HEADER = 100_000_000  # bytes
 PARSED = 1 << 26  # bytes that what is parsed of a header may take, beside four times the file
 AGAIN = "download or save the file again"
+FIELDS = {"dtype", "shape", "data_offsets"}
+PAIR = [int, int]
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -113,27 +115,27 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
 
 def _entry(file: SourceFile, base: int, key: str, entry: object) -> tuple[str, int, int, LazyTensor | None]:
     """One line of the header: (fault or "", begin, end, tensor or None)."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if type(entry) is not dict or not entry.keys() >= FIELDS:
         return "needs dtype, shape and data_offsets", 0, 0, None
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    dtype = DTYPES.get(name) if type(name) is str else None
     if dtype is None:
         return f"unknown dtype {brief(name)}", 0, 0, None
-    count = element_count(shape) if isinstance(shape, list) else None
+    count = element_count(shape) if type(shape) is list else None
     if count is None:
         return f"impossible shape {brief(shape)}", 0, 0, None
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int for at in offsets):
+    if type(offsets) is not list or [type(at) for at in offsets] != PAIR:
         return f"data_offsets {brief(offsets)} are not two integers", 0, 0, None
     begin, end = offsets
-    if not 0 <= begin <= end:
+    size = end - begin
+    if begin < 0 or size < 0:
         return f"data_offsets {offsets} run backwards", 0, 0, None
     if end > file.size - base:
         return f"truncated: ends at {end}, the file has {file.size - base} bytes of values", 0, 0, None
-    if end - begin != count * dtype.itemsize:
+    if size != count * dtype.itemsize:
         needs = count * dtype.itemsize
-        return f"shape {shape} of {name} needs {needs} bytes, data_offsets give {end - begin}", 0, 0, None
-    block = Block(file, key, base + begin, end - begin, end - begin)
-    return "", begin, end, lazy_view(block, dtype, tuple(shape))
+        return f"shape {shape} of {name} needs {needs} bytes, data_offsets give {size}", 0, 0, None
+    return "", begin, end, LazyTensor(tuple(shape), dtype, Block(file, key, base + begin, size, size))
 
 
 def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def read_index(file: SourceFile, open_one: Callable[[Path], Checkpoint]) -> Chec
                 stated = f"in {places[key]!r}" if key in places else "nowhere"
                 faults.append(f"{brief(key)} is in shard {name!r}; the index has it {stated}")
             else:
-                tree[key] = replace(value, position=base + value.position)
+                tree[key] = value._replace(shift=base)
         base += path.stat().st_size
     if not faults and not containers <= {"safetensors"} and not containers <= {"torch"}:
         faults.append(f"its shards are of several kinds: {sorted(containers)}")

@@ -153,18 +153,24 @@ class TreeBuilder:
 
         count = element_count(shape)
         steps_fit = len(strides) == len(shape)
-        steps_fit = steps_fit and all(type(n) is int and 0 <= n <= MAX_INT64 for n in strides)
+        for step in strides:
+            steps_fit = steps_fit and type(step) is int and 0 <= step <= MAX_INT64
         if count is None or not steps_fit or type(view.offset) is not int or view.offset < 0:
             raise bad("is impossible")
         if storage.first and dtype != storage.dtype:
             raise bad("changes the type of a part of a storage")
         first = view.offset + storage.first
-        last = first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         room = size // dtype.itemsize
-        self.file.refuse_large(path, count * dtype.itemsize)
+        row_major = strides == contiguous_strides(shape)
+        if row_major:
+            last = first + count - 1
+        else:
+            self.file.refuse_large(path, count * dtype.itemsize)
+            last = first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         if count > 0 and last >= room:
             raise bad(f"runs past storage {storage.key!r} of {room} elements (reaches {last})")
-        if count > 0 and strides == contiguous_strides(shape) and block.crc is None:
-            part = Block(self.file, path, block.start + first * dtype.itemsize, 0, count * dtype.itemsize)
-            return lazy_view(part, dtype, shape)
+        if count > 0 and row_major and block.crc is None:
+            nbytes = count * dtype.itemsize
+            part = Block(self.file, path, block.start + first * dtype.itemsize, nbytes, nbytes)
+            return LazyTensor(shape, dtype, part)
         return lazy_view(block, dtype, shape, strides, first)

@@ -117,11 +117,7 @@ class _Machine:
             while not self.done:
                 at = self.at
                 self.at = at + 1
-                known = steps.get(data[at])
-                if known is None:
-                    code = bytes([data[at]])
-                    raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
-                step, cost = known
+                step, cost = steps[data[at]]
                 self.budget -= cost
                 if self.budget < 0:
                     raise BadPickleError(GROWS)
@@ -191,11 +187,12 @@ class _Machine:
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def store(self, index: int) -> None:
+        memo = self.memo
         if not self.stack:
             raise BadPickleError("it stores a value that is not there")
-        if index > len(self.memo) + MEMO_GAP:
-            raise BadPickleError(f"it stores value {index} after only {len(self.memo)} others")
-        self.memo[index] = self.stack[-1]
+        if index > len(memo) + MEMO_GAP:
+            raise BadPickleError(f"it stores value {index} after only {len(memo)} others")
+        memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
@@ -208,6 +205,11 @@ class _Machine:
         if type(target) is not Global or type(arguments) is not tuple:
             raise BadPickleError(f"it calls a {type(target).__name__}, before byte {self.at}")
         self.push(self.allowed.call(target.name, arguments, self.spend))
+
+
+def _unknown(m: _Machine) -> None:
+    code, at = bytes([m.data[m.at - 1]]), m.at - 1
+    raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
 
 
 def _mark(m: _Machine) -> None:
@@ -235,7 +237,7 @@ def _constant(value: Any) -> Callable[[_Machine], None]:
 
 def _unpacked(count: int, signed: bool = False) -> Callable[[Any, int], tuple[int]]:
     """Reads an integer of so many bytes, as a tuple of one; raises struct.error where the data end before it does."""
-    return struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I"}[count]).unpack_from
+    return struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I", 8: "<Q"}[count]).unpack_from
 
 
 def _integer(count: int, signed: bool = False) -> Callable[[_Machine], None]:
@@ -267,9 +269,10 @@ def _recall(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (index,) = number(m.data, at)
-        if index not in m.memo:
+        memo = m.memo
+        if index not in memo:
             raise BadPickleError(f"it recalls value {index}, which it never stored")
-        m.stack.append(m.memo[index])
+        m.stack.append(memo[index])
 
     return step
 
@@ -285,7 +288,15 @@ def _long(count: int) -> Callable[[_Machine], None]:
 
 
 def _string(count: int) -> Callable[[_Machine], None]:
-    return lambda m: m.push(m.text(m.take(m.number(count))))
+    number = _unpacked(count)
+
+    def step(m: _Machine) -> None:
+        at = m.at
+        m.at = at + count
+        (size,) = number(m.data, at)
+        m.stack.append(m.text(m.take(size)))
+
+    return step
 
 
 def _bytes(count: int) -> Callable[[_Machine], None]:
@@ -362,7 +373,10 @@ def _stack_global(m: _Machine) -> None:
 
 
 def _reduce(m: _Machine) -> None:
-    arguments, target = m.pop(), m.pop()
+    stack = m.stack
+    if len(stack) < 2:
+        raise BadPickleError(f"it calls what is not there, before byte {m.at}")
+    arguments, target = stack.pop(), stack.pop()
     m.call(target, arguments)
 
 
@@ -386,8 +400,9 @@ def _build(m: _Machine) -> None:
 def _persistent(m: _Machine) -> None:
     reference = m.pop()
     m.push(m.allowed.persistent(reference))
-    if reference[2] not in m.storages and len(m.storages) < m.most:
-        m.storages.add(reference[2])
+    key, storages = reference[2], m.storages
+    if key not in storages and len(storages) < m.most:
+        storages.add(key)
         m.budget += PER_STORAGE
 
 
@@ -461,4 +476,4 @@ _DOES: dict[int, Callable[[_Machine], None]] = {
 # Bytes of memory that a step takes, at most, and its value in the tree that is made of it; 40 for the others.
 _COSTS = {ord(code): 70 for code in "(UTX\x8c\x8dCB\x8e\x96"} | {ord(code): 110 for code in "]}t\x85\x86\x87ldqr\x94"}
 _COSTS |= {ord(code): 250 for code in "R\x81\x92Q\x8f\x91"} | {ord(code): 16 for code in "N)\x88\x89hj20.eaus\x90b"}
-_STEPS = {code: (step, _COSTS.get(code, 40)) for code, step in _DOES.items()}
+_STEPS = [(_DOES.get(code, _unknown), _COSTS.get(code, 40)) for code in range(256)]
