@@ -211,20 +211,23 @@ class _Blocks:
 
     def make(self, rule: Rule, members: Mapping[tuple[str, ...], Layout]) -> Iterable[_Made]:
         """As `_make`."""
-        if not all(layout.copied_whole for layout in members.values()):
-            return _make(rule, members, self.facts)
-        like = (id(rule), *((row, layout.shape, layout.dtype) for row, layout in members.items()))
-        if like not in self.made:
-            nameless = {row: whole(str(n), m.shape, m.dtype) for n, (row, m) in enumerate(members.items())}
-            self.made[like] = list(_make(rule, nameless, self.facts))
-        names = {str(n): layout.pieces[0].source for n, layout in enumerate(members.values())}
-        return [made._replace(layout=renamed(made.layout, names)) for made in self.made[like]]
+        like: list[object] = [id(rule)]
+        names: dict[str, str | None] = {}
+        for row, layout in members.items():
+            if not layout.copied_whole:
+                return _make(rule, members, self.facts)
+            like += (row, layout.shape, layout.dtype)
+            names[str(len(names))] = layout.pieces[0].source
+        key = tuple(like)
+        if key not in self.made:
+            nameless = {row: whole(n, m.shape, m.dtype) for n, (row, m) in zip(names, members.items(), strict=True)}
+            self.made[key] = list(_make(rule, nameless, self.facts))
+        return [_Made(made.values, renamed(made.layout, names), made.zeros) for made in self.made[key]]
 
 
-def _with_sum(rule: Rule, layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
-    if rule.add is None:
-        return layout
-    key, row = rule.add
+def _with_sum(add: tuple[str, int | None], layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
+    """A layout, and a tensor of the file (a row of it) added to it."""
+    key, row = add
     if key not in tensors:
         raise RuleError(f"it adds {key!r}, which is not there")
     other = tensors[key]
@@ -261,12 +264,11 @@ def apply_rules(
             continue
         rule, values = found
         if rule.renames:
-            _put(result, rule.targets[0].write(values), layout, rule, (key,))
+            _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
             continue
         rules[id(rule)] = rule
-        lost = rule.join.variables if rule.join is not None else ()
-        kept = tuple((name, value) for name, value in values.items() if name not in lost)
-        jobs.setdefault((id(rule), kept), {})[tuple(values[name] for name in lost)] = key
+        row = tuple([values.pop(name) for name in rule.join.variables]) if rule.join is not None else ()
+        jobs.setdefault((id(rule), tuple(values.items())), {})[row] = key
     for (number, kept), keys in jobs.items():
         rule = rules[number]
         members = {row: tensors[key] for row, key in keys.items()}
@@ -281,7 +283,10 @@ def apply_rules(
             continue
         try:
             outputs = [
-                (None if made.zeros else side.write({**values, **made.values}), _with_sum(rule, made.layout, tensors))
+                (
+                    None if made.zeros else side.write({**values, **made.values}),
+                    made.layout if rule.add is None else _with_sum(rule.add, made.layout, tensors),
+                )
                 for made in blocks.make(rule, members)
                 for side in rule.targets
             ]

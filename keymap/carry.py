@@ -11,12 +11,30 @@ from keymap.pieces import Layout, Piece
 
 __all__ = ["copy_pieces", "materialise"]
 
+_STRIP = 3 << 15  # elements
 Read = Callable[[str], torch.Tensor]
 
 
 def _strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
     """A view of a contiguous tensor by element offset and strides."""
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy between views of one shape, dtype conversion included.
+
+    Where the last axis is not the source's innermost, torch goes through all of the source for a row of the target.
+    So it is given a few whole rows of the source at a time, as many as stay in a core's cache.
+    """
+    if source.numel() <= 2 * _STRIP or source.stride(-1) == 1:
+        target.copy_(source)
+        return
+    axis = max(range(source.ndim), key=lambda d: source.stride(d) if source.shape[d] > 1 else -1)
+    length = source.shape[axis]
+    step = max(1, _STRIP * length // source.numel())
+    for start in range(0, length, step):
+        rows = axis, start, min(step, length - start)
+        _copy(target.narrow(*rows), source.narrow(*rows))
 
 
 def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destination: torch.Tensor) -> None:
@@ -35,7 +53,7 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
         assert source is not None
         if not source.is_contiguous():
             source = source.contiguous()
-        target.copy_(_strided(source, piece.shape, piece.source_strides, piece.source_offset))
+        _copy(target, _strided(source, piece.shape, piece.source_strides, piece.source_offset))
 
 
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -68,5 +86,5 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
         if piece.add:
             target.add_(value)
         else:
-            target.copy_(value)
+            _copy(target, value)
     return result.reshape(layout.shape).to(dtype or layout.dtype)

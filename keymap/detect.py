@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
 
 from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.errors import DetectionError
-from keymap.mapping import Clue, Evidence, Mapping, Refusal
+from keymap.mapping import Accept, Clue, Evidence, Mapping, Refusal
 from keymap.pieces import Layout
-from keymap.rules import Fault, Rule, RuleTable, Step
+from keymap.rules import Fault, RuleTable, Step
 
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 
@@ -35,44 +37,52 @@ class Detection:
     steps: tuple[Step, ...]
 
 
-def _witness(clue: Clue, tensors: MappingType[str, Layout]) -> str | None:
-    """The first key that a clue matches."""
-    if clue.side.literal:
-        key = clue.side.write({})
-        keys = [key] if key in tensors else []
-    else:
-        starts = clue.side.starts
-        keys = [key for key in tensors if key.startswith(starts)]
-    for key in keys:
-        if (clue.ndim is None or len(tensors[key].shape) == clue.ndim) and clue.side.match(key) is not None:
-            return key
+def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
+    """The names that begin with a text; ``names`` are in order, so others are not looked at."""
+    at = bisect_left(names, start)
+    while at < len(names) and names[at].startswith(start):
+        yield names[at]
+        at += 1
+
+
+def _witness(clue: Clue, tensors: MappingType[str, Layout], names: Sequence[str]) -> str | None:
+    """The first key, in order, that a clue matches."""
+    side, ndim = clue.side, clue.ndim
+    for start in side.starts:
+        for key in _beginning(start, names) if not side.literal else [start] if start in tensors else ():
+            fits = ndim is None or len(tensors[key].shape) == ndim
+            if fits and key.endswith(side.ends) and side.match(key) is not None:
+                return key
     return None
 
 
-def holds(evidence: Evidence, tensors: MappingType[str, Layout]) -> list[str] | None:
-    """The keys that bear the evidence out, or None where it does not hold."""
+def holds(
+    evidence: Evidence, tensors: MappingType[str, Layout], names: Sequence[str] | None = None
+) -> list[str] | None:
+    """The keys that bear the evidence out, or None where it does not hold; ``names`` are the keys in order."""
+    names = sorted(tensors) if names is None else names
     found: list[str] = []
     for clue in evidence.all:
-        witness = _witness(clue, tensors)
+        witness = _witness(clue, tensors, names)
         if witness is None:
             return None
         found.append(witness)
-    some = [witness for clue in evidence.any if (witness := _witness(clue, tensors)) is not None]
+    some = [witness for clue in evidence.any if (witness := _witness(clue, tensors, names)) is not None]
     if evidence.any and not some:
         return None
-    if any(_witness(clue, tensors) is not None for clue in evidence.none):
+    if any(_witness(clue, tensors, names) is not None for clue in evidence.none):
         return None
     return [*found, *some]
 
 
-def _refused(refusal: Refusal, tensors: MappingType[str, Layout], keys: str) -> list[str] | None:
+def _refused(refusal: Refusal, tensors: MappingType[str, Layout], names: Sequence[str], keys: str) -> list[str] | None:
     """The keys that show a file to be of a kind that is refused; None for another file.
 
-    ``keys`` are all of them in one text.
+    ``names`` are the keys in order, ``keys`` all of them in one text.
     """
     if refusal.contains and not any(part in keys for part in refusal.contains):
         return None
-    seen = holds(refusal.when, tensors)
+    seen = holds(refusal.when, tensors, names)
     if seen is None or not refusal.contains:
         return seen
     parts = [key for key in tensors if any(part in key for part in refusal.contains)]
@@ -87,45 +97,52 @@ def refuse_in_words(
     Raises:
         DetectionError: in the mapping's words.
     """
-    keys = "\n".join(tensors)
+    names, keys = sorted(tensors), "\n".join(tensors)
     for mapping in known.mappings.values():
         for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
-            seen = _refused(refusal, tensors, keys)
+            seen = _refused(refusal, tensors, names, keys)
             if seen is not None:
                 raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
 
 
-def _may_own(rule: Rule, keys: str) -> bool:
-    """False where the texts of a rule show that it owns none of the keys, which stand in lines of one text."""
-    side = rule.source
-    there = all(token in keys for token in side.tokens if isinstance(token, str))
-    return there and any(f"\n{start}" in keys for start in side.starts)
+def _may_own(block: Accept, names: Sequence[str]) -> bool:
+    """False where the texts of a block's rules show that it owns none of the keys, which are in order."""
+    for rule in block.table.rules:
+        words = [token for token in rule.source.tokens if isinstance(token, str)]
+        for start in rule.source.starts:
+            if any(all(word in key for word in words) for key in _beginning(start, names)):
+                return True
+    return False
 
 
 def accept(
-    mapping: Mapping, tensors: MappingType[str, Layout], facts: MappingType[str, int]
+    mapping: Mapping,
+    tensors: MappingType[str, Layout],
+    facts: MappingType[str, int],
+    names: Sequence[str] | None = None,
 ) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
-    """The tensors under the spelling that the format writes."""
+    """The tensors under the spelling that the format writes; ``names`` are their keys in order."""
     faults: list[Fault] = []
     steps: list[Step] = []
-    keys = "\n".join(("", *tensors)) if mapping.accepts else ""
+    if mapping.accepts and names is None:
+        names = sorted(tensors)
     for block in mapping.accepts:
-        if not any(_may_own(rule, keys) for rule in block.table.rules):
+        if not _may_own(block, names or ()):
             continue
-        if block.when is not None and holds(block.when, tensors) is None:
+        if block.when is not None and holds(block.when, tensors, names) is None:
             continue
         applied = apply_rules(block.table, tensors, facts, pass_others=True)
         faults += applied.faults
         steps += applied.steps
-        tensors = applied.out
-        keys = "\n".join(("", *tensors))
+        tensors, names = applied.out, sorted(applied.out)
     return tensors, tuple(faults), tuple(steps)
 
 
 def spelling(hub: Mapping, tower: str, tensors: MappingType[str, Layout]) -> str | None:
     """How the keys spell a tower; None where they hold nothing of it."""
+    names = sorted(tensors)
     for name, evidence in hub.spellings.get(tower, {}).items():
-        if holds(evidence, tensors) is not None:
+        if holds(evidence, tensors, names) is not None:
             return name
     return None
 
@@ -143,9 +160,10 @@ def detect(
         DetectionError: no format claims the file, or several do.
     """
     found: list[Detection] = []
+    names = sorted(tensors)
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
-        accepted, faults, steps = accept(mapping, tensors, facts or {})
-        evidence = holds(mapping.detect, accepted)
+        accepted, faults, steps = accept(mapping, tensors, facts or {}, names)
+        evidence = holds(mapping.detect, accepted, names if accepted is tensors else None)
         if evidence is not None or wanted is not None:
             said = tuple(evidence) if evidence is not None else ("named by the caller",)
             found.append(Detection(mapping, accepted, said, faults, steps))

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from keymap.carry import copy_pieces, materialise
 from keymap.errors import PlanError, VerifyError, some
+from keymap.model import modules_of
 from keymap.pieces import Piece
 from keymap.plan import Entry, Plan
 from keymap.read import LazyTensor, SourceFile
@@ -80,8 +81,8 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         CheckpointError: the file was written to meanwhile; the model is half loaded then, and the error says so.
         KeyboardInterrupt: the load was interrupted; the model is half loaded then, and the error says so.
     """
-    files = {id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}
-    for file in files.values():
+    files = _files(tensors)
+    for file in files:
         file.unchanged()
     runs: list[Run] = []
     straight: list[torch.Tensor] = []
@@ -96,7 +97,7 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
                 copy_pieces([piece], tensor, targets[key].detach())
 
     try:
-        with opened(files.values()) as handles, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with opened(files) as handles, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for entry in plan.entries:
                 target = targets[entry.key]
                 if not _simple(entry, target):
@@ -128,11 +129,16 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         for entry in others:
             with torch.no_grad():
                 targets[entry.key].copy_(_value(entry, tensors))
-        for file in files.values():
+        for file in files:
             file.unchanged()
         _give_back(order, tensors)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
+
+
+def _files(tensors: Tensors) -> list[SourceFile]:
+    """The files that tensors are mapped from, each once."""
+    return list({id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values())
 
 
 def _crosses(pieces: Iterable[tuple[str, Piece]]) -> bool:
@@ -208,11 +214,14 @@ def assign_plan(
     for entry in plan.entries:
         value = _as_it_is(entry, tensors)
         if value is not None and handed.add(value):
-            given[entry.key] = value.reshape(entry.shape)
+            given[entry.key] = value.view(entry.shape)
     others = [entry for entry in plan.entries if entry.key not in given]
     given |= {entry.key: _value(entry, tensors) for entry in others}
     new: dict[int, torch.Tensor] = {id(targets[key]): _onto(device, value) for key, value in given.items()}
-    for module in model.modules():
+    for file in _files(tensors):
+        file.unchanged()
+    modules = modules_of(model)
+    for module in modules.values():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) in new:
                 value = new[id(parameter)]
@@ -223,9 +232,9 @@ def assign_plan(
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and id(buffer) in new:
                 module._buffers[name] = new[id(buffer)]
-    for path, buffer in _absent_buffers(model, targets):
+    for path, buffer in _absent_buffers(modules, targets):
         owner, _, name = path.rpartition(".")
-        model.get_submodule(owner)._buffers[name] = causal_mask(buffer, device)
+        modules[owner]._buffers[name] = causal_mask(buffer, device)
     return [entry.key for entry in others]
 
 
@@ -235,21 +244,36 @@ def _as_it_is(entry: Entry, tensors: Tensors) -> torch.Tensor | None:
     if not layout.copied_whole or entry.resize is not None or layout.pieces[0].source is None:
         return None
     lazy = tensors[layout.pieces[0].source]
-    if lazy.dtype != entry.dtype or prod(lazy.shape) != layout.pieces[0].numel:
+    count = prod(lazy.shape)
+    if lazy.dtype != entry.dtype or count != layout.pieces[0].numel:
         return None
-    value = lazy.read()
+    block = lazy.values_alone
+    value = lazy.read() if block is None else block.mapped(lazy.dtype, count)
     return value if value.is_contiguous() else None
 
 
-def _absent_buffers(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+def _absent_buffers(
+    modules: Mapping[str, nn.Module], stored: Mapping[str, torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
     """Buffers on the meta device that no state dict holds, by dotted path."""
     known = {id(value) for value in stored.values()}
-    return [(path, b) for path, b in model.named_buffers() if b.is_meta and id(b) not in known]
+    return [
+        (f"{path}.{name}".removeprefix("."), buffer)
+        for path, module in modules.items()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta and id(buffer) not in known
+    ]
 
 
 def causal_mask(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """An additive causal mask, (length, length): 0 on and below the diagonal, -inf above."""
     return torch.full(like.shape, float("-inf"), dtype=like.dtype, device=device).triu_(1)
+
+
+def _own(model: nn.Module) -> set[int]:
+    """The tensors that the model's modules hold, by id."""
+    modules = modules_of(model).values()
+    return {id(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
 
 
 def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
@@ -259,26 +283,36 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
         PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, a copy that a
             hook gives, or was made in inference mode.
     """
-    written = {entry.key: targets[entry.key] for entry in plan.entries}
-    own = {id(t) for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())}
-    copies = [key for key, target in written.items() if id(target) not in own]
+    own = _own(model)
+    copies, empty, overlapping, frozen = list[str](), list[str](), list[str](), list[str]()
+    regions: list[tuple[int, int, str]] = []
+    inference = torch.is_inference_mode_enabled()
+    for entry in plan.entries:
+        key, target = entry.key, targets[entry.key]
+        if id(target) not in own:
+            copies.append(key)
+        if target.is_meta:
+            empty.append(key)
+            continue
+        strides = target.stride()
+        if 0 in strides and any(n > 1 and s == 0 for n, s in zip(target.shape, strides, strict=True)):
+            overlapping.append(key)
+        if not inference and target.is_inference():
+            frozen.append(key)
+        if target.is_contiguous() and target.numel():
+            start = target.data_ptr()
+            regions.append((start, start + target.nbytes, key))
     if copies:
         raise PlanError(
             f"{plan.file}: state_dict() of the model does not give the model's own tensors (a hook?), so nothing "
             f"would be loaded: {some(copies)}; load into the model without the hook"
         )
-    empty = [key for key, target in written.items() if target.device.type == "meta"]
     if empty:
         raise PlanError(
             f"{plan.file}: {len(empty)} of the model's tensors are on the meta device and have no memory "
             f"({some(empty)}); pass assign=True, or model.to_empty(device='cpu') first"
         )
-    overlapping = [
-        key for key, t in written.items() if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
-    ]
-    regions = sorted(
-        (t.data_ptr(), t.data_ptr() + t.nbytes, key) for key, t in written.items() if t.numel() and t.is_contiguous()
-    )
+    regions.sort()
     partly = [
         f"{one} and {other}"
         for (first, last, one), (start, stop, other) in pairwise(regions)
@@ -286,7 +320,6 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
     ]
     if partly:
         raise PlanError(f"{plan.file}: tensors of the model share a part of their memory: {some(partly)}; clone them")
-    frozen = [key for key, target in written.items() if target.is_inference() and not torch.is_inference_mode_enabled()]
     if overlapping or frozen:
         what = "are expanded views" if overlapping else "were made under torch.inference_mode"
         raise PlanError(
@@ -309,7 +342,7 @@ def refuse_unassignable(
     """
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
-    lost = [path for path, _ in _absent_buffers(model, targets) if path not in masks]
+    lost = [path for path, _ in _absent_buffers(modules_of(model), targets) if path not in masks]
     written = {entry.key for entry in plan.entries}
     lost += [key for key, target in targets.items() if target.is_meta and key not in written]
     if lost:

@@ -186,12 +186,16 @@ class _Work:
                 layout = layout._replace(shape=shape)
             else:
                 raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
-        layout = layout._replace(pieces=join_runs(layout.pieces)) if len(layout.pieces) > 1 else layout
-        filled = sum(piece.numel for piece in layout.pieces if not piece.add)
+        if len(layout.pieces) > 1:
+            layout = layout._replace(pieces=join_runs(layout.pieces))
+        filled, given = 0, set()
+        for piece in layout.pieces:
+            filled += 0 if piece.add else prod(piece.shape)
+            if piece.source is not None and self.dtypes[piece.source] != dtype:
+                given.add(self.dtypes[piece.source])
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        given = {self.dtypes[piece.source] for piece in layout.pieces if piece.source is not None} - {dtype}
         casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given)) if given else ()
-        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, casts=casts)
+        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, "", casts)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)

@@ -31,13 +31,14 @@ from functools import cached_property
 from itertools import permutations
 from math import prod
 
-__all__ = ["Effort", "PatternError", "Side", "Slot", "overlap", "parse_source", "parse_target"]
+__all__ = ["MAX_DIGITS", "Effort", "PatternError", "Side", "Slot", "overlap", "parse_source", "parse_target"]
 
 
 class PatternError(ValueError):
     """A pattern outside the subset; the message says what to write instead."""
 
 
+MAX_DIGITS = 9  # of an index
 _MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
 _MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern stands for
 
@@ -63,7 +64,7 @@ class Effort:
 _OPEN: dict[
     str, tuple[str, Callable[[str], bool]]
 ] = {  # kind -> (regular expression, "can this character occur in it?")
-    "int": (r"(?:0|[1-9][0-9]{0,8})", lambda c: c in "0123456789"),
+    "int": (rf"(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})", lambda c: c in "0123456789"),
     "word": (r"[A-Za-z0-9_]+", lambda c: c.isascii() and (c.isalnum() or c == "_")),
     "part": (r"[^.]+", lambda c: c != "."),
     "rest": (r".+", lambda c: True),
@@ -154,11 +155,11 @@ class Side:
         """Compiled when first asked for: of most formats no key is ever seen."""
         return re.compile("".join(re.escape(t) if isinstance(t, str) else t.regex() for t in self.tokens), re.DOTALL)
 
-    @property
+    @cached_property
     def variables(self) -> tuple[str, ...]:
         return tuple(name for slot in self.slots for name in slot.names)
 
-    @property
+    @cached_property
     def literal(self) -> bool:
         """True when the side is one fixed key."""
         return all(isinstance(t, str) for t in self.tokens)
@@ -191,6 +192,8 @@ class Side:
         found = self._regex.fullmatch(key)
         if found is None:
             return None
+        if self._plain is not None:
+            return dict(zip(self._plain, found.groups(), strict=True))
         values: dict[str, str] = {}
         for slot, text in zip(self.slots, found.groups(), strict=True):
             if slot.plain:
@@ -202,8 +205,20 @@ class Side:
             values.update(read)
         return values
 
+    @cached_property
+    def _plain(self) -> tuple[str, ...] | None:
+        """The variables, where the side spells all of them as they are."""
+        return tuple(slot.names[0] for slot in self.slots) if all(slot.plain for slot in self.slots) else None
+
+    @cached_property
+    def _form(self) -> str:
+        """The side with ``%s`` in the place of each slot."""
+        return "".join(t.replace("%", "%%") if isinstance(t, str) else "%s" for t in self.tokens)
+
     def write(self, values: Mapping[str, str]) -> str:
-        return "".join(t if isinstance(t, str) else t.write(values) for t in self.tokens)
+        if self._plain is not None:
+            return self._form % tuple([values[name] for name in self._plain])
+        return self._form % tuple([slot.write(values) for slot in self.slots])
 
     @cached_property
     def readings(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from keymap.pattern import Side, Slot
+from keymap.pattern import MAX_DIGITS, Side, Slot
 from keymap.pieces import Layout
 from keymap.view import View
 
@@ -113,6 +113,17 @@ class Rule:
         return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
 
     @cached_property
+    def keeps(self) -> bool:
+        """True when the rule gives a key as it is."""
+        return self.renames and self.source.tokens == self.targets[0].tokens
+
+    @cached_property
+    def counts(self) -> bool:
+        """True when the captures are indices and alternatives, spelled as they are."""
+        plain = all(slot.plain and slot.kind in ("int", "alts") for slot in self.source.slots)
+        return plain and not self._falling
+
+    @cached_property
     def _falling(self) -> tuple[Slot, ...]:
         return tuple(slot for side in self.targets for slot in side.slots if slot.shift < 0)
 
@@ -190,7 +201,54 @@ class Step(NamedTuple):
     targets: tuple[str, ...]
 
 
-_DIGITS = re.compile(r"[0-9]+")
+_MOST_SEEN = 10_000  # texts of keys that a table remembers
+_NUMBERS = re.compile(r"([0-9]+)")
+
+
+class _Like(NamedTuple):
+    """Keys that differ in their numbers alone, as those of repeated blocks do: one rule owns them all.
+
+    Attributes:
+        values: the rule's captures, of one of the keys.
+        indices: captures that are a number of the key, and which.
+        fixed: numbers of the key that are the rule's own text, and what they are.
+    """
+
+    values: dict[str, str]
+    indices: tuple[tuple[str, int], ...]
+    fixed: tuple[tuple[int, str], ...]
+
+    def captures(self, numbers: list[str]) -> dict[str, str] | None:
+        """The captures of another of the keys, in the same order; None where it is none of the rule's after all."""
+        for at, number in self.fixed:
+            if numbers[at] != number:
+                return None
+        values = self.values.copy()
+        for name, at in self.indices:
+            number = numbers[at]
+            if len(number) > 1 and (number[0] == "0" or len(number) > MAX_DIGITS):
+                return None
+            values[name] = number
+        return values
+
+
+def _like(rule: Rule, values: Mapping[str, str], numbers: list[str]) -> _Like | None:
+    """What a key tells of others; None where captures may differ in more than an index."""
+    if not rule.counts:
+        return None
+    indices: list[tuple[str, int]] = []
+    fixed: list[tuple[int, str]] = []
+    for token in rule.source.tokens:
+        at = len(indices) + len(fixed)
+        if isinstance(token, Slot) and token.kind == "int":
+            indices.append((token.names[0], at))
+        else:
+            text = token if isinstance(token, str) else values[token.names[0]]
+            fixed += enumerate(_NUMBERS.findall(text), at)
+    told = [*fixed, *((at, values[name]) for name, at in indices)]  # texts side by side may make one number of two
+    if len(told) != len(numbers) or any(numbers[at] != number for at, number in told):
+        return None
+    return _Like(dict(values), tuple(indices), tuple(fixed))
 
 
 @dataclass(frozen=True)
@@ -204,40 +262,35 @@ class RuleTable:
         return {rule.source.write({}): rule for rule in self.rules if rule.source.literal}
 
     @cached_property
-    def _patterns(self) -> tuple[list[Rule], list[Rule]]:
-        open_rules = [rule for rule in self.rules if not rule.source.literal]
-        return [r for r in open_rules if not r.rest], [r for r in open_rules if r.rest]
+    def _patterns(self) -> list[Rule]:
+        """The other rules; `rest` rules are the last."""
+        return sorted((rule for rule in self.rules if not rule.source.literal), key=lambda rule: rule.rest)
 
     @cached_property
-    def _seen(self) -> dict[str, list[Rule]]:
+    def _seen(self) -> dict[tuple[str, ...], list[tuple[Rule, _Like | None]]]:
         return {}
 
     def find(self, key: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule that owns the key, and its captures.
 
-        Keys of a repeated block differ in their numbers alone, so the rules that took such a key are tried
-        first: the time for a key does not grow with the number of rules.
+        Keys of a repeated block differ in their numbers alone, so what one of them told is tried first: the time for
+        a key does not grow with the number of rules.
         """
         literal = self._literal.get(key)
         if literal is not None:
             return literal, {}
-        plain, rest = self._patterns
-        shape = _DIGITS.sub("0", key) if len(key) < 1000 else key
-        seen = self._seen.get(shape, ())
-        for rule in seen:
-            values = rule.match(key)
+        parts = _NUMBERS.split(key)
+        text, numbers = tuple(parts[::2]), parts[1::2]
+        seen = self._seen.get(text, ())
+        for rule, like in seen:
+            values = rule.match(key) if like is None else like.captures(numbers)
             if values is not None:
                 return rule, values
-        for rule in plain:
-            if rule in seen:
-                continue
-            values = rule.match(key)
+        for rule in self._patterns:
+            values = rule.match(key) if key.startswith(rule.source.starts) else None
             if values is not None:
-                self._seen.setdefault(shape, []).append(rule)
-                return rule, values
-        for rule in rest:
-            values = rule.match(key)
-            if values is not None:
+                if len(self._seen) < _MOST_SEEN and all(rule is not other for other, _ in seen):
+                    self._seen.setdefault(text, []).append((rule, _like(rule, values, numbers)))
                 return rule, values
         return None
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from ctypes import c_char
+from typing import NamedTuple
 
 import torch
 
@@ -19,14 +20,14 @@ from keymap.read import LazyTensor, SourceFile
 
 __all__ = ["Batch", "Run", "batches", "opened", "read", "run_of"]
 
-_BATCH = 1 << 23  # bytes that one call reads
+_BATCH = 1 << 24  # bytes that one call reads
 _BUFFERS = 256  # places that one call fills; systems allow at least 1024 on Linux
 _GAP = 1 << 12  # bytes between two tensors that are read and thrown away
+_OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
 _scratch = memoryview(bytearray(_GAP))
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring bytes of a file, from ``start`` on, that are neighbours in a tensor of the model too."""
 
     file: SourceFile
@@ -34,8 +35,7 @@ class Run:
     memory: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Runs that one call reads: from ``start`` on, into one place after the other."""
 
     file: SourceFile
@@ -50,17 +50,18 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     Args:
         piece: of one source, not computed.
         lazy: its source.
-        target: contiguous.
+        target: contiguous; it must outlive the run, which holds its address alone.
     """
+    block = lazy.values_alone
     one = piece.source_strides == piece.target_strides == (1,)
-    same = lazy.dtype == target.dtype and lazy.dtype != torch.bool and target.device.type == "cpu"
-    if lazy.region is None or not (lazy.plain and one and same and hasattr(os, "preadv")):
+    same = lazy.dtype == target.dtype and lazy.dtype != torch.bool
+    if block is None or not (one and same and target.is_cpu and type(target) in _OWN and hasattr(os, "preadv")):
         return None
-    size = target.element_size()
-    memory: memoryview = target.detach().view(-1).view(torch.uint8).numpy().data
+    size = lazy.dtype.itemsize
+    memory = memoryview((c_char * target.nbytes).from_address(target.data_ptr())).cast("B")
     first = piece.target_offset * size
-    file, start, _ = lazy.region
-    return Run(file, start + piece.source_offset * size, memory[first : first + piece.numel * size])
+    length = piece.shape[0] * size
+    return Run(block.file, block.start + piece.source_offset * size, memory[first : first + length])
 
 
 def batches(runs: Iterable[Run]) -> Iterator[Batch]:
