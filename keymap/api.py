@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from keymap.assign import assign_plan, refuse_unassignable
 from keymap.describe import Described, configurations_for, describe
 from keymap.errors import ConfigurationWarning, KeymapError, PlanError
-from keymap.load import assign_plan, load_plan, refuse_unassignable, refuse_unwritable, verify_plan
+from keymap.load import load_plan, refuse_unwritable, verify_plan
 from keymap.match import make_plan
 from keymap.model import ModelView, view_model
 from keymap.plan import Plan, Request, checked_facts
@@ -159,13 +160,13 @@ def load_checkpoint(
             unexpected_keys=(*plan.unexpected_keys, *lost),
             dropped={key: why for key, why in plan.dropped.items() if key not in lost},
         )
+    for difference in plan.warnings:  # before anything is written: a filter may make errors of them
+        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     made: list[str] = []
     if assign:
         made = assign_plan(plan, tensors, model, view.tensors, target_device)
     else:
         load_plan(plan, tensors, view.tensors)
-    for difference in plan.warnings:
-        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     return LoadResult(Report(plan, time.perf_counter() - start, tuple(made)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from keymap.rules import Check, Fault, Part, Rule, RuleError, RuleTable, Sizes, 
 __all__ = ["Applied", "apply_rules"]
 
 _MOST_LACKING = 10_000  # members of a join that no key holds
-_MOST_SLICES = 10_000  # keys that one tensor is cut into
+_MOST_SLICES = 10_000  # keys that tensors are cut into, more than there were before
+_MOST_MADE_UP = 8  # zeros that members of no key may bring, for each element of the others
 
 
 @dataclass(slots=True)
@@ -167,7 +169,7 @@ def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layou
 def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
     """Rows of axis 0."""
     total = layout.shape[0] if layout.shape else 0
-    if start >= total or (stop or 0) > total:
+    if start >= (total if stop is None else min(stop, total)) or (stop or 0) > total:
         raise RuleError(f"there are no rows [{start}, {'end' if stop is None else stop}) in {list(layout.shape)}")
     return cut(layout, 0, start, total if stop is None else stop)
 
@@ -188,6 +190,9 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
     if rule.before is not None:
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
     now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
+    zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
+    if zeros > _MOST_MADE_UP * (prod(now.shape) - zeros):
+        raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros of no key")
     if rule.computes:
         if rule.root is not None and rule.root >= len(now.shape):
             raise RuleError(f"there is no axis {rule.root} in {list(now.shape)}")
@@ -254,6 +259,7 @@ def apply_rules(
     result, blocks = Applied(), _Blocks(facts)
     jobs: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[str, ...], str]] = {}
     rules: dict[int, Rule] = {}
+    more = 0
     for key, layout in tensors.items():
         found = table.find(key)
         if found is None and not pass_others:
@@ -270,6 +276,8 @@ def apply_rules(
         row = tuple([values.pop(name) for name in rule.join.variables]) if rule.join is not None else ()
         jobs.setdefault((id(rule), tuple(values.items())), {})[row] = key
     for (number, kept), keys in jobs.items():
+        if more > _MOST_SLICES:
+            break
         rule = rules[number]
         members = {row: tensors[key] for row, key in keys.items()}
         sources = tuple(keys.values())
@@ -290,6 +298,9 @@ def apply_rules(
                 for made in blocks.make(rule, members)
                 for side in rule.targets
             ]
+            more += max(len(outputs) - len(keys), 0)
+            if more > _MOST_SLICES:
+                raise RuleError(f"with it, tensors are cut into more than {_MOST_SLICES} keys")
         except ValueError as error:  # of a rule, a view or a piece
             result.faults.append(_fault(rule, values, keys, members, str(error)))
             continue
@@ -312,7 +323,8 @@ def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, source
         return
     result.out[target] = layout
     if rule is not None:
-        result.steps.append(Step(rule.place, rule.text, sources, (target,)))
+        targets = sources if sources == (target,) else (target,)
+        result.steps.append(Step(rule.place, rule.text, sources, targets))
 
 
 def _fault(
@@ -334,4 +346,6 @@ def _fault(
             missing.append(rule.source.write({**values, **named}))
     lacks = f"; missing: {', '.join(missing)}" if missing else ""
     text = f"{rule.place}: rule {rule.text}: {what} (from {shapes}{lacks})"
-    return Fault(text, tuple(source for layout in members.values() for source in layout.sources), rule.group)
+    return Fault(
+        text, tuple(source for row, layout in members.items() for source in layout.named(keys[row])), rule.group
+    )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 
 import torch
 
 from keymap.pieces import Layout, Piece
+from keymap.plan import Entry
+from keymap.read import LazyTensor
+from keymap.resize import resample
 
-__all__ = ["copy_pieces", "materialise"]
+__all__ = ["Tensors", "copy_pieces", "materialise", "value_of"]
 
 _STRIP = 3 << 15  # elements
 Read = Callable[[str], torch.Tensor]
+Tensors = Mapping[str, LazyTensor]
 
 
 def _strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -88,3 +92,12 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
         else:
             _copy(target, value)
     return result.reshape(layout.shape).to(dtype or layout.dtype)
+
+
+def value_of(entry: Entry, tensors: Tensors) -> torch.Tensor:
+    """One tensor of the model, made in memory of its own, shape and dtype as the model's."""
+    wanted = None if entry.resize is not None else entry.dtype
+    value = materialise(entry.layout, lambda key: tensors[key].read(), wanted)
+    if entry.resize is not None:
+        value = resample(value, entry.resize)
+    return value.reshape(entry.shape).to(entry.dtype)

@@ -187,7 +187,8 @@ def _strays(hub: Mapping, mapping: Mapping) -> Iterable[str]:
     for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
         own = [other.source for other in hub.rules if other.group == rule.group]
         for side in rule.targets:
-            if not any(overlap(side, other) for other in own):
+            sample = side.sample
+            if not any(other.match(sample) is not None for other in own) and not any(overlap(side, o) for o in own):
                 towers = {other.group for other in hub.rules if overlap(side, other.source)}
                 there = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
                 yield f"{rule.place}: {str(side)!r} stands in group {rule.group!r}, but {there}"

@@ -231,6 +231,8 @@ class _Compiler:
         one_way = {"take", "rows", "add", "times", "plus"} & set(options)
         if one_way and not options.get("oneway"):
             raise PatternError(f"{', '.join(sorted(one_way))} cannot be undone: say oneway: true")
+        if "take" in options and options["take"][1] is not None and options["take"][0] >= options["take"][1]:
+            raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
         if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
             raise PatternError("rest: true needs a pattern with (.+)")
         add = None

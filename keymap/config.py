@@ -7,6 +7,7 @@ a word where they differ, and the embeddings are wrong; so a difference is told,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keymap.mapping import Config, Fact, Mapping, Place, Scalar
+from keymap.read.shards import leads_out
 
 __all__ = ["Told", "differences", "read_config", "unverified"]
 
@@ -71,7 +73,7 @@ def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, h
             try:
                 data = json.loads(text)
             except (ValueError, RecursionError):
-                notes.append(f"{where} could not be read: it is no JSON")
+                notes.append(f"{where} could not be read: it is no JSON, or too long")
                 continue
             told = _read(data, config, where)
             if told is not None:
@@ -107,8 +109,17 @@ def _texts(file: Path, metadata: MappingType[str, str], name: str) -> Iterator[t
             yield f"metadata {key}", metadata[key]
     for path in (file.parent / name, file.with_suffix(".json")):
         try:
-            if path != file and path.is_file() and path.stat().st_size <= _MAX_BYTES:
-                yield path.name, path.read_text(encoding="utf-8")
+            if path == file or not path.is_file():
+                continue
+            if not path.stat().st_size:  # a file of /proc says so too, and may have no end
+                yield path.name, ""
+                continue
+            if leads_out(path, file.parent, Path(os.path.realpath(file)).parent):
+                yield f"{path.name}, a link that leaves the folder,", ""
+                continue
+            with path.open(encoding="utf-8") as source:
+                text = source.read(_MAX_BYTES + 1)
+            yield path.name, text if len(text) <= _MAX_BYTES else ""
         except (OSError, ValueError):
             yield path.name, ""
 

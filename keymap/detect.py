@@ -11,12 +11,12 @@ from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.errors import DetectionError
 from keymap.mapping import Accept, Clue, Evidence, Mapping, Refusal
-from keymap.pieces import Layout
+from keymap.pieces import Layout, Shaped
 from keymap.rules import Fault, RuleTable, Step
 
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 
-__all__ = ["Detection", "accept", "detect", "holds", "refuse_in_words", "spelling"]
+__all__ = ["Detection", "accept", "detect", "holds", "is_other_spelling", "refuse_in_words", "spelling"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
         at += 1
 
 
-def _witness(clue: Clue, tensors: MappingType[str, Layout], names: Sequence[str]) -> str | None:
+def _witness(clue: Clue, tensors: MappingType[str, Shaped], names: Sequence[str]) -> str | None:
     """The first key, in order, that a clue matches."""
     side, ndim = clue.side, clue.ndim
     for start in side.starts:
@@ -57,7 +57,7 @@ def _witness(clue: Clue, tensors: MappingType[str, Layout], names: Sequence[str]
 
 
 def holds(
-    evidence: Evidence, tensors: MappingType[str, Layout], names: Sequence[str] | None = None
+    evidence: Evidence, tensors: MappingType[str, Shaped], names: Sequence[str] | None = None
 ) -> list[str] | None:
     """The keys that bear the evidence out, or None where it does not hold; ``names`` are the keys in order."""
     names = sorted(tensors) if names is None else names
@@ -75,7 +75,7 @@ def holds(
     return [*found, *some]
 
 
-def _refused(refusal: Refusal, tensors: MappingType[str, Layout], names: Sequence[str], keys: str) -> list[str] | None:
+def _refused(refusal: Refusal, tensors: MappingType[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
     """The keys that show a file to be of a kind that is refused; None for another file.
 
     ``names`` are the keys in order, ``keys`` all of them in one text.
@@ -115,6 +115,13 @@ def _may_own(block: Accept, names: Sequence[str]) -> bool:
     return False
 
 
+def is_other_spelling(mapping: Mapping, tensors: MappingType[str, Shaped]) -> bool:
+    """True where `accept` would give the keys other names."""
+    names = sorted(tensors)
+    owning = [block for block in mapping.accepts if _may_own(block, names)]
+    return any(block.when is None or holds(block.when, tensors, names) is not None for block in owning)
+
+
 def accept(
     mapping: Mapping,
     tensors: MappingType[str, Layout],
@@ -138,7 +145,7 @@ def accept(
     return tensors, tuple(faults), tuple(steps)
 
 
-def spelling(hub: Mapping, tower: str, tensors: MappingType[str, Layout]) -> str | None:
+def spelling(hub: Mapping, tower: str, tensors: MappingType[str, Shaped]) -> str | None:
     """How the keys spell a tower; None where they hold nothing of it."""
     names = sorted(tensors)
     for name, evidence in hub.spellings.get(tower, {}).items():

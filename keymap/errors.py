@@ -1,7 +1,7 @@
 """What keymap refuses, and why: one base class, one subclass for each kind of refusal.
 
-A refusal never leaves a half-changed model behind: every one of these is raised before the first
-byte of a weight is written.
+A refusal leaves the model as it was: it comes before the first byte of a weight is written. What can fail after that
+(no memory, a file that is written to meanwhile) is told with the words "half loaded".
 """
 
 from __future__ import annotations
@@ -63,3 +63,7 @@ class PlanError(KeymapError):
 
 class VerifyError(KeymapError):
     """A tensor does not hold the values that dropping it requires."""
+
+
+class LoadError(KeymapError):
+    """The system failed the load, as with memory that was not to be had; the text says what became of the model."""

@@ -62,7 +62,7 @@ def choose_file(folder: Path, containers: Containers) -> tuple[Path, str]:
 
     def chosen(name: str, why: str) -> tuple[Path, str]:
         if leads_out(folder / name, folder):
-            there = (folder / name).resolve()
+            there = os.path.realpath(folder / name)
             raise CheckpointError(
                 f"{folder}: {name} is a link that leaves the folder; name {there} itself if you mean it"
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 
@@ -12,20 +12,19 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from keymap.carry import copy_pieces, materialise
-from keymap.errors import PlanError, VerifyError, some
-from keymap.model import modules_of
+from keymap.carry import Tensors, copy_pieces, value_of
+from keymap.errors import KeymapError, LoadError, PlanError, VerifyError, some
+from keymap.model import has_memory, modules_of
 from keymap.pieces import Piece
 from keymap.plan import Entry, Plan
-from keymap.read import LazyTensor, SourceFile
-from keymap.resize import resample
+from keymap.read import SourceFile
 from keymap.rules import Check
 from keymap.straight import Run, batches, opened, read, run_of
 from keymap.verify import failed
 
-__all__ = ["assign_plan", "load_plan", "refuse_unassignable", "refuse_unwritable", "verify_plan"]
+__all__ = ["files_of", "load_plan", "refuse_copies", "refuse_unwritable", "verify_plan"]
 
-Tensors = Mapping[str, LazyTensor]
+_MADE_FIRST = 1 << 25  # bytes of temporaries that are made before anything is written
 _SMALL = 1 << 14  # elements of a piece that are not worth a thread
 _RUN = 1 << 24  # bytes of the file that are copied before their pages are given back
 
@@ -46,27 +45,19 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
             f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
             [*(text for _, text in bad), "strict=False loads the rest and reports these keys"],
         )
-    used = {p.source for entry in plan.entries for p in entry.layout.pieces} - {None}
-    checks = [check for source in used if source is not None and (check := tensors[source].check) is not None]
+    used = {p.source for entry in plan.entries for p in entry.layout.pieces}
+    lazy = [tensors[source] for source in used if source is not None]
+    checks = {id(one.values): check for one in lazy if (check := one.check) is not None}  # several may share a member
     if checks:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib releases the interpreter's lock
-            list(pool.map(lambda check: check(), checks))
+            list(pool.map(lambda check: check(), checks.values()))
     return [check for check, _ in bad]
 
 
 def _simple(entry: Entry, target: torch.Tensor) -> bool:
-    """True where pieces can be copied straight into the target's memory."""
+    """True where pieces can be copied straight into the target's memory, which a class of tensors may lack."""
     plain = all(not p.computed or (p.source is None and not p.add) for p in entry.layout.pieces)
-    return plain and entry.resize is None and target.is_contiguous()
-
-
-def _value(entry: Entry, tensors: Tensors) -> torch.Tensor:
-    """One tensor of the model, made in memory of its own, shape and dtype as the model's."""
-    wanted = None if entry.resize is not None else entry.dtype
-    value = materialise(entry.layout, lambda key: tensors[key].read(), wanted)
-    if entry.resize is not None:
-        value = resample(value, entry.resize)
-    return value.reshape(entry.shape).to(entry.dtype)
+    return plain and entry.resize is None and has_memory(target) and target.is_contiguous()
 
 
 def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
@@ -75,68 +66,127 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
     Bytes that file and model have in common are read straight into the model, on all threads. Pieces whose axes
     change their order are shared out over threads too, because torch copies such on one; pages of the file that were
     copied are given back on the way. Only resized and computed tensors, and targets that are not contiguous, take a
-    temporary, one at a time.
+    temporary: some megabytes of them before anything is written, the others one at a time.
 
     Raises:
+        LoadError: something went wrong meanwhile, as memory that was not to be had; it says whether the model is half
+            loaded.
         CheckpointError: the file was written to meanwhile; the model is half loaded then, and the error says so.
         KeyboardInterrupt: the load was interrupted; the model is half loaded then, and the error says so.
     """
-    files = _files(tensors)
-    for file in files:
-        file.unchanged()
-    runs: list[Run] = []
-    straight: list[torch.Tensor] = []
-    by_source: dict[str | None, list[tuple[str, Piece]]] = {}
-    others = []
+    files = files_of(tensors)
+    work = _Work()
+    half = False
+    try:
+        for file in files:
+            file.unchanged()
+        with opened(files) as handles:
+            _sort(plan, tensors, targets, handles, work)
+            made, room = dict[str, torch.Tensor](), _MADE_FIRST
+            for entry in work.others:
+                room -= prod(entry.shape) * entry.dtype.itemsize
+                if room >= 0:
+                    made[entry.key] = value_of(entry, tensors)
+            half = True
+            _write(tensors, targets, handles, work)
+        for entry in work.others:
+            value = made.pop(entry.key) if entry.key in made else value_of(entry, tensors)
+            with torch.no_grad():
+                targets[entry.key].copy_(value)
+        for file in files:
+            file.unchanged()
+        _give_back(work.by_source, tensors)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
+    except KeymapError:
+        raise
+    except Exception as error:
+        state = "the model is half loaded: load again" if half else "nothing was changed"
+        raise LoadError(f"{plan.file}: {type(error).__name__} while it was loaded ({error}); {state}") from error
+
+
+@dataclass
+class _Work:
+    """A plan by the ways in which it is carried out.
+
+    Attributes:
+        runs, straight: bytes that are read straight into these tensors.
+        by_source: pieces that are copied from each source, in the order of the file; None for constants.
+        others: what takes a temporary.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    straight: list[torch.Tensor] = field(default_factory=list)
+    by_source: dict[str | None, list[tuple[str, Piece]]] = field(default_factory=dict)
+    others: list[Entry] = field(default_factory=list)
+
+
+def _sort(
+    plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mapping[int, int], work: _Work
+) -> None:
+    """Which way each piece of a plan takes; ``handles`` are descriptors of the files, by id(file)."""
+    pieces: dict[str | None, list[tuple[str, Piece]]] = {}
+    for entry in plan.entries:
+        target = targets[entry.key]
+        if not _simple(entry, target):
+            work.others.append(entry)
+            continue
+        for piece in entry.layout.pieces:
+            run = run_of(piece, tensors[piece.source], target) if piece.source is not None else None
+            if run is None or id(run.file) not in handles:
+                pieces.setdefault(piece.source, []).append((entry.key, piece))
+            else:
+                work.runs.append(run)
+                work.straight.append(target)
+    for source in sorted(pieces, key=lambda key: -1 if key is None else tensors[key].position):
+        work.by_source[source] = pieces[source]
+
+
+def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mapping[int, int], work: _Work) -> None:
+    """Carry out all that takes no temporary; at the end, however it comes, no thread writes any more."""
     inference = torch.is_inference_mode_enabled()
 
     def copy(source: str | None) -> None:
         with torch.inference_mode() if inference else torch.no_grad():  # which hold for one thread
             tensor = None if source is None else tensors[source].read()
-            for key, piece in by_source[source]:
+            for key, piece in work.by_source[source]:
                 copy_pieces([piece], tensor, targets[key].detach())
 
+    shared: list[str | None] = []
+    for source, pieces in work.by_source.items() if torch.get_num_threads() > 1 else ():
+        if source is not None and not tensors[source].streamed and _crosses(pieces):
+            shared.append(source)
+    increment_version(work.straight)  # autograd does not see that they are written to
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    under_way: list[Future[None]] = []
     try:
-        with opened(files) as handles, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for entry in plan.entries:
-                target = targets[entry.key]
-                if not _simple(entry, target):
-                    others.append(entry)
-                    continue
-                for piece in entry.layout.pieces:
-                    run = run_of(piece, tensors[piece.source], target) if piece.source is not None else None
-                    if run is None or id(run.file) not in handles:
-                        by_source.setdefault(piece.source, []).append((entry.key, piece))
-                    else:
-                        runs.append(run)
-                        straight.append(target)
-            order = sorted(by_source, key=lambda key: -1 if key is None else tensors[key].position)
-            crossing = [s for s in order if s is not None and not tensors[s].streamed and _crosses(by_source[s])]
-            shared = set(crossing) if torch.get_num_threads() > 1 else set()
-            increment_version(straight)  # autograd does not see that they are written to
-            under_way = [pool.submit(copy, source) for source in crossing if source in shared]
-            under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(runs)]
-            try:
-                for sources in _neighbours([source for source in order if source not in shared], tensors):
-                    for source in sources:
-                        copy(source)
-                    _give_back(sources, tensors)
-                for done in under_way:
-                    done.result()
-            finally:
-                for waiting in under_way:
-                    waiting.cancel()
-        for entry in others:
-            with torch.no_grad():
-                targets[entry.key].copy_(_value(entry, tensors))
-        for file in files:
-            file.unchanged()
-        _give_back(order, tensors)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
+        under_way += [pool.submit(copy, source) for source in shared]
+        under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(work.runs)]
+        own = set(shared)
+        for sources in _neighbours([source for source in work.by_source if source not in own], tensors):
+            for source in sources:
+                copy(source)
+            _give_back(sources, tensors)
+        for done in under_way:
+            done.result()
+    finally:
+        _finish(under_way)
+        pool.shutdown(wait=False)
 
 
-def _files(tensors: Tensors) -> list[SourceFile]:
+def _finish(under_way: Sequence[Future[None]]) -> None:
+    """Wait until no thread writes any more, however often the user interrupts; what has not begun is left out."""
+    while True:
+        try:
+            for waiting in under_way:
+                waiting.cancel()
+            wait(under_way)
+            return
+        except KeyboardInterrupt:  # the first one is on its way to the caller
+            continue
+
+
+def files_of(tensors: Tensors) -> list[SourceFile]:
     """The files that tensors are mapped from, each once."""
     return list({id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values())
 
@@ -174,108 +224,6 @@ def _give_back(sources: Iterable[str | None], tensors: Tensors) -> None:
         file.give_back(first, last)
 
 
-class _Regions:
-    """Memory that was handed over; no two tensors of the model may come to share any of it."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[int, int]] = []  # (first byte, byte after the last), in order, apart from each other
-
-    def add(self, tensor: torch.Tensor) -> bool:
-        """Take the memory of a contiguous tensor; False where some of it was taken before."""
-        first = tensor.data_ptr()
-        last = first + tensor.nbytes
-        at = bisect_left(self.ends, (first, last))
-        before = at > 0 and self.ends[at - 1][1] > first
-        if before or (at < len(self.ends) and self.ends[at][0] < last):
-            return False
-        self.ends.insert(at, (first, last))
-        return True
-
-
-def _onto(device: torch.device, value: torch.Tensor) -> torch.Tensor:
-    """One tensor on a device, straight from where it lies: the place for staging in pinned memory."""
-    return value.to(device)
-
-
-@torch.no_grad()
-def assign_plan(
-    plan: Plan, tensors: Tensors, model: nn.Module, targets: Mapping[str, torch.Tensor], device: torch.device
-) -> list[str]:
-    """Hand tensors over to the model instead of copying into its memory.
-
-    A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
-    never to the file. The others are made one after the other: new memory comes no faster to several threads.
-
-    Returns:
-        The keys of the tensors that had to be made in memory of their own.
-    """
-    handed = _Regions()
-    given: dict[str, torch.Tensor] = {}
-    for entry in plan.entries:
-        value = _as_it_is(entry, tensors)
-        if value is not None and handed.add(value):
-            given[entry.key] = value.view(entry.shape)
-    others = [entry for entry in plan.entries if entry.key not in given]
-    given |= {entry.key: _value(entry, tensors) for entry in others}
-    new: dict[int, torch.Tensor] = {id(targets[key]): _onto(device, value) for key, value in given.items()}
-    for file in _files(tensors):
-        file.unchanged()
-    modules = modules_of(model)
-    for module in modules.values():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in new:
-                value = new[id(parameter)]
-                if not isinstance(value, nn.Parameter):  # once for tied parameters
-                    value = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                    new[id(parameter)] = value
-                module._parameters[name] = value
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and id(buffer) in new:
-                module._buffers[name] = new[id(buffer)]
-    for path, buffer in _absent_buffers(modules, targets):
-        owner, _, name = path.rpartition(".")
-        modules[owner]._buffers[name] = causal_mask(buffer, device)
-    return [entry.key for entry in others]
-
-
-def _as_it_is(entry: Entry, tensors: Tensors) -> torch.Tensor | None:
-    """The file's own tensor where it is what the model needs, element by element and in order; else None."""
-    layout = entry.layout
-    if not layout.copied_whole or entry.resize is not None or layout.pieces[0].source is None:
-        return None
-    lazy = tensors[layout.pieces[0].source]
-    count = prod(lazy.shape)
-    if lazy.dtype != entry.dtype or count != layout.pieces[0].numel:
-        return None
-    block = lazy.values_alone
-    value = lazy.read() if block is None else block.mapped(lazy.dtype, count)
-    return value if value.is_contiguous() else None
-
-
-def _absent_buffers(
-    modules: Mapping[str, nn.Module], stored: Mapping[str, torch.Tensor]
-) -> list[tuple[str, torch.Tensor]]:
-    """Buffers on the meta device that no state dict holds, by dotted path."""
-    known = {id(value) for value in stored.values()}
-    return [
-        (f"{path}.{name}".removeprefix("."), buffer)
-        for path, module in modules.items()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.is_meta and id(buffer) not in known
-    ]
-
-
-def causal_mask(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """An additive causal mask, (length, length): 0 on and below the diagonal, -inf above."""
-    return torch.full(like.shape, float("-inf"), dtype=like.dtype, device=device).triu_(1)
-
-
-def _own(model: nn.Module) -> set[int]:
-    """The tensors that the model's modules hold, by id."""
-    modules = modules_of(model).values()
-    return {id(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
-
-
 def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
     """What a copying load cannot write to.
 
@@ -283,30 +231,22 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
         PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, a copy that a
             hook gives, or was made in inference mode.
     """
-    own = _own(model)
-    copies, empty, overlapping, frozen = list[str](), list[str](), list[str](), list[str]()
+    refuse_copies(model, targets, plan)
+    empty, overlapping, frozen = list[str](), list[str](), list[str]()
     regions: list[tuple[int, int, str]] = []
     inference = torch.is_inference_mode_enabled()
     for entry in plan.entries:
         key, target = entry.key, targets[entry.key]
-        if id(target) not in own:
-            copies.append(key)
         if target.is_meta:
             empty.append(key)
             continue
-        strides = target.stride()
-        if 0 in strides and any(n > 1 and s == 0 for n, s in zip(target.shape, strides, strict=True)):
-            overlapping.append(key)
         if not inference and target.is_inference():
             frozen.append(key)
-        if target.is_contiguous() and target.numel():
+        if not target.is_contiguous():
+            overlapping += [key] * _overlaps(target)
+        elif target.numel() and has_memory(target):
             start = target.data_ptr()
             regions.append((start, start + target.nbytes, key))
-    if copies:
-        raise PlanError(
-            f"{plan.file}: state_dict() of the model does not give the model's own tensors (a hook?), so nothing "
-            f"would be loaded: {some(copies)}; load into the model without the hook"
-        )
     if empty:
         raise PlanError(
             f"{plan.file}: {len(empty)} of the model's tensors are on the meta device and have no memory "
@@ -321,32 +261,34 @@ def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], pla
     if partly:
         raise PlanError(f"{plan.file}: tensors of the model share a part of their memory: {some(partly)}; clone them")
     if overlapping or frozen:
-        what = "are expanded views" if overlapping else "were made under torch.inference_mode"
+        what = "are expanded or overlapping views" if overlapping else "were made under torch.inference_mode"
         raise PlanError(
             f"{plan.file}: tensors of the model {what} and cannot be written to: {some(overlapping or frozen)}; "
             f"pass assign=True, or clone them first"
         )
 
 
-def refuse_unassignable(
-    model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan, masks: Collection[str], device: torch.device
-) -> None:
-    """What handing tensors over would leave without values.
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """True where two elements may lie in one place."""
+    reach = 0
+    for step, length in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += step * (length - 1)
+    return False
 
-    Args:
-        targets: the model's tensors by key.
-        masks: names of buffers that are causal masks, which can be made anew.
+
+def refuse_copies(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
+    """What a load would give to nobody.
 
     Raises:
-        PlanError: the device is meta, or tensors of the model on the meta device would get no values.
+        PlanError: a tensor of the plan is none that a module holds, but a copy that a hook gives.
     """
-    if device.type == "meta":
-        raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
-    lost = [path for path, _ in _absent_buffers(modules_of(model), targets) if path not in masks]
-    written = {entry.key for entry in plan.entries}
-    lost += [key for key, target in targets.items() if target.is_meta and key not in written]
-    if lost:
+    modules = modules_of(model).values()
+    own = {id(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
+    copies = [entry.key for entry in plan.entries if id(targets[entry.key]) not in own]
+    if copies:
         raise PlanError(
-            f"{plan.file}: tensors of the model are on the meta device, and the load gives them no values: "
-            f"{some(lost)}; build the model on a real device"
+            f"{plan.file}: state_dict() of the model does not give the model's own tensors (a hook?), so nothing "
+            f"would be loaded: {some(copies)}; load into the model without the hook"
         )

@@ -16,11 +16,11 @@ import torch
 from keymap.catalogue import Registry
 from keymap.config import differences, unverified
 from keymap.describe import describe, unlike
-from keymap.detect import accept, spelling
+from keymap.detect import is_other_spelling, spelling
 from keymap.errors import SHOWN, DetectionError, PlanError, some
 from keymap.mapping import Mapping, Position
-from keymap.model import ModelView
-from keymap.pieces import Layout, Piece, join_runs, whole
+from keymap.model import ModelView, has_memory
+from keymap.pieces import Layout, Piece, Shaped, join_runs, whole
 from keymap.plan import Entry, Plan, Request, dtype_name
 from keymap.resize import Resize, ResizeError, plan_resize
 from keymap.rules import Check, Rule, RuleTable
@@ -50,8 +50,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
             f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
             f"pass the model inside a wrapper (model.module, model._orig_mod)"
         )
-    whole_keys, _, _ = accept(hub, model.layouts, {})
-    if whole_keys.keys() != model.layouts.keys():
+    if is_other_spelling(hub, model.tensors):
         raise PlanError(
             f"{request.file}: the model is one tower alone ({some(model.tensors)}); pass the whole model, and "
             f"towers=('image',) or ('text',) where only that is meant"
@@ -77,11 +76,11 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     in_file.update(fault.group for fault in now.faults for _ in fault.sources if fault.foreign)
     now.source_hub = now.tensors
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
-    wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.layouts)) is not None}
+    wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.tensors)) is not None}
     respell(known, now, wanted)
     work = _Work(known, found.mapping, now, model, request, asked)
     work.config_grid = opened.told.grid
-    work.dtypes = {key: lazy.dtype for key, lazy in unwrapped.tensors.items()}
+    work.tensors = unwrapped.tensors
     work.match()
     work.ties()
     work.absent()
@@ -149,7 +148,7 @@ class _Work:
         self.targets = {k: t for k, t in model.tensors.items() if tower_of(self.hub, k) in asked}
         self.places = {key: _storage(target) for key, target in self.targets.items()}
         self.config_grid: tuple[int, int] | None = None
-        self.dtypes: MappingType[str, torch.dtype] = {}
+        self.tensors: MappingType[str, Shaped] = {}
         self.entries: list[Entry] = []
         self.checks: list[Check] = []
         self.missing: list[str] = []
@@ -163,7 +162,7 @@ class _Work:
             layout = self.now.tensors.get(key)
             if layout is None:
                 continue
-            shape = tuple(target.shape)
+            shape = layout.shape if layout.shape == target.shape else tuple(target.shape)
             try:
                 entry = self._entry(key, layout, shape, target.dtype)
             except ResizeError as error:
@@ -191,8 +190,8 @@ class _Work:
         filled, given = 0, set()
         for piece in layout.pieces:
             filled += 0 if piece.add else prod(piece.shape)
-            if piece.source is not None and self.dtypes[piece.source] != dtype:
-                given.add(self.dtypes[piece.source])
+            if piece.source is not None and self.tensors[piece.source].dtype != dtype:
+                given.add(self.tensors[piece.source].dtype)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
         casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given)) if given else ()
         return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, "", casts)
@@ -211,8 +210,11 @@ class _Work:
         """How many rows may stand before the grid; prefix tokens may bring rows, or none."""
         if isinstance(position.prefix, int):
             return [position.prefix]
-        keys = {name: lay.shape for name, lay in (*self.model.layouts.items(), *self.now.source_hub.items())}
-        total = sum(keys[name][1] if len(keys[name]) == 3 else 1 for name in position.prefix if name in keys)
+        total = 0
+        for name in position.prefix:
+            token: Shaped | None = self.now.source_hub.get(name, self.model.tensors.get(name))
+            if token is not None:
+                total += token.shape[1] if len(token.shape) == 3 else 1
         return [0, total] if total else [0]
 
     def _origin(self, key: str) -> str:
@@ -255,23 +257,26 @@ class _Work:
                 self.entries.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=said))
             else:
                 self.missing.append(key)
+        unexpected = dict.fromkeys(self.unexpected)
         for key, layout in self.now.tensors.items():
             if key in self.targets:
                 continue
             meaning = self.hub.absent_means.get(key)
             derived = self.hub.dropped(key)
             if derived is not None:
-                self.now.dropped.update(dict.fromkeys(layout.sources, derived[0]))
+                self.now.dropped.update(dict.fromkeys(layout.named(key), derived[0]))
             elif meaning is not None:
                 value = "the identity" if meaning[0] == "eye" else meaning[0]
-                named = ", ".join(layout.sources)
+                named = ", ".join(layout.named(key))
                 self.checks.append(
                     Check(named, layout, meaning[0], f"the model has no {key}, which stands for {value}")
                 )
                 because = f"it holds {value}, as its absence from the model means"
-                self.now.dropped.update(dict.fromkeys(layout.sources, because))
+                self.now.dropped.update(dict.fromkeys(layout.named(key), because))
             else:
-                self.unexpected += [k for k in layout.sources if k not in self.unexpected]
+                unexpected.update(dict.fromkeys(layout.named(key)))
+
+        self.unexpected = list(unexpected)
 
     def _may_fill(self, key: str) -> bool:
         """True where absence has a meaning, and the source's format has no place for the key."""
@@ -330,24 +335,26 @@ class _Work:
                         f"{some(f'{k}: {w}' for k, w in self.mismatched.items()) or some(self.unexpected)}"
                     )
             used = {source for entry in self.entries for source in entry.layout.sources}
-            held_keys = used | set(self.unexpected) | {k for lay in self.now.tensors.values() for k in lay.sources}
+            held_keys = (
+                used | set(self.unexpected) | {k for key, lay in self.now.tensors.items() for k in lay.named(key)}
+            )
             if len(used) < FLOOR * len(held_keys) or not self.entries:
                 told.append(f"only {len(used)} of the file's {len(held_keys)} tensors would load")
             if told:
                 told += [*self._unlike(), *(f.text for f in self.now.faults if not f.fatal)]
                 raise PlanError(f"{held} does not fit the model, not even in part; nothing was changed", told)
             self.notes += [f.text for f in self.now.faults]
-            lost = {k for key in self.mismatched if (lay := self.now.tensors.get(key)) for k in lay.sources}
+            lost = {k for key in self.mismatched if (lay := self.now.tensors.get(key)) for k in lay.named(key)}
             lost |= {source for fault in self.now.faults for source in fault.sources}
             self.missing += list(self.mismatched)
             used = {k for entry in self.entries for k in entry.layout.sources}
-            self.unexpected += sorted(k for k in lost if k not in self.unexpected and k not in used)
+            self.unexpected += sorted(lost - used - set(self.unexpected))
 
     def _unlike(self) -> list[str]:
         """What the file is and what the model is, where they are of another architecture or of other sizes."""
         file, model = (
             describe(self.known, {k: lay for k, lay in keys.items() if tower_of(self.hub, k) in self.asked})
-            for keys in (self.now.source_hub, self.model.layouts)
+            for keys in (self.now.source_hub, self.model.layouts())
         )
         text = unlike(self.known, self.mapping.title, file, model)
         return [text] if text else []
@@ -358,7 +365,7 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int] | None:
     count = tensor.numel()
     if not count:
         return None
-    return (id(tensor), -1) if tensor.is_meta else (tensor.data_ptr(), count)
+    return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
 
 
 def _kind(dtype: torch.dtype) -> str:

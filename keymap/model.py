@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from keymap.errors import PlanError, some
 from keymap.mapping import Fact, Mapping, Scalar
 from keymap.pieces import Layout, whole
 
-__all__ = ["ModelView", "modules_of", "view_model"]
+__all__ = ["ModelView", "has_memory", "modules_of", "view_model"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,17 @@ class ModelView:
 
     Attributes:
         tensors: parameters and persistent buffers by key, in the model's own memory.
-        layouts: the same by shape and dtype, for evidence.
         facts: head counts and the like, and in words what else no weight tells.
         grid: (h, w) of the image tower's patches, where the model tells it.
     """
 
     tensors: MappingType[str, torch.Tensor]
-    layouts: MappingType[str, Layout]
     facts: MappingType[str, Scalar]
     grid: tuple[int, int] | None
+
+    def layouts(self) -> dict[str, Layout]:
+        """The tensors by shape and dtype, as those of a file."""
+        return {key: whole(key, tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
 
 
 _NOTHING = object()
@@ -83,9 +87,30 @@ def _told(fact: Fact, model: nn.Module) -> Any:
     return None
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """True where a tensor's elements lie in memory of its own, which a class that dispatches for itself may lack."""
+    return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """Why a tensor is none that a load can fill; empty for one that is."""
+    if is_lazy(tensor):
+        return "has no shape yet: run the model once, or set its sizes"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"is {'quantized' if tensor.is_quantized else tensor.layout}: load before, or make it dense"
+    return "is a view that negates or conjugates: clone it" if tensor.is_neg() or tensor.is_conj() else ""
+
+
 def view_model(model: nn.Module, hub: Mapping) -> ModelView:
-    """Read a model's keys and facts; nothing of it is changed."""
+    """Read a model's keys and facts; nothing of it is changed.
+
+    Raises:
+        PlanError: tensors of it are no dense tensors with elements of their own.
+    """
     tensors = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    odd = [f"{key} {what}" for key, value in tensors.items() if (what := _odd(value))]
+    if odd:
+        raise PlanError(f"tensors of the model cannot be loaded into: {some(odd)}")
     facts: dict[str, Scalar] = {}
     grid: tuple[int, int] | None = None
     for name, fact in hub.facts.items():
@@ -94,5 +119,4 @@ def view_model(model: nn.Module, hub: Mapping) -> ModelView:
             grid = (value, value) if isinstance(value, int) else value
         elif isinstance(value, (str, int, float)):
             facts[name] = value
-    layouts = {key: whole(key, tuple(value.shape), value.dtype) for key, value in tensors.items()}
-    return ModelView(tensors, layouts, facts, grid)
+    return ModelView(tensors, facts, grid)

@@ -49,14 +49,17 @@ class Effort:
     Attributes:
         steps: of a microsecond or so, to tell the patterns apart.
         keys: that the source patterns stand for, in samples and where blocks are asked to be whole.
+        opened: source patterns with an open-ended group, each of which goes through all of a key that begins alike.
     """
 
-    def __init__(self, steps: int = 500_000, keys: int = 3000) -> None:
-        self.steps, self.keys = steps, keys
+    def __init__(self, steps: int = 500_000, keys: int = 3000, opened: int = 40) -> None:
+        self.steps, self.keys, self.opened = steps, keys, opened
 
-    def spend(self, steps: int, keys: int = 0) -> None:
+    def spend(self, steps: int, keys: int = 0, opened: int = 0) -> None:
         """Raises PatternError where nothing is left."""
-        self.steps, self.keys = self.steps - steps, self.keys - keys
+        self.steps, self.keys, self.opened = self.steps - steps, self.keys - keys, self.opened - opened
+        if self.opened < 0:
+            raise PatternError("the file has too many patterns with (\\w+), ([^.]+) or (.+): list what they stand for")
         if self.steps < 0 or self.keys < 0:
             raise PatternError("the patterns of this file are too many, or too much alike, to be told apart")
 
@@ -151,9 +154,13 @@ class Side:
         return tuple(t for t in self.tokens if isinstance(t, Slot))
 
     @cached_property
+    def regex(self) -> str:
+        return "".join(re.escape(t) if isinstance(t, str) else t.regex() for t in self.tokens)
+
+    @cached_property
     def _regex(self) -> re.Pattern[str]:
         """Compiled when first asked for: of most formats no key is ever seen."""
-        return re.compile("".join(re.escape(t) if isinstance(t, str) else t.regex() for t in self.tokens), re.DOTALL)
+        return re.compile(self.regex, re.DOTALL)
 
     @cached_property
     def variables(self) -> tuple[str, ...]:
@@ -164,7 +171,7 @@ class Side:
         """True when the side is one fixed key."""
         return all(isinstance(t, str) for t in self.tokens)
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """The literal text in front of the first slot."""
         return self.tokens[0] if self.tokens and isinstance(self.tokens[0], str) else ""
@@ -189,7 +196,10 @@ class Side:
 
     def match(self, key: str) -> dict[str, str] | None:
         """The variables' values, or None. Linear in the length of the key."""
-        found = self._regex.fullmatch(key)
+        if self._open is not None:
+            rest = key.removeprefix(self.prefix)
+            return {self._open: rest} if rest and len(rest) + len(self.prefix) == len(key) else None
+        found = self._regex.fullmatch(key) if key.startswith(self.starts) else None
         if found is None:
             return None
         if self._plain is not None:
@@ -206,6 +216,12 @@ class Side:
         return values
 
     @cached_property
+    def _open(self) -> str | None:
+        """The variable of a side that is a text and any rest."""
+        slots = self.slots
+        return slots[0].names[0] if len(slots) == 1 and slots[0].kind == "rest" and len(self.tokens) == 2 else None
+
+    @cached_property
     def _plain(self) -> tuple[str, ...] | None:
         """The variables, where the side spells all of them as they are."""
         return tuple(slot.names[0] for slot in self.slots) if all(slot.plain for slot in self.slots) else None
@@ -219,6 +235,15 @@ class Side:
         if self._plain is not None:
             return self._form % tuple([values[name] for name in self._plain])
         return self._form % tuple([slot.write(values) for slot in self.slots])
+
+    @property
+    def sample(self) -> str:
+        """One of the keys that the side matches."""
+        values: dict[str, str] = {}
+        for slot in self.slots:
+            value = str(max(1, -slot.shift)) if slot.kind == "int" else slot.options[0][0] if slot.options else "a"
+            values.update(dict.fromkeys(slot.names, value))
+        return self.write(values)
 
     @cached_property
     def readings(self) -> int:
@@ -334,7 +359,8 @@ def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: 
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MOST_READINGS:
         raise PatternError(f"'{text}' stands for {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
-    effort.spend(1, 0 if target else side.readings)
+    opened = any(slot.kind in ("word", "part", "rest") for slot in side.slots)
+    effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)
     return side
 
@@ -528,13 +554,26 @@ def _common(a: _Class, b: _Class) -> str | None:
     return next((c for c in _SAMPLES if a(c) and b(c)), None)
 
 
+def _part(a: Side, b: Side) -> bool:
+    """True where two sides that begin alike, with the same texts and indices, go on with different texts."""
+    for one, other in zip(a.tokens, b.tokens, strict=False):
+        if isinstance(one, str) and isinstance(other, str):
+            if one != other:
+                return not (one.startswith(other) or other.startswith(one))
+        elif isinstance(one, str) or isinstance(other, str) or one.kind != "int" or other.kind != "int":
+            return False
+    return False
+
+
 def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:
     """A key that both sides match, or None where they share none; PatternError where ``effort`` is not enough."""
     effort = effort or Effort()
     effort.spend(1 + len(a.starts) * len(b.starts) // 8 + len(a.ends) * len(b.ends) // 8)
-    if not any(x.startswith(y) or y.startswith(x) for x in a.starts for y in b.starts):
+    if not (any(x.startswith(b.starts) for x in a.starts) or any(y.startswith(a.starts) for y in b.starts)):
         return None
-    if not any(x.endswith(y) or y.endswith(x) for x in a.ends for y in b.ends):
+    if not (any(x.endswith(b.ends) for x in a.ends) or any(y.endswith(a.ends) for y in b.ends)):
+        return None
+    if _part(a, b):
         return None
     edges_a, empty_a, end_a = a.automaton
     edges_b, empty_b, end_b = b.automaton

@@ -11,16 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Layout", "Piece", "cut", "join_runs", "permute", "place", "renamed", "row_major", "whole"]
+__all__ = ["Layout", "Piece", "Shaped", "cut", "join_runs", "permute", "place", "renamed", "row_major", "whole"]
 
 _MOST = 20_000  # pieces of one tensor; where axes do not follow each other, a tensor falls apart into its elements
 
 _ONE = (1,)
 Axis = tuple[int, int, int]  # length, stride in the source, stride in the target
+
+
+class Shaped(Protocol):
+    """What is known of a tensor before its values are: a layout, a tensor of a file, a tensor of a model."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 class Piece(NamedTuple):
@@ -77,6 +87,10 @@ class Layout(NamedTuple):
     def sources(self) -> tuple[str, ...]:
         """The checkpoint's keys that this tensor is made of, each once, in order."""
         return tuple(dict.fromkeys(p.source for p in self.pieces if p.source is not None))
+
+    def named(self, key: str) -> tuple[str, ...]:
+        """The sources; of a tensor without elements, which has none, the key it has here."""
+        return self.sources or (key,)
 
     @property
     def copied_whole(self) -> bool:

@@ -201,6 +201,7 @@ class Step(NamedTuple):
     targets: tuple[str, ...]
 
 
+_MANY = 100  # rules of a table; those of real formats have fewer
 _MOST_SEEN = 10_000  # texts of keys that a table remembers
 _NUMBERS = re.compile(r"([0-9]+)")
 
@@ -267,6 +268,15 @@ class RuleTable:
         return sorted((rule for rule in self.rules if not rule.source.literal), key=lambda rule: rule.rest)
 
     @cached_property
+    def _counts(self) -> bool:
+        return any(rule.counts for rule in self._patterns)
+
+    @cached_property
+    def _any(self) -> re.Pattern[str]:
+        """Matches what any of many patterns does: a key that nobody owns costs one look, not one a rule."""
+        return re.compile("|".join(f"(?:{rule.source.regex})" for rule in self._patterns), re.DOTALL)
+
+    @cached_property
     def _seen(self) -> dict[tuple[str, ...], list[tuple[Rule, _Like | None]]]:
         return {}
 
@@ -279,17 +289,19 @@ class RuleTable:
         literal = self._literal.get(key)
         if literal is not None:
             return literal, {}
-        parts = _NUMBERS.split(key)
+        parts = _NUMBERS.split(key) if self._counts else [key]
         text, numbers = tuple(parts[::2]), parts[1::2]
         seen = self._seen.get(text, ())
         for rule, like in seen:
             values = rule.match(key) if like is None else like.captures(numbers)
             if values is not None:
                 return rule, values
+        if len(self._patterns) > _MANY and self._any.fullmatch(key) is None:
+            return None
         for rule in self._patterns:
             values = rule.match(key) if key.startswith(rule.source.starts) else None
             if values is not None:
-                if len(self._seen) < _MOST_SEEN and all(rule is not other for other, _ in seen):
+                if self._counts and len(self._seen) < _MOST_SEEN and all(rule is not other for other, _ in seen):
                     self._seen.setdefault(text, []).append((rule, _like(rule, values, numbers)))
                 return rule, values
         return None

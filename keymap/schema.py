@@ -71,6 +71,8 @@ def _told(marked: Marked, error: Any) -> list[str]:
         return [f"{marked.at(where)}: give only one of {', '.join(fields)}"]
     if error.validator == "not":
         return [f"{marked.at(where)}: a field of the hub stands in a file that is not the hub"]
+    if error.validator in ("maxItems", "maxProperties"):
+        return [f"{marked.at(where)}: {len(error.instance)} entries stand here; the limit is {error.validator_value}"]
     said = error.message if len(error.message) < 200 else error.message[:200] + " ..."
     hint = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
     return [f"{marked.at(where)}: {said}{' (' + hint + ')' if hint else ''}"]

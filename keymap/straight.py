@@ -50,7 +50,7 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     Args:
         piece: of one source, not computed.
         lazy: its source.
-        target: contiguous; it must outlive the run, which holds its address alone.
+        target: contiguous.
     """
     block = lazy.values_alone
     one = piece.source_strides == piece.target_strides == (1,)
@@ -58,10 +58,11 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     if block is None or not (one and same and target.is_cpu and type(target) in _OWN and hasattr(os, "preadv")):
         return None
     size = lazy.dtype.itemsize
-    memory = memoryview((c_char * target.nbytes).from_address(target.data_ptr())).cast("B")
+    memory = (c_char * target.nbytes).from_address(target.data_ptr())
+    memory.owner = target  # type: ignore[attr-defined]  # which views of the memory keep alive
     first = piece.target_offset * size
-    length = piece.shape[0] * size
-    return Run(block.file, block.start + piece.source_offset * size, memory[first : first + length])
+    place = memoryview(memory).cast("B")[first : first + piece.shape[0] * size]
+    return Run(block.file, block.start + piece.source_offset * size, place)
 
 
 def batches(runs: Iterable[Run]) -> Iterator[Batch]:

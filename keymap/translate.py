@@ -15,7 +15,10 @@ from keymap.mapping import Mapping
 from keymap.pieces import Layout
 from keymap.rules import Check, Fault, Rule, RuleTable, Step
 
-_MOST = 1000  # indices that a group is asked to be complete for
+_MOST = (
+    1000  # indices that a group is asked to be complete for, and keys of it that may lack before no more are looked for
+)
+_TOLD = 6
 
 __all__ = ["Translated", "from_hub", "incomplete", "respell", "to_hub", "tower_of"]
 
@@ -63,17 +66,17 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
         derived = mapping.dropped(key) if mapping.kind != "hub" else None
         if derived is not None:
             why, twin = derived
-            dropped.update(dict.fromkeys(layout.sources, why))
+            dropped.update(dict.fromkeys(layout.named(key), why))
             if twin in found.tensors:
                 checks.append(Check(key, layout, found.tensors[twin], f"it is left out as a copy of {twin}"))
             continue
         lost = next((entry for entry in mapping.nowhere if entry.side.match(key) is not None), None)
         if lost is not None:
-            placeless.setdefault((lost.tower, lost.why), []).extend(layout.sources)
+            placeless.setdefault((lost.tower, lost.why), []).extend(layout.named(key))
         else:
             kept[key] = layout
     applied = apply_rules(table, kept, facts)
-    result = Translated(applied.out, [k for lay in applied.left.values() for k in lay.sources], dropped)
+    result = Translated(applied.out, [k for key, lay in applied.left.items() for k in lay.named(key)], dropped)
     result.faults = [*found.faults, *applied.faults]
     for (tower, why), keys in placeless.items():
         text = f"{len(keys)} keys, {', '.join(keys[:2])} ...: {why}"
@@ -105,8 +108,8 @@ def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[
                 f"respelling leads from one to the other: these are different architectures"
             )
             now.faults.append(Fault(text, foreign=True))
-            foreign = [key for key in now.tensors if tower_of(known.hub, key) == tower]
-            now.unowned += [source for key in foreign for source in now.tensors[key].sources]
+            foreign = {key for key in now.tensors if tower_of(known.hub, key) == tower}
+            now.unowned += [s for key, layout in now.tensors.items() if key in foreign for s in layout.named(key)]
             now.tensors = {key: layout for key, layout in now.tensors.items() if key not in foreign}
             continue
         for step in min(paths, key=len):
@@ -135,7 +138,7 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
             now.dropped[key] = derived[0]
         elif key in hub.absent_means:
             because = f"{mapping.name} has no place for {key}"
-            now.checks.append(Check(", ".join(layout.sources), layout, hub.absent_means[key][0], because))
+            now.checks.append(Check(", ".join(layout.named(key)), layout, hub.absent_means[key][0], because))
         else:
             now.unowned.append(key)
     now.faults += applied.faults
@@ -208,13 +211,14 @@ def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> 
                 indices = [(str(n),) for n in range(_first(rule, names[0]), last + 1)]
             choices = [[value for value, _ in slot.options] for slot in rule.source.slots if slot.kind == "alts"]
             others = [slot.names[0] for slot in rule.source.slots if slot.kind == "alts"]
-            for index in indices:
-                for chosen in product(*choices):
-                    values = dict(zip([*names, *others], [*index, *chosen], strict=True))
-                    if tuple(values[name] for name in rule.source.variables) not in present[id(rule)]:
-                        lacking.append(rule.source.write(values))
+            for index, chosen in product(indices, product(*choices)):
+                values = dict(zip([*names, *others], [*index, *chosen], strict=True))
+                if len(lacking) > _MOST:
+                    break
+                if tuple(values[name] for name in rule.source.variables) not in present[id(rule)]:
+                    lacking.append(rule.source.write(values))
         if lacking:
-            more = f" and {len(lacking) - 6} more" if len(lacking) > 6 else ""
-            text = f"{mapping.name}: group {group} is there in part; it lacks {', '.join(lacking[:6])}{more}"
+            more = f" and {len(lacking) - _TOLD} more" if len(lacking) > _TOLD else ""
+            text = f"{mapping.name}: group {group} is there in part; it lacks {', '.join(lacking[:_TOLD])}{more}"
             out.append(Fault(text, group=group))
     return out

@@ -204,7 +204,7 @@ def test_tensors_go_to_another_memory_one_at_a_time(tmp_path, monkeypatch):
         moved.append(value.clone())
         return moved[-1]
 
-    monkeypatch.setattr("keymap.load._onto", onto)
+    monkeypatch.setattr("keymap.assign._onto", onto)
     model = openclip.clip().to("meta")
     result = keymap.load_checkpoint(model, path, assign=True)
     assert result.report.materialised == ()  # what was handed over lay in the file

@@ -152,7 +152,7 @@ def test_a_key_that_is_missing_is_no_other_architecture(tmp_path):
 
 def test_spellings_of_one_tower_have_one_fingerprint():
     prints = [
-        describe(KNOWN, view_model(model, KNOWN.hub).layouts)
+        describe(KNOWN, view_model(model, KNOWN.hub).layouts())
         for model in (openclip.clip(), openclip.custom(), openclip.clip_trunk())
     ]
     assert len({found["image"].fingerprint for found in prints}) == 1
@@ -162,9 +162,9 @@ def test_spellings_of_one_tower_have_one_fingerprint():
 
 @pytest.mark.parametrize("change", [{"image_depth": 3}, {"image_mlp": 2.0}, {"patch": 7}, {"embed_dim": 32}])
 def test_another_size_has_another_fingerprint(change):
-    one, other = (describe(KNOWN, view_model(openclip.clip(**a), KNOWN.hub).layouts)["image"] for a in ({}, change))
+    one, other = (describe(KNOWN, view_model(openclip.clip(**a), KNOWN.hub).layouts())["image"] for a in ({}, change))
     assert one.fingerprint != other.fingerprint
-    assert describe(KNOWN, view_model(openclip.clip(image_size=56), KNOWN.hub).layouts)["image"].fingerprint == (
+    assert describe(KNOWN, view_model(openclip.clip(image_size=56), KNOWN.hub).layouts())["image"].fingerprint == (
         one.fingerprint  # positions are resized
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+from keymap import apply, config, folder, marked_yaml, pattern, unwrap, view
 from keymap import compile as compile_
-from keymap import config, folder, marked_yaml, pattern, unwrap, view
-from keymap.read import lazy, numpy_file, safetensors_file, shards, tree, unpickle, zip_file
+from keymap.mapping import data_folder
+from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript, tree, unpickle, zip_file
 from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
 
 PAGE = (Path(__file__).parents[1] / "docs" / "safety.md").read_text(encoding="utf-8")
@@ -39,12 +41,16 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("memory that a pickle builds") == [unpickle.SLACK >> 20, unpickle.PER_STORAGE, lazy.FEW, unpickle.TENSOR]
     nesting = [tree.MAX_DEPTH, tree.MAX_NODES, unwrap._MAX_DEPTH, unwrap._MAX_PREFIXES]
     assert row("containers within containers") == nesting
-    assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED]
+    assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED, unpickle.MAX_PARTS]
+    assert row("the code of a TorchScript archive") == [torchscript.MAX_CODE >> 20, torchscript.MAX_CLASSES]
     assert row("an index of shards") == [shards.MAX_INDEX >> 20, shards.MAX_SHARDS]
     assert row("a folder") == [folder._MOST]
     assert row("a configuration") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
     mapping = [marked_yaml._MAX_BYTES, marked_yaml._MAX_DEPTH, marked_yaml._MAX_TEXT, compile_._MOST, effort.keys]
+    blocks = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["properties"]
+    mapping += [effort.opened, blocks["accepts"]["maxItems"]]
     assert row("a mapping") == mapping
+    assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
     assert row("a pattern") == [pattern._MOST_TEXT, pattern._MOST_READINGS]
     assert row("a view") == [view._MOST_AXES]

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,31 @@ def run_memory(case: Case, quick: bool) -> None:
     tell(f"  {case.name:34} {extra:8.1f} MB anonymous ({target}), {mapped:.0f} MB mapped")
 
 
+# --- once in a process ---------------------------------------------------------------------------------------
+
+ONCE = """
+import time, torch
+start = time.perf_counter()
+import keymap
+imported = time.perf_counter()
+keymap.list_formats()
+print(imported - start, time.perf_counter() - imported)
+"""
+
+
+def run_once(rounds: int) -> None:
+    """What every process pays once: the import beyond torch's, and reading the mappings at the first call."""
+    spent: list[list[float]] = []
+    for _ in range(rounds + 1):
+        found = subprocess.run([sys.executable, "-c", ONCE], capture_output=True, text=True, check=True)
+        spent.append([float(word) * 1e3 for word in found.stdout.split()])
+    tell("once in a process")
+    targets = ("  (target 50 ms)", "")
+    names = ("import keymap, beyond torch", "reading the mappings, at first use")
+    for name, times, target in zip(names, zip(*spent[1:], strict=True), targets, strict=True):
+        tell(f"  {name:36} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
+
+
 # --- all -----------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +381,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory_of(asked.memory_of, asked.file, asked.quick)
         return 0
     rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
-    tell(f"{rounds} rounds, torch {torch.__version__} with {torch.get_num_threads()} threads")
+    checksums = "isal" if find_spec("isal") else "zlib"
+    threads = f"{torch.get_num_threads()} threads"
+    tell(f"{rounds} rounds, torch {torch.__version__} with {threads}, checksums by {checksums}")
     with tempfile.TemporaryDirectory(prefix="keymap-bench-") as name:
         folder = Path(name)
         some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
@@ -363,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_case(case, 1 if case.model == "tiny" else rounds, asked.quick)
         if asked.only:
             return 0
+        run_once(min(rounds, 5))
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
         tell("memory beyond the model while loading, at most")
         for case in some:

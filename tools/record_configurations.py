@@ -40,7 +40,7 @@ Prints = tuple[tuple[str, str], ...]
 def measured(model: nn.Module) -> tuple[Prints, list[int]]:
     """The fingerprints of a model's towers, and how many positions each has."""
     known = registry()
-    towers = describe(known, view_model(model, known.hub).layouts)
+    towers = describe(known, view_model(model, known.hub).layouts())
     prints = tuple((tower, found.fingerprint) for tower, found in towers.items())
     return prints, [found.sizes.get("positions", 0) for found in towers.values()]
 

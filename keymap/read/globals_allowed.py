@@ -238,6 +238,8 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _plain_dict(items: Any = ()) -> dict[Any, Any]:
+    if type(items) not in (dict, list, tuple):
+        raise TypeError  # a text falls apart into its characters
     pairs = list(items.items()) if type(items) is dict else list(items)
     check_keys(key for key, _ in pairs)
     return dict(pairs)

@@ -29,6 +29,7 @@ FEW = 120_000  # tensors that a file of any size may hold, and one more for each
 PER_TENSOR = 1 << 12
 SMALL = 1 << 24  # bytes that a tensor or member may have beside four times its file: deflated, or repeating
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
+CHECK_STEP = 1 << 24  # bytes whose checksum is made before their pages are given back
 INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
 
 
@@ -150,12 +151,14 @@ class SourceFile:
         data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
         status: of the file when it was opened.
         handed: whether values were read from it.
+        inflated: the deflated member that was read last, by its first byte: several tensors may lie in one.
     """
 
     def __init__(self, path: Path) -> None:
         """Map ``path``; raise CheckpointError where it is no readable, regular, non-empty file."""
         self.path = path
         self.handed = False
+        self.inflated: tuple[int, torch.Tensor] | None = None
         try:
             handle = os.open(path, _READ)
             try:
@@ -269,10 +272,14 @@ class Block(NamedTuple):
                 total, crc = total + len(part), crc32(part, crc)
             self._judge(total, crc, self.crc)
         elif self.seal is not None:
-            self.file.unchanged()
-            start, length, wanted = self.seal
-            with memoryview(self.file.data) as view:
-                crc = crc32(view[start : start + length])
+            first, length, wanted = self.seal
+            crc, stop = 0, first + length
+            for start in range(first, stop, CHECK_STEP):
+                end = min(start + CHECK_STEP, stop)
+                self.file.unchanged()
+                with memoryview(self.file.data) as view:
+                    crc = crc32(view[start:end], crc)
+                self.file.give_back(start, end)
             self._judge(self.skip + self.nbytes, crc, wanted)
 
     def _judge(self, total: int, crc: int, wanted: int) -> None:
@@ -292,12 +299,15 @@ class Block(NamedTuple):
         return torch.frombuffer(self.file.data, dtype=dtype, offset=self.start, count=count)
 
     def load(self) -> torch.Tensor:
-        """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory of its own.
+        """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory that all tensors in the region share.
 
         Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared.
         """
         if self.crc is None:
             return self.mapped(torch.uint8, self.nbytes) if self.nbytes else torch.empty(0, dtype=torch.uint8)
+        if self.file.inflated is not None and self.file.inflated[0] == self.start:
+            return self.file.inflated[1]
+        self.file.inflated = None  # before the next one takes memory
         result = torch.empty(self.nbytes, dtype=torch.uint8)
         target = result.numpy().data
         total, crc = self.skip + self.nbytes, 0
@@ -311,6 +321,7 @@ class Block(NamedTuple):
             if end > 0:
                 target[max(begin, 0) : end] = part[max(-begin, 0) :]
         self._judge(self.skip + at, crc, self.crc)
+        self.file.inflated = self.start, result
         return result
 
     def _inflate(self, limit: int) -> Iterator[bytes]:
@@ -318,6 +329,7 @@ class Block(NamedTuple):
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         made, stop = 0, self.start + self.stored
         for at in range(self.start, stop, INFLATE_STEP):
+            self.file.unchanged()
             chunk = self.file.data[at : min(at + INFLATE_STEP, stop)]
             try:
                 part = machine.decompress(chunk, limit + 1 - made)
@@ -330,12 +342,29 @@ class Block(NamedTuple):
                 return
 
 
+class _Brief(reprlib.Repr):
+    """Python's own shortening, and of a value that it would first spell whole just the kind, or the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong = 2, 80, 40
+        self.maxtuple = self.maxlist = 16
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 2000 else f"<an integer of {x.bit_length()} bits>"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        if x is None or type(x) in (bool, float, complex):
+            return repr(x)
+        return repr(bytes(x[:40])) if type(x) in (bytes, bytearray) else f"<{type(x).__name__}>"
+
+
+_brief = _Brief()
+
+
 def brief(value: object) -> str:
     """A short text of any value of a hostile file: never long, never slow, however it nests."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxlong = 2, 80, 40
-    short.maxtuple = short.maxlist = 16
-    return short.repr(value)
+    return _brief.repr(value)
 
 
 def element_count(shape: Sequence[object]) -> int | None:

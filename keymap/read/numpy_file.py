@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, element_count, lazy_view
+from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count, lazy_view
 from keymap.read.zip_file import AGAIN
 
 MAGIC = b"\x93NUMPY"
@@ -40,15 +40,17 @@ def torch_dtype(descr: object) -> torch.dtype | str:
     """The dtype of a numpy type string such as ``<f4``, or words for why there is none."""
     match = DESCR.fullmatch(descr) if isinstance(descr, str) else None
     if match is None:
-        return f"has the structured dtype {descr!r}" if isinstance(descr, list) else f"has the dtype {descr!r}"
+        return (
+            f"has the structured dtype {brief(descr)}" if isinstance(descr, list) else f"has the dtype {brief(descr)}"
+        )
     order, kind, size = match.groups()
     if kind in KINDS:
-        return f"holds {KINDS[kind]} (dtype {descr!r})"
+        return f"holds {KINDS[kind]} (dtype {brief(descr)})"
     dtype = DTYPES.get(kind + size)
     if dtype is None:
-        return f"has the dtype {descr!r}, which torch lacks"
+        return f"has the dtype {brief(descr)}, which torch lacks"
     if order == ">" and dtype.itemsize > 1:
-        return f"is big-endian (dtype {descr!r})"
+        return f"is big-endian (dtype {brief(descr)})"
     return dtype
 
 
@@ -110,7 +112,7 @@ def array_of(block: Block) -> LazyTensor:
         raise file.bad(f"{name} {dtype}", "save it as a plain little-endian array of numbers")
     count = element_count(shape) if isinstance(shape, tuple) else None
     if count is None or type(fortran) is not bool:
-        raise file.bad(f"{name} has an impossible shape {shape!r} or order {fortran!r}", AGAIN)
+        raise file.bad(f"{name} has an impossible shape {brief(shape)} or order {brief(fortran)}", AGAIN)
     skip, needs = begin + length, count * dtype.itemsize
     if block.nbytes - skip != needs:
         fact = f"{name}: shape {shape} of {dtype} needs {needs} bytes, the file holds {block.nbytes - skip}"

@@ -87,7 +87,8 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
         raise file.bad(fact, AGAIN)
     raw = file.data[8 : 8 + length]
     file.refuse_many(raw.count(b'"dtype"'))
-    parsed = 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')  # lists, texts, slots
+    texts = length if raw.isascii() else 8 * length  # one wide character makes every other one of a text as wide
+    parsed = texts + 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')
     if parsed > 4 * file.size + PARSED:
         raise file.bad(f"its header of {length} bytes would take {parsed} bytes of memory", AGAIN)
     header = parse_json(file, raw, "its header")

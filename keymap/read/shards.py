@@ -90,6 +90,9 @@ def leads_out(path: Path, *homes: Path) -> bool:
 
     A download cache is no way out: what lies in its ``snapshots/<revision>/`` are links into its ``blobs/``.
     """
-    place, inside = path.resolve(), {home.resolve() for home in homes}
-    caches = {up.parent / "blobs" for home in inside for up in (home, *home.parents) if up.name == "snapshots"}
-    return inside.isdisjoint(place.parents) and place.parent not in {cache.resolve() for cache in caches}
+    try:
+        place, inside = path.resolve(), {home.resolve() for home in homes}
+        caches = {up.parent / "blobs" for home in inside for up in (home, *home.parents) if up.name == "snapshots"}
+        return inside.isdisjoint(place.parents) and place.parent not in {cache.resolve() for cache in caches}
+    except (OSError, RuntimeError):  # links that lead to each other
+        return True

@@ -14,7 +14,8 @@ from keymap.read.globals_allowed import Instance, TensorView
 from keymap.read.lazy import MAX_KEY, Block, SourceFile, brief
 from keymap.read.zip_file import whole_member
 
-MAX_CODE = 1 << 24
+MAX_CODE = 1 << 22  # bytes of one source text; those of real models have a tenth
+MAX_CLASSES = 10_000
 MAX_VALUES = 1_000_000  # attributes of all modules, as often as they are reached
 MAX_DEPTH = 100
 CLASS = re.compile(r"^class (\w+)(?:\((\w*)\))?:", re.MULTILINE)
@@ -44,6 +45,8 @@ class _Sources:
         if path not in self.files:
             block = self.members.get(path)
             text = whole_member(block, MAX_CODE).decode("utf-8", "replace") if block else ""
+            if block and text.count("class ") > MAX_CLASSES:
+                raise block.file.bad(f"member {path!r} has more than {MAX_CLASSES} classes", "save its state_dict()")
             self.files[path] = dict(_classes(text))
         return self.files[path].get(short, ScriptClass(True, None))
 
@@ -55,7 +58,7 @@ def _classes(text: str) -> list[tuple[str, ScriptClass]]:
     classes = []
     for match, end in zip(found, ends, strict=True):
         listed = LISTED.findall(text, match.end(), end)
-        names = frozenset(name for _, names in listed for name in NAME.findall(names))
+        names = frozenset(match[1] for _, names in listed for match in NAME.finditer(names))
         complete = any(kind == "buffers" for kind, _ in listed)
         classes.append((match[1], ScriptClass(match[2] == "Module", names if complete else None)))
     return classes

@@ -18,13 +18,16 @@ from keymap.read.lazy import FEW
 
 MAX_INTEGER = 64  # bytes; a random generator's state needs 17
 MAX_NAME = 1024  # characters of a module and a name in it
-KEY_DEPTH = 3  # of tuples that are keys: hashing shared, nested tuples can take for ever
+MAX_PARTS = 16  # of a tuple that is a key, with those of tuples in it: hashing shared, nested tuples takes for ever
+PER_TUPLE = 200  # bytes of the budget that a tuple takes as a key
 MAX_NUMBERED = 1 << 15  # keys of a dict that has others than texts: these can be made to collide, texts cannot
 MAX_HASH = 1 << 60  # above, integers share their hashes
 SLACK = 3 << 24  # bytes of memory that a pickle may take beside twice its file
 PER_STORAGE = 2500  # more, for each storage that it names, of those that such a file can hold
 TENSOR = 128  # bytes of a file that the smallest tensor takes with its name
+AT_ONCE = 1 << 16  # bytes that steps spend before they are counted
 GROWS = "it grows far beyond its own size when it is run"
+WIDE = 4  # bytes that each byte of a text takes, more, where one of its characters is no ASCII
 MEMO_GAP = 1024  # how far ahead of those in use the number of a stored value may be
 
 
@@ -70,35 +73,44 @@ def run_pickle(data: Any, start: int, allowed: Allowed, size: int = 0) -> tuple[
         data: bytes or a mapping.
         start: first byte.
         allowed: what the pickle may name.
-        size: bytes of the file that the pickle lies in, where it is larger than ``data``.
+        size: bytes of the file that the pickle lies in, where that is not ``data``.
 
     Raises:
         ForbiddenGlobalError: it names something that is not allowed.
         BadPickleError: it is truncated, malformed, or uses an opcode that torch.save never writes.
     """
-    machine = _Machine(data, start, allowed, max(size, len(data)))
+    machine = _Machine(data, start, allowed, size or len(data))
     return machine.run(), machine.at
 
 
-def check_keys(keys: Iterable[Any], held: Collection[Any] = ()) -> None:
-    """Raise BadPickleError unless the keys, and those that are held already, can be hashed in little time."""
-    count = len(held)
+def check_keys(keys: Iterable[Any], held: Collection[Any] = ()) -> int:
+    """How many of the keys are tuples.
+
+    Raises:
+        BadPickleError: the keys, and those that are held already, cannot be hashed in little time.
+    """
+    count, tuples = len(held), 0
     for key in keys:
         count += 1
         if type(key) is not str:
-            _check_key(key, 0)
+            tuples += isinstance(key, tuple)
+            _check_key(key, MAX_PARTS)
             if count > MAX_NUMBERED:
                 raise BadPickleError(f"a dict or set has more than {MAX_NUMBERED} keys, and not all are texts")
+    return tuples
 
 
-def _check_key(key: Any, depth: int) -> None:
-    if isinstance(key, tuple) and depth < KEY_DEPTH and len(key) <= 16:
+def _check_key(key: Any, room: int) -> int:
+    """The room that is left for parts of tuples."""
+    if isinstance(key, tuple) and len(key) <= room:
+        room -= len(key)
         for part in key:
-            _check_key(part, depth + 1)
+            room = _check_key(part, room)
     elif type(key) is int and not -MAX_HASH < key < MAX_HASH:
         raise BadPickleError("a dict or set has an integer of more than 60 bits as a key")
     elif key is not None and type(key) not in (str, bytes, int, float, bool, Global):
-        raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}")
+        raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}, or one of too many parts")
+    return room
 
 
 class _Machine:
@@ -109,18 +121,19 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.budget = 2 * size + SLACK
         self.storages, self.most = set[str](), min(size // TENSOR, FEW)
-        self.done = False
 
     def run(self) -> Any:
         data, steps = self.data, _STEPS
+        spent, step = 0, _mark
         try:
-            while not self.done:
+            while step is not _stop:
                 at = self.at
                 self.at = at + 1
                 step, cost = steps[data[at]]
-                self.budget -= cost
-                if self.budget < 0:
-                    raise BadPickleError(GROWS)
+                spent += cost
+                if spent > AT_ONCE:
+                    self.spend(spent)
+                    spent = 0
                 step(self)
         except (IndexError, struct.error):
             if self.at <= self.stop:  # it is not the data that ended
@@ -150,6 +163,8 @@ class _Machine:
         return self.text(self.take(end + 1 - self.at)[:-1])
 
     def text(self, raw: bytes) -> str:
+        if not raw.isascii():
+            self.spend(WIDE * len(raw))
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
@@ -183,7 +198,7 @@ class _Machine:
         target = self.top(dict)
         if len(items) % 2:
             raise BadPickleError("a dict has a key without a value")
-        check_keys(items[::2], target)
+        self.spend(PER_TUPLE * check_keys(items[::2], target))
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def store(self, index: int) -> None:
@@ -218,7 +233,7 @@ def _mark(m: _Machine) -> None:
 
 
 def _stop(m: _Machine) -> None:
-    m.done = True
+    """The end of the program, for `run`."""
 
 
 def _protocol(m: _Machine) -> None:
@@ -306,6 +321,7 @@ def _bytes(count: int) -> Callable[[_Machine], None]:
 def _old_string(count: int) -> Callable[[_Machine], None]:
     def step(m: _Machine) -> None:  # Python 2 wrote texts and bytes alike
         raw = m.take(m.number(count))
+        m.spend(WIDE * len(raw) * (not raw.isascii()))
         try:
             m.push(raw.decode("utf-8"))
         except UnicodeDecodeError:
@@ -348,13 +364,13 @@ def _dict(m: _Machine) -> None:
 def _add_items(m: _Machine) -> None:
     items = m.marked()
     target = m.top(set)
-    check_keys(items, target)
+    m.spend(PER_TUPLE * check_keys(items, target))
     target.update(items)
 
 
 def _frozen_set(m: _Machine) -> None:
     items = m.marked()
-    check_keys(items)
+    m.spend(PER_TUPLE * check_keys(items))
     m.push(frozenset(items))
 
 
