@@ -14,7 +14,7 @@ from keymap.compile import compile_marked
 from keymap.errors import MappingError
 from keymap.mapping import Configuration, Containers, Mapping
 from keymap.marked_yaml import Marked, read_yaml
-from keymap.pattern import overlap
+from keymap.overlap import overlap
 from keymap.rules import RuleTable
 
 __all__ = ["Registry", "Respelling"]

@@ -33,7 +33,9 @@ from keymap.mapping import (
 )
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.marked_yaml import Path as Where
-from keymap.pattern import Effort, PatternError, Side, overlap, parse_source, parse_target
+from keymap.overlap import overlap
+from keymap.parse import parse_source, parse_target
+from keymap.pattern import Effort, PatternError, Side
 from keymap.rules import Part, Rule, RuleTable
 from keymap.schema import schema_faults
 from keymap.view import View, ViewError, parse_view

@@ -23,7 +23,8 @@ from test_mapping_errors import GOOD, HEAD, rules
 import keymap
 from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.pattern import PatternError, Side, parse_source
+from keymap.parse import parse_source
+from keymap.pattern import PatternError, Side
 from keymap.registry import registry
 from keymap.samples import samples
 

@@ -114,7 +114,7 @@ def test_only_a_resized_tensor_takes_a_temporary(tmp_path, monkeypatch):
 
 def joined(kind: str, members: dict[str, torch.Tensor], **options) -> tuple[Layout, dict[str, torch.Tensor]]:
     """The layout that one join makes of members named x0, x1, ..."""
-    from keymap.pattern import parse_source, parse_target
+    from keymap.parse import parse_source, parse_target
 
     source = parse_source("(x0|x1|x2)")
     part = Part(kind, options.pop("axis", 0), ("1",), ("x0", "x1", "x2"), **options)

@@ -9,7 +9,9 @@ from itertools import product
 
 import pytest
 
-from keymap.pattern import PatternError, Side, overlap, parse_source, parse_target
+from keymap.overlap import overlap
+from keymap.parse import parse_source, parse_target
+from keymap.pattern import PatternError, Side
 
 ALPHABET = "a1_.0"
 

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from keymap import apply, config, folder, marked_yaml, pattern, unwrap, view
+from keymap import apply, config, folder, marked_yaml, parse, pattern, unwrap, view
 from keymap import compile as compile_
 from keymap.mapping import data_folder
 from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript, tree, unpickle, zip_file
@@ -52,5 +52,5 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     mapping += [effort.opened, blocks["accepts"]["maxItems"]]
     assert row("a mapping") == mapping
     assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
-    assert row("a pattern") == [pattern._MOST_TEXT, pattern._MOST_READINGS]
+    assert row("a pattern") == [parse._MOST_TEXT, parse._MOST_READINGS]
     assert row("a view") == [view._MOST_AXES]
