@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from keymap.compile import compile_marked
 from keymap.errors import MappingError
@@ -20,8 +21,7 @@ from keymap.rules import RuleTable
 __all__ = ["Registry", "Respelling"]
 
 
-@dataclass(frozen=True)
-class Respelling:
+class Respelling(NamedTuple):
     """One step between two spellings of a tower, in one direction."""
 
     mapping: Mapping

@@ -10,10 +10,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass, field, replace
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keymap.mapping import Config, Fact, Mapping, Place, Scalar
 from keymap.read.shards import leads_out
@@ -26,8 +25,7 @@ _MAX_NUMBER = 1 << 53
 _Size = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """What a source tells of itself beside its weights.
 
     Attributes:
@@ -38,7 +36,7 @@ class Told:
 
     image_size: _Size | None = None
     patch_size: _Size | None = None
-    facts: MappingType[str, tuple[Scalar, str]] = field(default_factory=dict)
+    facts: MappingType[str, tuple[Scalar, str]] = {}
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,7 +75,7 @@ def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, h
                 continue
             told = _read(data, config, where)
             if told is not None:
-                return replace(told, facts={**stated, **told.facts}, notes=tuple(notes))
+                return told._replace(facts={**stated, **told.facts}, notes=tuple(notes))
     return Told(facts=stated, notes=tuple(dict.fromkeys(notes)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from keymap.apply import apply_rules
 from keymap.catalogue import Registry
@@ -22,8 +22,7 @@ from keymap.translate import tower_of
 __all__ = ["Described", "Tower", "configurations_for", "describe", "in_words", "unlike"]
 
 
-@dataclass(frozen=True)
-class Tower:
+class Tower(NamedTuple):
     """One tower of a file or of a model.
 
     Attributes:

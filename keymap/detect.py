@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from keymap.apply import apply_rules
 from keymap.catalogue import Registry
@@ -19,8 +19,7 @@ _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest form
 __all__ = ["Detection", "accept", "detect", "holds", "is_other_spelling", "refuse_in_words", "spelling"]
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(NamedTuple):
     """The format of a file, and its tensors under the format's preferred keys.
 
     Attributes:

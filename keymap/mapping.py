@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from keymap.pattern import Side
 from keymap.rules import Rule, RuleTable
@@ -31,8 +32,7 @@ __all__ = [
 Scalar = str | int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
-class Clue:
+class Clue(NamedTuple):
     """A pattern that some key matches; with ``ndim``, one whose tensor has that many axes."""
 
     side: Side
@@ -42,21 +42,18 @@ class Clue:
         return str(self.side) if self.ndim is None else f"{self.side} with {self.ndim} axes"
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     all: tuple[Clue, ...] = ()
     any: tuple[Clue, ...] = ()
     none: tuple[Clue, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Accept:
+class Accept(NamedTuple):
     when: Evidence | None
     table: RuleTable
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Keys that carry no weights: the reason, and the key whose values they must repeat, if that is told."""
 
     side: Side
@@ -64,8 +61,7 @@ class Drop:
     same_as: Side | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Nowhere:
+class Nowhere(NamedTuple):
     """Keys of a tower that no model of the hub has a place for, and why."""
 
     side: Side
@@ -73,8 +69,7 @@ class Nowhere:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Evidence of a file that cannot be loaded at all, and what it is; ``contains`` are parts of keys, any of them."""
 
     why: str
@@ -82,15 +77,13 @@ class Refusal:
     contains: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     when: Evidence
     when_hub: Evidence
     rules: tuple[Rule, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(NamedTuple):
     """A position embedding: ``lead`` axes of length one, prefix rows, then a grid or a line, then the width.
 
     ``apart``: the grid has two axes of its own, ``1 h w d``, so its shape tells it.
@@ -103,8 +96,7 @@ class Position:
     apart: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a configuration holds a value.
 
     Attributes:
@@ -114,12 +106,11 @@ class Place:
     """
 
     path: str
-    words: MappingType[str, Scalar] = field(default_factory=dict)
+    words: MappingType[str, Scalar] = {}
     unless: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """A format's own configuration file: where it tells the image grid, and what no weight does.
 
     ``defaults`` are what the format's code takes where the file leaves a fact out.
@@ -128,12 +119,11 @@ class Config:
     file: str
     image_size: tuple[Place, ...] = ()
     patch_size: tuple[Place, ...] = ()
-    facts: MappingType[str, tuple[Place, ...]] = field(default_factory=dict)
-    defaults: MappingType[str, Scalar] = field(default_factory=dict)
+    facts: MappingType[str, tuple[Place, ...]] = {}
+    defaults: MappingType[str, Scalar] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(NamedTuple):
     """What no weight tells, and where a model does.
 
     Attributes:
@@ -148,13 +138,12 @@ class Fact:
     paths: tuple[tuple[str, int], ...]
     label: str = ""
     change: str = ""
-    words: MappingType[str, Scalar] = field(default_factory=dict)
+    words: MappingType[str, Scalar] = {}
     present: bool = False
-    only: MappingType[str, Scalar] = field(default_factory=dict)
+    only: MappingType[str, Scalar] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(NamedTuple):
     """Configurations of the hub's models that share all shapes but those of positions.
 
     Attributes:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-import yaml
-
 from keymap.errors import MappingError
 
 __all__ = ["Marked", "Path", "parse_yaml", "read_yaml"]
@@ -22,7 +20,6 @@ _MAX_BYTES = 1 << 17  # characters; the longest mapping that keymap brings has a
 _MAX_TEXT = 1 << 12  # characters of one key or value
 _MAX_NUMBER = 1 << 53
 _MAX_DEPTH = 12
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,10 @@ def parse_yaml(text: str, file: str) -> Marked:
         MappingError: not YAML, too large, too deep, a number out of range, or it uses an alias, a tag or a key twice.
     """
 
+    import yaml  # which takes a third of the time that importing keymap would take
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
     def refuse(mark: Any, what: str) -> MappingError:
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark is not None else f"{file}:1:1"
         return MappingError(f"{file} is not a mapping that keymap can read", [f"{place}: {what}"])
@@ -72,7 +73,7 @@ def parse_yaml(text: str, file: str) -> Marked:
         raise refuse(None, f"the file has {len(text)} characters or more; a mapping has at most {_MAX_BYTES}")
     try:
         depth = 0
-        for event in yaml.parse(text, Loader=_LOADER):
+        for event in yaml.parse(text, Loader=loader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise refuse(event.start_mark, "anchors and aliases (& and *) are not used: share rules with `tables`")
             if isinstance(event, yaml.CollectionStartEvent):
@@ -81,7 +82,7 @@ def parse_yaml(text: str, file: str) -> Marked:
                     raise refuse(event.start_mark, f"nested deeper than {_MAX_DEPTH} levels")
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
-        root = yaml.compose(text, Loader=_LOADER)
+        root = yaml.compose(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise refuse(mark, f"not YAML: {getattr(error, 'problem', None) or error}") from None

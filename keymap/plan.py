@@ -58,15 +58,14 @@ def checked_facts(facts: object) -> MappingType[str, int]:
     raise PlanError(f"facts={facts!r}: give names and positive numbers, as {{'image.heads': 12}}")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What the caller asked for."""
 
     file: str
     strict: bool = True
     towers: tuple[str, ...] | None = None
     source_grid: tuple[int, int] | None = None
-    facts: MappingType[str, int] = field(default_factory=dict)
+    facts: MappingType[str, int] = {}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from keymap.catalogue import Registry
 from keymap.errors import MappingError
 from keymap.mapping import data_folder
-from keymap.samples import refuse_claims
 
 __all__ = ["Registry", "list_formats", "register_mappings", "registry"]
 
@@ -28,6 +28,13 @@ def _files(path: Path) -> list[Path]:
 _known: list[Registry] = []
 
 
+def _refuse_claims(known: Registry, names: Iterable[str]) -> None:
+    """As `refuse_claims`, of a module that most processes never need."""
+    from keymap.samples import refuse_claims
+
+    refuse_claims(known, names)
+
+
 def registry() -> Registry:
     """The mappings known to this process; read at first use."""
     if not _known:
@@ -35,7 +42,7 @@ def registry() -> Registry:
         new.add(_files(data_folder("mappings")))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             place = point.load()
-            new.add(_files(Path(place() if callable(place) else place)), check=refuse_claims)
+            new.add(_files(Path(place() if callable(place) else place)), check=_refuse_claims)
         _known.append(new)
     return _known[0]
 
@@ -58,7 +65,7 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise MappingError(f"register_mappings({path!r}): give the path of a YAML file, or of a folder of them")
-    return [mapping.name for mapping in registry().add(_files(Path(path)), check=refuse_claims)]
+    return [mapping.name for mapping in registry().add(_files(Path(path)), check=_refuse_claims)]
 
 
 def list_formats() -> dict[str, str]:

@@ -7,8 +7,8 @@ antialias, as OpenCLIP does. Computed in float32 (float64 for float64 weights), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isqrt, prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ class ResizeError(ValueError):
     """A position embedding cannot be fitted; the message says why and what to give."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resize:
+class Resize(NamedTuple):
     """How one position embedding is resampled.
 
     Attributes:

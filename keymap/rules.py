@@ -26,8 +26,7 @@ class RuleError(ValueError):
     """A rule does not fit the tensors that it was given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """How several tensors make one, and the other way round.
 
     Attributes:
@@ -156,8 +155,7 @@ class Rule:
         return (main, *twins)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """A value that must be seen before anything is written.
 
     Attributes:
@@ -173,8 +171,7 @@ class Check:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """One thing that is wrong.
 
     Attributes:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as MappingType
-from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +33,7 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # no prime: a fact never has the length of another axis
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A state dict that does not exist.
 
     Attributes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from keymap.config import Told, read_config
 from keymap.detect import Detection, detect, refuse_in_words
@@ -21,8 +21,7 @@ __all__ = ["Opened", "PathLike", "known_with", "layouts_of", "open_sources"]
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """One state dict of a checkpoint.
 
     Attributes:

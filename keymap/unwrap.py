@@ -7,8 +7,7 @@ dict that holds several models, or a model beside other things, is taken apart i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keymap.errors import CheckpointError, some
 from keymap.mapping import Containers
@@ -21,8 +20,7 @@ _MAX_DEPTH = 4
 _MAX_PREFIXES = 16  # wrapper classes around one another
 
 
-@dataclass(frozen=True)
-class Unwrapped:
+class Unwrapped(NamedTuple):
     """A flat state dict.
 
     Attributes:

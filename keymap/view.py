@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from keymap.pieces import Layout, permute
 
@@ -23,8 +23,7 @@ class ViewError(ValueError):
     """A view that is written wrong, or that does not fit a shape; the message says which and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """Left and right side as groups of axis names; a group is one dimension of the tensor."""
 
     left: tuple[Group, ...]

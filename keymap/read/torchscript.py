@@ -7,8 +7,7 @@ two lines are read as text; the rest of the code is not looked at.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keymap.read.globals_allowed import Instance, TensorView
 from keymap.read.lazy import MAX_KEY, Block, SourceFile, brief
@@ -23,8 +22,7 @@ LISTED = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 NAME = re.compile(r'"([^"]*)"')
 
 
-@dataclass(frozen=True, slots=True)
-class ScriptClass:
+class ScriptClass(NamedTuple):
     """What the code says of one class: whether it is a module, and its tensors; None where it lists none."""
 
     module: bool
