@@ -46,7 +46,7 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
             [*(text for _, text in bad), "strict=False loads the rest and reports these keys"],
         )
     used = {p.source for entry in plan.entries for p in entry.layout.pieces}
-    lazy = [tensors[source] for source in used if source is not None]
+    lazy = sorted((tensors[source] for source in used if source is not None), key=lambda one: one.position)
     checks = {id(one.values): check for one in lazy if (check := one.check) is not None}  # several may share a member
     if checks:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib releases the interpreter's lock

@@ -223,6 +223,12 @@ class SourceFile:
             fact = f"{brief(name)} would take {nbytes} bytes of memory, far more than the file has ({self.size})"
             raise self.bad(fact, "save it as it is, not as a view that repeats elements or as a bomb of zeros")
 
+    def ask_for(self, start: int, stop: int) -> None:
+        """Have the system read these bytes ahead, where they are not in memory yet."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED") and stop > first:
+            self.data.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
     def give_back(self, start: int, stop: int) -> None:
         """Give the memory of the whole pages within ``start`` to ``stop`` back; they are mapped anew when read again.
 
@@ -277,6 +283,7 @@ class Block(NamedTuple):
             for start in range(first, stop, CHECK_STEP):
                 end = min(start + CHECK_STEP, stop)
                 self.file.unchanged()
+                self.file.ask_for(start, end)
                 with memoryview(self.file.data) as view:
                     crc = crc32(view[start:end], crc)
                 self.file.give_back(start, end)
