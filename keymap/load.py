@@ -152,6 +152,10 @@ def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mappi
             for key, piece in work.by_source[source]:
                 copy_pieces([piece], tensor, targets[key].detach())
 
+    def copy_apart(source: str | None) -> None:
+        copy(source)
+        _give_back([source], tensors)
+
     shared: list[str | None] = []
     for source, pieces in work.by_source.items() if torch.get_num_threads() > 1 else ():
         if source is not None and not tensors[source].streamed and _crosses(pieces):
@@ -160,7 +164,7 @@ def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mappi
     pool = ThreadPoolExecutor(torch.get_num_threads())
     under_way: list[Future[None]] = []
     try:
-        under_way += [pool.submit(copy, source) for source in shared]
+        under_way += [pool.submit(copy_apart, source) for source in shared]
         under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(work.runs)]
         own = set(shared)
         for sources in _neighbours([source for source in work.by_source if source not in own], tensors):

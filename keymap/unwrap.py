@@ -51,10 +51,11 @@ def _found(
         return
     seen.add(id(tree))
     inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name), seen)]
-    here = [path] if _flat(tree) else []
+    own = len(_flat(tree))
+    here = [path] if own else []
     most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
     # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
-    yield from [*here, *inner] if len(_flat(tree)) >= most else [*inner, *here]
+    yield from [*here, *inner] if own >= most else [*inner, *here]
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

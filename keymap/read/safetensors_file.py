@@ -14,7 +14,6 @@ MAX_HEADER = 100_000_000  # bytes
 PARSED = 1 << 26  # bytes that what is parsed of a header may take, beside four times the file
 AGAIN = "download or save the file again"
 FIELDS = {"dtype", "shape", "data_offsets"}
-PAIR = [int, int]
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -125,9 +124,9 @@ def _entry(file: SourceFile, base: int, key: str, entry: object) -> tuple[str, i
     count = element_count(shape) if type(shape) is list else None
     if count is None:
         return f"impossible shape {brief(shape)}", 0, 0, None
-    if type(offsets) is not list or [type(at) for at in offsets] != PAIR:
+    begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
+    if type(begin) is not int or type(end) is not int:
         return f"data_offsets {brief(offsets)} are not two integers", 0, 0, None
-    begin, end = offsets
     size = end - begin
     if begin < 0 or size < 0:
         return f"data_offsets {offsets} run backwards", 0, 0, None
