@@ -97,6 +97,8 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             file.unchanged()
         _give_back(work.by_source, tensors)
     except KeyboardInterrupt:
+        if not half:
+            raise
         raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
     except KeymapError:
         raise

@@ -7,6 +7,8 @@ sizes equal, where no shape can tell a mistake. The samples that keymap makes of
 
 from __future__ import annotations
 
+import random
+import re
 import textwrap
 
 import pytest
@@ -687,3 +689,31 @@ def test_an_unstack_on_the_way_back_needs_every_index():
     layouts = {key: whole(key, (2,), torch.float32) for key in ("p.0", "p.2")}
     (fault,) = apply_rules(back, layouts, {}).faults
     assert "the index leaves a gap: there is 2, but no 1" in fault.text
+
+
+def _by_hand(table: RuleTable, key: str):
+    """The rule that owns a key, every rule asked in turn."""
+    for rule in sorted(table.rules, key=lambda rule: rule.rest):
+        values = rule.match(key)
+        if values is not None:
+            return rule, values
+    return None
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in registry().mappings.values() if m.rules))
+def test_what_one_key_tells_of_those_that_differ_in_numbers_is_what_the_rules_say(name):
+    mapping, rng = registry().mappings[name], random.Random(name)
+    numbers = ["0", "1", "2", "7", "10", "23", "007", "00", "123456789", "1234567890"]
+    for rules in (mapping.rules, RuleTable(mapping.rules).inverse().rules):
+        table, owned = RuleTable(rules), 0
+        sides = [rule.source for rule in rules]
+        keys = [re.sub("[0-9]+", lambda _: rng.choice(numbers), side.sample) for side in sides for _ in range(6)]
+        keys += [side.sample for side in sides]
+        rng.shuffle(keys)
+        for key in keys:
+            found, expected = table.find(key), _by_hand(table, key)
+            assert (found is None) == (expected is None), key
+            if found is not None and expected is not None:
+                assert found[0] is expected[0] and list(found[1].items()) == list(expected[1].items()), key
+                owned += 1
+        assert owned >= len(rules)

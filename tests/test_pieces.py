@@ -301,3 +301,25 @@ def test_no_axis_length_is_guessed_from_a_square():
         view = parse_view(f"({one} {two}) z -> z {one} {two}")
         with pytest.raises(ViewError, match="nothing tells"):
             view.bind((9, 9), {})
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((700, 601), (1, 0)),
+        ((3, 701, 211), (0, 2, 1)),
+        ((64, 5, 1201), (2, 1, 0)),
+        ((2, 2, 257, 401), (3, 2, 0, 1)),
+        ((400_003, 1), (1, 0)),
+        ((2, 300_007), (1, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_tensors_whose_axes_change_places_are_copied_strip_by_strip(shape, order, dtype):
+    source = torch.randn(shape)
+    result = tuple(shape[axis] for axis in order)
+    layout = permute(whole("x", shape, torch.float32), shape, order, result)
+    target = torch.zeros(result, dtype=dtype)
+    copy_pieces(layout.pieces, source, target.view(-1))
+    assert torch.equal(target, source.permute(order).to(dtype))
+    assert torch.equal(materialise(layout, lambda _: source, dtype), target)
