@@ -298,7 +298,12 @@ class RuleTable:
         for rule in self._patterns:
             values = rule.match(key) if key.startswith(rule.source.starts) else None
             if values is not None:
-                if self._counts and len(self._seen) < _MOST_SEEN and all(rule is not other for other, _ in seen):
+                if (
+                    self._counts
+                    and not rule.rest
+                    and len(self._seen) < _MOST_SEEN
+                    and all(rule is not other for other, _ in seen)
+                ):
                     self._seen.setdefault(text, []).append((rule, _like(rule, values, numbers)))
                 return rule, values
         return None

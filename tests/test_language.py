@@ -717,3 +717,13 @@ def test_what_one_key_tells_of_those_that_differ_in_numbers_is_what_the_rules_sa
                 assert found[0] is expected[0] and list(found[1].items()) == list(expected[1].items()), key
                 owned += 1
         assert owned >= len(rules)
+
+
+@pytest.mark.parametrize("order", [["x.0.w", "x.1.w", "x.5.w"], ["x.5.w", "x.0.w", "x.1.w"], ["x.07.w", "x.1.w"]])
+@pytest.mark.parametrize("pattern", ["x.(0|1).w", r"x.(\d+).w"])
+def test_a_rest_rule_that_saw_a_like_key_first_owns_no_more_for_it(pattern, order):
+    rules = f"{pattern}: visual.\\1.first\nx.(.+): {{to: visual.\\1, rest: true}}"
+    table = RuleTable(compiled(rules).rules)
+    for key in order:
+        found, expected = table.find(key), _by_hand(table, key)
+        assert found is not None and expected is not None and found[0] is expected[0], key

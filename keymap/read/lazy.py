@@ -271,7 +271,10 @@ class Block(NamedTuple):
     seal: tuple[int, int, int] | None = None
 
     def check(self) -> None:
-        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept."""
+        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept.
+
+        Pages are given back: what was written to a mapped tensor of the block before is the file's again.
+        """
         if self.crc is not None:
             total, crc = 0, 0
             for part in self._inflate(self.skip + self.nbytes):
