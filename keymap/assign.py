@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,15 +73,12 @@ def assign_plan(
     for file in files_of(tensors):
         file.unchanged()
     modules = modules_of(model)
-    held: list[dict[str, torch.Tensor | None]] = []
-    for module in modules.values():
-        held += (module._parameters, module._buffers)  # type: ignore[arg-type]
-    swaps: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor, torch.Tensor]] = []
-    for holder in held:
+    swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
+    for holder in (held for module in modules.values() for held in (module._parameters, module._buffers)):
         for name, old in holder.items():
-            value = new.get(id(old)) if old is not None else None
-            if old is None or value is None:
+            if old is None or id(old) not in new:
                 continue
+            value = new[id(old)]
             if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):  # once for tied parameters
                 value = new[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
             swaps.append((holder, name, old, value))
@@ -91,7 +89,7 @@ def assign_plan(
     return [entry.key for entry in others]
 
 
-def _swap(swaps: Sequence[tuple[dict[str, torch.Tensor | None], str, torch.Tensor, torch.Tensor]]) -> None:
+def _swap(swaps: Sequence[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]) -> None:
     """Put new tensors (holder, name, old, new) into modules: all, or none where an interrupt comes between."""
     try:
         for holder, name, _, new in swaps:

@@ -11,6 +11,7 @@ from keymap.apply import apply_rules
 from keymap.catalogue import Registry
 from keymap.errors import DetectionError
 from keymap.mapping import Accept, Clue, Evidence, Mapping, Refusal
+from keymap.pattern import Side
 from keymap.pieces import Layout, Shaped
 from keymap.rules import Fault, RuleTable, Step
 
@@ -44,14 +45,21 @@ def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
         at += 1
 
 
+def _candidates(side: Side, tensors: MappingType[str, Shaped], names: Sequence[str]) -> Iterator[str]:
+    """The names that a side may match, told by how they begin."""
+    for start in side.starts:
+        if side.literal:
+            yield from (start,) * (start in tensors)
+        else:
+            yield from _beginning(start, names)
+
+
 def _witness(clue: Clue, tensors: MappingType[str, Shaped], names: Sequence[str]) -> str | None:
     """The first key, in order, that a clue matches."""
-    side, ndim = clue.side, clue.ndim
-    for start in side.starts:
-        for key in _beginning(start, names) if not side.literal else [start] if start in tensors else ():
-            fits = ndim is None or len(tensors[key].shape) == ndim
-            if fits and key.endswith(side.ends) and side.match(key) is not None:
-                return key
+    for key in _candidates(clue.side, tensors, names):
+        fits = clue.ndim is None or len(tensors[key].shape) == clue.ndim
+        if fits and key.endswith(clue.side.ends) and clue.side.match(key) is not None:
+            return key
     return None
 
 
@@ -114,11 +122,14 @@ def _may_own(block: Accept, names: Sequence[str]) -> bool:
     return False
 
 
+def _applies(block: Accept, tensors: MappingType[str, Shaped], names: Sequence[str]) -> bool:
+    return _may_own(block, names) and (block.when is None or holds(block.when, tensors, names) is not None)
+
+
 def is_other_spelling(mapping: Mapping, tensors: MappingType[str, Shaped]) -> bool:
     """True where `accept` would give the keys other names."""
     names = sorted(tensors)
-    owning = [block for block in mapping.accepts if _may_own(block, names)]
-    return any(block.when is None or holds(block.when, tensors, names) is not None for block in owning)
+    return any(_applies(block, tensors, names) for block in mapping.accepts)
 
 
 def accept(
@@ -130,17 +141,13 @@ def accept(
     """The tensors under the spelling that the format writes; ``names`` are their keys in order."""
     faults: list[Fault] = []
     steps: list[Step] = []
-    if mapping.accepts and names is None:
-        names = sorted(tensors)
     for block in mapping.accepts:
-        if not _may_own(block, names or ()):
-            continue
-        if block.when is not None and holds(block.when, tensors, names) is None:
-            continue
-        applied = apply_rules(block.table, tensors, facts, pass_others=True)
-        faults += applied.faults
-        steps += applied.steps
-        tensors, names = applied.out, sorted(applied.out)
+        names = sorted(tensors) if names is None else names
+        if _applies(block, tensors, names):
+            applied = apply_rules(block.table, tensors, facts, pass_others=True)
+            faults += applied.faults
+            steps += applied.steps
+            tensors, names = applied.out, None
     return tensors, tuple(faults), tuple(steps)
 
 

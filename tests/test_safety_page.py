@@ -6,8 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from keymap import apply, config, folder, marked_yaml, parse, pattern, unwrap, view
-from keymap import compile as compile_
+from keymap import apply, compile_rules, config, folder, marked_yaml, parse, pattern, unwrap, view
 from keymap.mapping import data_folder
 from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript, tree, unpickle, zip_file
 from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
@@ -47,7 +46,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("a folder") == [folder._MOST]
     assert row("a configuration") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
-    mapping = [marked_yaml._MAX_BYTES, marked_yaml._MAX_DEPTH, marked_yaml._MAX_TEXT, compile_._MOST, effort.keys]
+    mapping = [marked_yaml._MAX_BYTES, marked_yaml._MAX_DEPTH, marked_yaml._MAX_TEXT, compile_rules._MOST, effort.keys]
     blocks = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["properties"]
     mapping += [effort.opened, blocks["accepts"]["maxItems"]]
     assert row("a mapping") == mapping

@@ -292,7 +292,7 @@ class Block(NamedTuple):
                 self.file.give_back(start, end)
             self._judge(self.skip + self.nbytes, crc, wanted)
 
-    def _judge(self, total: int, crc: int, wanted: int) -> None:
+    def _judge(self, total: int, crc: int, wanted: int | None) -> None:
         declared = self.skip + self.nbytes
         if total != declared or crc != wanted:
             what = "its checksum differs" if total == declared else f"it does not inflate to {declared} bytes"
@@ -309,12 +309,10 @@ class Block(NamedTuple):
         return torch.frombuffer(self.file.data, dtype=dtype, offset=self.start, count=count)
 
     def load(self) -> torch.Tensor:
-        """A uint8 tensor of shape (nbytes,): mapped, or inflated into memory that all tensors in the region share.
+        """A deflated region as a uint8 tensor of shape (nbytes,), in memory that all tensors in the region share.
 
-        Raises CheckpointError for a deflated region that is corrupt or longer or shorter than declared.
+        Raises CheckpointError where it is corrupt, or longer or shorter than declared.
         """
-        if self.crc is None:
-            return self.mapped(torch.uint8, self.nbytes) if self.nbytes else torch.empty(0, dtype=torch.uint8)
         if self.file.inflated is not None and self.file.inflated[0] == self.start:
             return self.file.inflated[1]
         self.file.inflated = None  # before the next one takes memory

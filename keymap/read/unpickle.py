@@ -202,12 +202,11 @@ class _Machine:
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def store(self, index: int) -> None:
-        memo = self.memo
         if not self.stack:
             raise BadPickleError("it stores a value that is not there")
-        if index > len(memo) + MEMO_GAP:
-            raise BadPickleError(f"it stores value {index} after only {len(memo)} others")
-        memo[index] = self.stack[-1]
+        if index > len(self.memo) + MEMO_GAP:
+            raise BadPickleError(f"it stores value {index} after only {len(self.memo)} others")
+        self.memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
@@ -284,10 +283,9 @@ def _recall(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (index,) = number(m.data, at)
-        memo = m.memo
-        if index not in memo:
+        if index not in m.memo:
             raise BadPickleError(f"it recalls value {index}, which it never stored")
-        m.stack.append(memo[index])
+        m.stack.append(m.memo[index])
 
     return step
 
@@ -389,10 +387,7 @@ def _stack_global(m: _Machine) -> None:
 
 
 def _reduce(m: _Machine) -> None:
-    stack = m.stack
-    if len(stack) < 2:
-        raise BadPickleError(f"it calls what is not there, before byte {m.at}")
-    arguments, target = stack.pop(), stack.pop()
+    arguments, target = m.pop(), m.pop()
     m.call(target, arguments)
 
 
