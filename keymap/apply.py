@@ -302,7 +302,8 @@ def apply_rules(
             if more > _MOST_SLICES:
                 raise RuleError(f"with it, tensors are cut into more than {_MOST_SLICES} keys")
         except ValueError as error:  # of a rule, a view or a piece
-            result.faults.append(_fault(rule, values, keys, members, str(error)))
+            fault = _fault(rule, values, keys, members, str(error))
+            result.faults.append(fault._replace(fatal=more > _MOST_SLICES))  # for what comes after is not looked at
             continue
         for target, layout in outputs:
             if target is None:

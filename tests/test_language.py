@@ -727,3 +727,12 @@ def test_a_rest_rule_that_saw_a_like_key_first_owns_no_more_for_it(pattern, orde
     for key in order:
         found, expected = table.find(key), _by_hand(table, key)
         assert found is not None and expected is not None and found[0] is expected[0], key
+
+
+def test_tensors_cut_into_too_many_keys_are_no_load_in_part_either():
+    """The rules that come after are not carried out, so what they own must not be lost without a word."""
+    table = RuleTable(compiled(r"k(\d+).x: {to: 'visual.k\1.<l>', unstack: l}").rules)
+    few, many = ({f"k{n}.x": whole(f"k{n}.x", (4_000, 1), torch.float32) for n in range(count)} for count in (2, 4))
+    assert not apply_rules(table, few, {}).faults
+    (fault,) = apply_rules(table, many, {}).faults
+    assert fault.fatal and "more than 10000 keys" in fault.text
