@@ -262,11 +262,11 @@ def apply_rules(
     more = 0
     for key, layout in tensors.items():
         found = table.find(key)
-        if found is None and not pass_others:
-            result.left[key] = layout
-            continue
         if found is None:
-            _put(result, key, layout, None, (key,))
+            if pass_others:
+                _put(result, key, layout, None, (key,))
+            else:
+                result.left[key] = layout
             continue
         rule, values = found
         if rule.renames:
@@ -324,8 +324,7 @@ def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, source
         return
     result.out[target] = layout
     if rule is not None:
-        targets = sources if sources == (target,) else (target,)
-        result.steps.append(Step(rule.place, rule.text, sources, targets))
+        result.steps.append(Step(rule.place, rule.text, sources, sources if sources == (target,) else (target,)))
 
 
 def _fault(

@@ -167,10 +167,9 @@ class Registry:
         steps = []
         for mapping in self.mappings.values():
             if mapping.kind == "respelling" and mapping.tower == tower:
-                forward = RuleTable(mapping.rules)
-                steps.append(Respelling(mapping, forward, *mapping.between))
+                steps.append(Respelling(mapping, mapping.table, *mapping.between))
                 if not any(rule.oneway for rule in mapping.rules):
-                    steps.append(Respelling(mapping, forward.inverse(), *reversed(mapping.between)))
+                    steps.append(Respelling(mapping, mapping.back, *reversed(mapping.between)))
         paths: dict[str, list[Respelling]] = {source: []}
         queue = [source]
         while queue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,6 +215,16 @@ class Mapping:
     measures: MappingType[str, MappingType[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
     configurations: tuple[Configuration, ...] = ()
     containers: Containers = field(default_factory=Containers)
+
+    @cached_property
+    def table(self) -> RuleTable:
+        """The rules, those of variants left out."""
+        return RuleTable(self.rules)
+
+    @cached_property
+    def back(self) -> RuleTable:
+        """The way back of ``table``."""
+        return self.table.inverse()
 
     def dropped(self, key: str) -> tuple[str, str] | None:
         """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""

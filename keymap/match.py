@@ -23,7 +23,7 @@ from keymap.model import ModelView, has_memory
 from keymap.pieces import Layout, Piece, Shaped, join_runs, whole
 from keymap.plan import Entry, Plan, Request, dtype_name
 from keymap.resize import Resize, ResizeError, plan_resize
-from keymap.rules import Check, Rule, RuleTable
+from keymap.rules import Check, Rule
 from keymap.source import Opened
 from keymap.translate import Translated, incomplete, respell, to_hub, tower_of
 from keymap.unwrap import Unwrapped
@@ -45,7 +45,8 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     if found is None:
         raise opened.refusal or DetectionError(f"{request.file}: no known format has these keys")
     hub = known.hub
-    if not any(tower_of(hub, key) for key in model.tensors):
+    towers_of_model = {key: tower_of(hub, key) for key in model.tensors}
+    if not any(towers_of_model.values()):
         raise PlanError(
             f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
             f"pass the model inside a wrapper (model.module, model._orig_mod)"
@@ -58,12 +59,12 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     now = to_hub(found, facts)
     asked = _asked(request, hub)
-    other = {key for key in now.tensors if tower_of(hub, key) not in asked}
     notes = [*opened.notes, *opened.told.notes]
-    if other and request.towers is not None:
-        notes.append(f"{len(other)} tensors of other towers were not asked for")
-    now.tensors = {key: layout for key, layout in now.tensors.items() if key not in other}
     if request.towers is not None:
+        meant = {key: layout for key, layout in now.tensors.items() if tower_of(hub, key) in asked}
+        if len(meant) < len(now.tensors):
+            notes.append(f"{len(now.tensors) - len(meant)} tensors of other towers were not asked for")
+        now.tensors = meant
         now.faults = [fault for fault in now.faults if fault.group in (*asked, "") or fault.fatal]
         now.unowned = [key for key in now.unowned if _tower_of_source(now.rules, key) in (*asked, "")]
     if not now.tensors:
@@ -78,7 +79,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
     wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.tensors)) is not None}
     respell(known, now, wanted)
-    work = _Work(known, found.mapping, now, model, request, asked)
+    work = _Work(known, found.mapping, now, model, request, asked, towers_of_model)
     work.config_grid = opened.told.grid
     work.tensors = unwrapped.tensors
     work.match()
@@ -142,10 +143,11 @@ class _Work:
         model: ModelView,
         request: Request,
         asked: Sequence[str],
+        towers: MappingType[str, str],
     ) -> None:
         self.known, self.hub, self.mapping, self.now = known, known.hub, mapping, now
-        self.model, self.request, self.asked = model, request, asked
-        self.targets = {k: t for k, t in model.tensors.items() if tower_of(self.hub, k) in asked}
+        self.model, self.request, self.asked, self.towers = model, request, asked, towers
+        self.targets = {k: t for k, t in model.tensors.items() if towers[k] in asked}
         self.places = {key: _storage(target) for key, target in self.targets.items()}
         self.config_grid: tuple[int, int] | None = None
         self.tensors: MappingType[str, Shaped] = {}
@@ -194,7 +196,7 @@ class _Work:
                 given.add(self.tensors[piece.source].dtype)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
         casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given)) if given else ()
-        return Entry(key, tower_of(self.hub, key), layout, shape, dtype, resize, "", casts)
+        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", casts)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)
@@ -244,7 +246,7 @@ class _Work:
         for key, target in self.targets.items():
             if key in written or key in self.mismatched:
                 continue
-            tower = tower_of(self.hub, key)
+            tower = self.towers[key]
             if self.hub.dropped(key) is not None:
                 self.notes.append(f"{key}: derived by the model, left as it is")
             elif self.places[key] in storages:
@@ -286,8 +288,8 @@ class _Work:
             return True
         name = self._origin(key)
         if name in self.hub.file_only:
-            return self.mapping.kind == "hub" or RuleTable(self.mapping.rules).inverse().find(name) is None
-        return RuleTable(self.mapping.rules).inverse().find(name) is None
+            return self.mapping.kind == "hub" or self.mapping.back.find(name) is None
+        return self.mapping.back.find(name) is None
 
     def judge(self, in_file: MappingType[str, int], unwrapped: Unwrapped) -> None:
         """Refuse what must be refused.

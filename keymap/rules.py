@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from keymap.pattern import MAX_DIGITS, Side, Slot
+from keymap.pattern import Side, Slot
 from keymap.pieces import Layout
 from keymap.view import View
 
@@ -199,53 +199,51 @@ class Step(NamedTuple):
 
 
 _MANY = 100  # rules of a table; those of real formats have fewer
-_MOST_SEEN = 10_000  # texts of keys that a table remembers
-_NUMBERS = re.compile(r"([0-9]+)")
+_MOST_SEEN = 1000  # forms of keys that a table remembers
+_DIGITS = re.compile(r"[0-9]+")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
 
 class _Like(NamedTuple):
-    """Keys that differ in their numbers alone, as those of repeated blocks do: one rule owns them all.
+    """Keys that differ in their digits alone, as those of repeated blocks do: one rule owns them all.
 
     Attributes:
         values: the rule's captures, of one of the keys.
-        indices: captures that are a number of the key, and which.
-        fixed: numbers of the key that are the rule's own text, and what they are.
+        indices: captures that are a number of the key, and from where to where it stands.
+        fixed: digits of the key that are the rule's own text, and where they begin.
     """
 
     values: dict[str, str]
-    indices: tuple[tuple[str, int], ...]
-    fixed: tuple[tuple[int, str], ...]
+    indices: tuple[tuple[str, int, int], ...]
+    fixed: tuple[tuple[str, int], ...]
 
-    def captures(self, numbers: list[str]) -> dict[str, str] | None:
-        """The captures of another of the keys, in the same order; None where it is none of the rule's after all."""
-        for at, number in self.fixed:
-            if numbers[at] != number:
+    def captures(self, key: str) -> dict[str, str] | None:
+        """The captures of another of the keys; None where it is none of the rule's after all."""
+        for digits, start in self.fixed:
+            if not key.startswith(digits, start):
                 return None
         values = self.values.copy()
-        for name, at in self.indices:
-            number = numbers[at]
-            if len(number) > 1 and (number[0] == "0" or len(number) > MAX_DIGITS):
+        for name, start, stop in self.indices:
+            if key[start] == "0" and stop - start > 1:
                 return None
-            values[name] = number
+            values[name] = key[start:stop]
         return values
 
 
-def _like(rule: Rule, values: Mapping[str, str], numbers: list[str]) -> _Like | None:
+def _like(rule: Rule, values: Mapping[str, str]) -> _Like | None:
     """What a key tells of others; None where captures may differ in more than an index."""
     if not rule.counts:
         return None
-    indices: list[tuple[str, int]] = []
-    fixed: list[tuple[int, str]] = []
+    indices: list[tuple[str, int, int]] = []
+    fixed: list[tuple[str, int]] = []
+    at = 0
     for token in rule.source.tokens:
-        at = len(indices) + len(fixed)
+        text = token if isinstance(token, str) else values[token.names[0]]
         if isinstance(token, Slot) and token.kind == "int":
-            indices.append((token.names[0], at))
+            indices.append((token.names[0], at, at + len(text)))
         else:
-            text = token if isinstance(token, str) else values[token.names[0]]
-            fixed += enumerate(_NUMBERS.findall(text), at)
-    told = [*fixed, *((at, values[name]) for name, at in indices)]  # texts side by side may make one number of two
-    if len(told) != len(numbers) or any(numbers[at] != number for at, number in told):
-        return None
+            fixed += [(found.group(), at + found.start()) for found in _DIGITS.finditer(text)]
+        at += len(text)
     return _Like(dict(values), tuple(indices), tuple(fixed))
 
 
@@ -265,6 +263,11 @@ class RuleTable:
         return sorted((rule for rule in self.rules if not rule.source.literal), key=lambda rule: rule.rest)
 
     @cached_property
+    def _starts(self) -> tuple[str, ...]:
+        """Texts of which one begins every key that a pattern matches."""
+        return tuple(dict.fromkeys(start for rule in self._patterns for start in rule.source.starts))
+
+    @cached_property
     def _counts(self) -> bool:
         return any(rule.counts for rule in self._patterns)
 
@@ -274,37 +277,35 @@ class RuleTable:
         return re.compile("|".join(f"(?:{rule.source.regex})" for rule in self._patterns), re.DOTALL)
 
     @cached_property
-    def _seen(self) -> dict[tuple[str, ...], list[tuple[Rule, _Like | None]]]:
+    def _seen(self) -> dict[bytes, list[tuple[Rule, _Like | None]]]:
         return {}
 
     def find(self, key: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule that owns the key, and its captures.
 
-        Keys of a repeated block differ in their numbers alone, so what one of them told is tried first: the time for
+        Keys of a repeated block differ in their digits alone, so what one of them told is tried first: the time for
         a key does not grow with the number of rules.
         """
         literal = self._literal.get(key)
         if literal is not None:
             return literal, {}
-        parts = _NUMBERS.split(key) if self._counts else [key]
-        text, numbers = tuple(parts[::2]), parts[1::2]
-        seen = self._seen.get(text, ())
+        if not key.startswith(self._starts):
+            return None
+        form = key.encode("utf-8", "surrogatepass").translate(_ZEROS)
+        seen = self._seen.get(form, ())
         for rule, like in seen:
-            values = rule.match(key) if like is None else like.captures(numbers)
+            values = rule.match(key) if like is None else like.captures(key)
             if values is not None:
                 return rule, values
         if len(self._patterns) > _MANY and self._any.fullmatch(key) is None:
             return None
         for rule in self._patterns:
-            values = rule.match(key) if key.startswith(rule.source.starts) else None
+            may = key.startswith(rule.source.starts) and key.endswith(rule.source.ends)
+            values = rule.match(key) if may else None
             if values is not None:
-                if (
-                    self._counts
-                    and not rule.rest
-                    and len(self._seen) < _MOST_SEEN
-                    and all(rule is not other for other, _ in seen)
-                ):
-                    self._seen.setdefault(text, []).append((rule, _like(rule, values, numbers)))
+                new = len(self._seen) < _MOST_SEEN and not rule.rest and all(rule is not other for other, _ in seen)
+                if new and self._counts:
+                    self._seen.setdefault(form, []).append((rule, _like(rule, values)))
                 return rule, values
         return None
 

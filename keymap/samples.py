@@ -20,7 +20,7 @@ from keymap.errors import MappingError
 from keymap.mapping import Clue, Evidence, Mapping
 from keymap.pattern import Side
 from keymap.pieces import Layout, whole
-from keymap.rules import Rule, RuleTable
+from keymap.rules import Rule
 from keymap.view import Group
 
 __all__ = ["Sample", "claims", "refuse_claims", "samples"]
@@ -193,8 +193,7 @@ def samples(mapping: Mapping, known: Registry) -> Iterator[Sample]:
 def _towers(mapping: Mapping, layouts: MappingType[str, Layout]) -> Iterator[tuple[str, dict[str, Layout]]]:
     """All keys, and those of each tower on its own, as a file of one tower holds them."""
     yield "", dict(layouts)
-    table = RuleTable(mapping.rules)
-    owner = {key: found[0].group for key in layouts if (found := table.find(key)) is not None}
+    owner = {key: found[0].group for key in layouts if (found := mapping.table.find(key)) is not None}
     groups = dict.fromkeys(owner.values())
     for group in groups if len(groups) > 1 else ():
         yield f" ({group} alone)", {key: layout for key, layout in layouts.items() if owner.get(key) == group}

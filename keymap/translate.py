@@ -51,7 +51,7 @@ class Translated:
 def file_rules(mapping: Mapping, tensors: MappingType[str, Layout]) -> RuleTable:
     """The rules that hold for these source keys: the mapping's own, and those of the variants that fit."""
     extra = [v.rules for v in mapping.variants if holds(v.when, tensors) is not None]
-    return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules)))
+    return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
 def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
@@ -127,7 +127,7 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
         return
     extra = [v.rules for v in mapping.variants if holds(v.when_hub, now.tensors) is not None]
     rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
-    back = RuleTable(rules).inverse()
+    back = RuleTable(rules).inverse() if extra else mapping.back
     held = {key: layout for key, layout in now.tensors.items() if not _homeless(hub, back, key)}
     applied = apply_rules(back, held, facts)
     applied.left.update({key: layout for key, layout in now.tensors.items() if key not in held})
@@ -155,10 +155,11 @@ def _homeless(hub: Mapping, back: RuleTable, key: str) -> bool:
     return found is None or any(slot.kind == "rest" for slot in found[0].source.slots)
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(maxsize=1 << 14)
 def tower_of(hub: Mapping, key: str) -> str:
     """The tower that a hub key belongs to: image, text, decoder, scale; empty for a key that is none of the hub's."""
-    return next((rule.group for rule in hub.rules if rule.source.match(key) is not None), "")
+    found = hub.table.find(key)
+    return found[0].group if found is not None else ""
 
 
 def _indexed(rule: Rule) -> str:
