@@ -147,9 +147,9 @@ def load_checkpoint(
     plan, opened = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
     tensors = opened.unwrapped.tensors
     if assign:
-        refuse_unassignable(model, view.tensors, plan, hub.causal_masks, target_device)
+        refuse_unassignable(view, plan, hub.causal_masks, target_device)
     else:
-        refuse_unwritable(model, view.tensors, plan)
+        refuse_unwritable(view, plan)
     bad = verify_plan(plan, tensors, strict)
     if bad:
         lost = [source for check in bad for source in check.layout.sources]
@@ -164,7 +164,7 @@ def load_checkpoint(
         warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     made: list[str] = []
     if assign:
-        made = assign_plan(plan, tensors, model, view.tensors, target_device)
+        made = assign_plan(plan, tensors, view, target_device)
     else:
         load_plan(plan, tensors, view.tensors)
     return LoadResult(Report(plan, time.perf_counter() - start, tuple(made)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any
 
@@ -13,28 +12,11 @@ from torch import nn
 from keymap.carry import Tensors, value_of
 from keymap.errors import LoadError, PlanError, some
 from keymap.load import files_of, refuse_copies
-from keymap.model import modules_of
+from keymap.model import ModelView
 from keymap.plan import Entry, Plan
+from keymap.read import LazyTensor
 
 __all__ = ["assign_plan", "refuse_unassignable"]
-
-
-class _Regions:
-    """Memory that was handed over; no two tensors of the model may come to share any of it."""
-
-    def __init__(self) -> None:
-        self.ends: list[tuple[int, int]] = []  # (first byte, byte after the last), in order, apart from each other
-
-    def add(self, tensor: torch.Tensor) -> bool:
-        """Take the memory of a contiguous tensor; False where some of it was taken before."""
-        first = tensor.data_ptr()
-        last = first + tensor.nbytes
-        at = bisect_left(self.ends, (first, last))
-        before = at > 0 and self.ends[at - 1][1] > first
-        if before or (at < len(self.ends) and self.ends[at][0] < last):
-            return False
-        self.ends.insert(at, (first, last))
-        return True
 
 
 def _onto(device: torch.device, value: torch.Tensor) -> torch.Tensor:
@@ -43,9 +25,7 @@ def _onto(device: torch.device, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign_plan(
-    plan: Plan, tensors: Tensors, model: nn.Module, targets: Mapping[str, torch.Tensor], device: torch.device
-) -> list[str]:
+def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.device) -> list[str]:
     """Hand tensors over to the model instead of copying into its memory.
 
     A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
@@ -57,24 +37,17 @@ def assign_plan(
     Raises:
         LoadError: there is no memory for them, here or on the device; nothing was changed.
     """
-    handed = _Regions()
-    given: dict[str, torch.Tensor] = {}
-    entries = sorted(plan.entries, key=lambda entry: _position(entry, tensors))
-    for entry in entries:
-        value = _as_it_is(entry, tensors)
-        if value is not None and handed.add(value):
-            given[entry.key] = value.view(entry.shape)
-    others = [entry for entry in entries if entry.key not in given]
+    given = _as_they_are(plan, tensors)
+    others = sorted((e for e in plan.entries if e.key not in given), key=lambda entry: _position(entry, tensors))
     try:
         given |= {entry.key: value_of(entry, tensors) for entry in others}
-        new: dict[int, torch.Tensor] = {id(targets[key]): _onto(device, value) for key, value in given.items()}
+        new: dict[int, torch.Tensor] = {id(view.tensors[key]): _onto(device, value) for key, value in given.items()}
     except (RuntimeError, MemoryError) as error:
         raise LoadError(f"{plan.file}: {type(error).__name__} ({error}); nothing was changed") from error
     for file in files_of(tensors):
         file.unchanged()
-    modules = modules_of(model)
     swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
-    for holder in (held for module in modules.values() for held in (module._parameters, module._buffers)):
+    for holder in (held for module in view.modules.values() for held in (module._parameters, module._buffers)):
         for name, old in holder.items():
             if old is None or id(old) not in new:
                 continue
@@ -82,9 +55,9 @@ def assign_plan(
             if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):  # once for tied parameters
                 value = new[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
             swaps.append((holder, name, old, value))
-    for path, buffer in _absent_buffers(modules, targets):
+    for path, buffer in _absent_buffers(view):
         owner, _, name = path.rpartition(".")
-        swaps.append((modules[owner]._buffers, name, buffer, causal_mask(buffer, device)))
+        swaps.append((view.modules[owner]._buffers, name, buffer, causal_mask(buffer, device)))
     _swap(swaps)
     return [entry.key for entry in others]
 
@@ -106,28 +79,47 @@ def _position(entry: Entry, tensors: Tensors) -> int:
     return tensors[source].position if source is not None else -1
 
 
-def _as_it_is(entry: Entry, tensors: Tensors) -> torch.Tensor | None:
-    """The file's own tensor where it is what the model needs, element by element and in order; else None."""
+def _as_they_are(plan: Plan, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The file's own tensors, by the model's keys that need them element by element and in order.
+
+    No two tensors of the model may come to share any memory, so of those that overlap the first is handed over.
+    """
+    fitting: list[tuple[int, int, Entry, LazyTensor]] = []
+    for number, entry in enumerate(plan.entries):
+        lazy = _as_it_is(entry, tensors)
+        if lazy is not None:
+            fitting.append((lazy.position, number, entry, lazy))
+    mapped: list[tuple[int, int, Entry, torch.Tensor]] = []
+    for _, number, entry, lazy in sorted(fitting):  # so that what must be inflated is inflated once
+        block = lazy.values_alone
+        value = lazy.read() if block is None else block.mapped(lazy.dtype, prod(lazy.shape))
+        if value.is_contiguous():
+            mapped.append((value.data_ptr(), number, entry, value))
+    given: dict[str, torch.Tensor] = {}
+    end = 0
+    for first, _, entry, value in sorted(mapped):
+        if first >= end:
+            given[entry.key] = value.view(entry.shape)
+            end = first + value.nbytes
+    return given
+
+
+def _as_it_is(entry: Entry, tensors: Tensors) -> LazyTensor | None:
+    """The file's tensor where it is what the model needs; else None."""
     layout = entry.layout
-    if not layout.copied_whole or entry.resize is not None or layout.pieces[0].source is None:
+    source = layout.pieces[0].source if layout.copied_whole and entry.resize is None else None
+    lazy = tensors[source] if source is not None else None
+    if lazy is None or lazy.dtype != entry.dtype or prod(lazy.shape) != layout.pieces[0].numel:
         return None
-    lazy = tensors[layout.pieces[0].source]
-    count = prod(lazy.shape)
-    if lazy.dtype != entry.dtype or count != layout.pieces[0].numel:
-        return None
-    block = lazy.values_alone
-    value = lazy.read() if block is None else block.mapped(lazy.dtype, count)
-    return value if value.is_contiguous() else None
+    return lazy
 
 
-def _absent_buffers(
-    modules: Mapping[str, nn.Module], stored: Mapping[str, torch.Tensor]
-) -> list[tuple[str, torch.Tensor]]:
+def _absent_buffers(view: ModelView) -> list[tuple[str, torch.Tensor]]:
     """Buffers on the meta device that no state dict holds, by dotted path."""
-    known = {id(value) for value in stored.values()}
+    known = set(map(id, view.tensors.values()))
     return [
         (f"{path}.{name}".removeprefix("."), buffer)
-        for path, module in modules.items()
+        for path, module in view.modules.items()
         for name, buffer in module._buffers.items()
         if buffer is not None and buffer.is_meta and id(buffer) not in known
     ]
@@ -138,25 +130,22 @@ def causal_mask(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.full(like.shape, float("-inf"), dtype=like.dtype, device=device).triu_(1)
 
 
-def refuse_unassignable(
-    model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan, masks: Collection[str], device: torch.device
-) -> None:
+def refuse_unassignable(view: ModelView, plan: Plan, masks: Collection[str], device: torch.device) -> None:
     """What handing tensors over would leave without values.
 
     Args:
-        targets: the model's tensors by key.
         masks: names of buffers that are causal masks, which can be made anew.
 
     Raises:
         PlanError: the device is meta, tensors of the model on the meta device would get no values, or a hook gives
             copies of the model's tensors.
     """
-    refuse_copies(model, targets, plan)
+    refuse_copies(view, plan)
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' holds no values; name the device that the model is to use")
-    lost = [path for path, _ in _absent_buffers(modules_of(model), targets) if path not in masks]
+    lost = [path for path, _ in _absent_buffers(view) if path not in masks]
     written = {entry.key for entry in plan.entries}
-    lost += [key for key, target in targets.items() if target.is_meta and key not in written]
+    lost += [key for key, target in view.tensors.items() if target.is_meta and key not in written]
     if lost:
         raise PlanError(
             f"{plan.file}: tensors of the model are on the meta device, and the load gives them no values: "

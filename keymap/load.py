@@ -9,12 +9,11 @@ from itertools import pairwise
 from math import prod
 
 import torch
-from torch import nn
 from torch.autograd.graph import increment_version
 
 from keymap.carry import Tensors, copy_pieces, value_of
 from keymap.errors import KeymapError, LoadError, PlanError, VerifyError, some
-from keymap.model import has_memory, modules_of
+from keymap.model import ModelView, has_memory
 from keymap.pieces import Piece
 from keymap.plan import Entry, Plan
 from keymap.read import SourceFile
@@ -56,8 +55,10 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
 
 def _simple(entry: Entry, target: torch.Tensor) -> bool:
     """True where pieces can be copied straight into the target's memory, which a class of tensors may lack."""
-    plain = all(not p.computed or (p.source is None and not p.add) for p in entry.layout.pieces)
-    return plain and entry.resize is None and has_memory(target) and target.is_contiguous()
+    for piece in entry.layout.pieces:
+        if piece.computed and (piece.source is not None or piece.add):
+            return False
+    return entry.resize is None and has_memory(target) and target.is_contiguous()
 
 
 def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
@@ -112,13 +113,12 @@ class _Work:
     """A plan by the ways in which it is carried out.
 
     Attributes:
-        runs, straight: bytes that are read straight into these tensors.
+        runs: bytes that are read straight into tensors.
         by_source: pieces that are copied from each source, in the order of the file; None for constants.
         others: what takes a temporary.
     """
 
     runs: list[Run] = field(default_factory=list)
-    straight: list[torch.Tensor] = field(default_factory=list)
     by_source: dict[str | None, list[tuple[str, Piece]]] = field(default_factory=dict)
     others: list[Entry] = field(default_factory=list)
 
@@ -139,7 +139,6 @@ def _sort(
                 pieces.setdefault(piece.source, []).append((entry.key, piece))
             else:
                 work.runs.append(run)
-                work.straight.append(target)
     for source in sorted(pieces, key=lambda key: -1 if key is None else tensors[key].position):
         work.by_source[source] = pieces[source]
 
@@ -162,7 +161,7 @@ def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mappi
     for source, pieces in work.by_source.items() if torch.get_num_threads() > 1 else ():
         if source is not None and not tensors[source].streamed and _crosses(pieces):
             shared.append(source)
-    increment_version(work.straight)  # autograd does not see that they are written to
+    increment_version([run.target for run in work.runs])  # autograd does not see that they are written to
     pool = ThreadPoolExecutor(torch.get_num_threads())
     under_way: list[Future[None]] = []
     try:
@@ -230,19 +229,19 @@ def _give_back(sources: Iterable[str | None], tensors: Tensors) -> None:
         file.give_back(first, last)
 
 
-def refuse_unwritable(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
+def refuse_unwritable(view: ModelView, plan: Plan) -> None:
     """What a copying load cannot write to.
 
     Raises:
         PlanError: a tensor of the plan has no memory of its own: it is on the meta device, expanded, a copy that a
             hook gives, or was made in inference mode.
     """
-    refuse_copies(model, targets, plan)
+    refuse_copies(view, plan)
     empty, overlapping, frozen = list[str](), list[str](), list[str]()
     regions: list[tuple[int, int, str]] = []
     inference = torch.is_inference_mode_enabled()
     for entry in plan.entries:
-        key, target = entry.key, targets[entry.key]
+        key, target = entry.key, view.tensors[entry.key]
         if target.is_meta:
             empty.append(key)
             continue
@@ -284,15 +283,17 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     return False
 
 
-def refuse_copies(model: nn.Module, targets: Mapping[str, torch.Tensor], plan: Plan) -> None:
+def refuse_copies(view: ModelView, plan: Plan) -> None:
     """What a load would give to nobody.
 
     Raises:
         PlanError: a tensor of the plan is none that a module holds, but a copy that a hook gives.
     """
-    modules = modules_of(model).values()
-    own = {id(t) for module in modules for t in (*module._parameters.values(), *module._buffers.values())}
-    copies = [entry.key for entry in plan.entries if id(targets[entry.key]) not in own]
+    own: set[int] = set()
+    for module in view.modules.values():
+        own.update(map(id, module._parameters.values()))
+        own.update(map(id, module._buffers.values()))
+    copies = [entry.key for entry in plan.entries if id(view.tensors[entry.key]) not in own]
     if copies:
         raise PlanError(
             f"{plan.file}: state_dict() of the model does not give the model's own tensors (a hook?), so nothing "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as MappingType
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ class ModelView:
     """A model as a plan sees it.
 
     Attributes:
+        model: itself.
         tensors: parameters and persistent buffers by key, in the model's own memory.
         facts: head counts and the like, and in words what else no weight tells.
         grid: (h, w) of the image tower's patches, where the model tells it.
     """
 
+    model: nn.Module
     tensors: MappingType[str, torch.Tensor]
     facts: MappingType[str, Scalar]
     grid: tuple[int, int] | None
+
+    @cached_property
+    def modules(self) -> MappingType[str, nn.Module]:
+        """Its modules by dotted path, each once."""
+        return modules_of(self.model)
 
     def layouts(self) -> dict[str, Layout]:
         """The tensors by shape and dtype, as those of a file."""
@@ -119,4 +127,4 @@ def view_model(model: nn.Module, hub: Mapping) -> ModelView:
             grid = (value, value) if isinstance(value, int) else value
         elif isinstance(value, (str, int, float)):
             facts[name] = value
-    return ModelView(tensors, facts, grid)
+    return ModelView(model, tensors, facts, grid)

@@ -28,11 +28,25 @@ _scratch = memoryview(bytearray(_GAP))
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of a file, from ``start`` on, that are neighbours in a tensor of the model too."""
+    """Neighbouring bytes of a file, ``size`` of them from ``start`` on, that are neighbours in a tensor too.
+
+    Attributes:
+        target: a tensor of the model, contiguous.
+        first: which of its bytes is the first of these.
+    """
 
     file: SourceFile
     start: int
-    memory: memoryview
+    size: int
+    target: torch.Tensor
+    first: int
+
+    @property
+    def memory(self) -> memoryview:
+        """Where the bytes go."""
+        memory = (c_char * self.size).from_address(self.target.data_ptr() + self.first)
+        memory.owner = self.target  # type: ignore[attr-defined]  # which views of the memory keep alive
+        return memoryview(memory).cast("B")
 
 
 class Batch(NamedTuple):
@@ -52,21 +66,21 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
         lazy: its source.
         target: contiguous.
     """
-    block = lazy.values_alone
+    block, dtype = lazy.values_alone, lazy.dtype
     one = piece.source_strides == piece.target_strides == (1,)
-    same = lazy.dtype == target.dtype and lazy.dtype != torch.bool
+    same = dtype == target.dtype and dtype != torch.bool
     if block is None or not (one and same and target.is_cpu and type(target) in _OWN and hasattr(os, "preadv")):
         return None
-    size = lazy.dtype.itemsize
-    memory = (c_char * target.nbytes).from_address(target.data_ptr())
-    memory.owner = target  # type: ignore[attr-defined]  # which views of the memory keep alive
-    first = piece.target_offset * size
-    place = memoryview(memory).cast("B")[first : first + piece.shape[0] * size]
-    return Run(block.file, block.start + piece.source_offset * size, place)
+    size = dtype.itemsize
+    start, first = block.start + piece.source_offset * size, piece.target_offset * size
+    return Run(block.file, start, piece.shape[0] * size, target, first)
 
 
 def batches(runs: Iterable[Run]) -> Iterator[Batch]:
-    """All runs in the order of their files, as many at a time as lie close together; large ones in several batches."""
+    """All runs in the order of their files, as many at a time as lie close together; large ones in several batches.
+
+    Each batch is made when it is asked for, while those before it are being read.
+    """
     file: SourceFile | None = None
     start, end = 0, 0
     places: list[memoryview] = []
@@ -80,8 +94,9 @@ def batches(runs: Iterable[Run]) -> Iterator[Batch]:
         elif gap:
             places.append(_scratch[:gap])
             end += gap
-        while at < len(run.memory):
-            part = run.memory[at : at + max(_BATCH - (end - start), 1)]
+        memory = run.memory
+        while at < run.size:
+            part = memory[at : at + max(_BATCH - (end - start), 1)]
             places.append(part)
             at, end = at + len(part), end + len(part)
             if end - start >= _BATCH:
