@@ -324,7 +324,7 @@ def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, source
         return
     result.out[target] = layout
     if rule is not None:
-        result.steps.append(Step(rule.place, rule.text, sources, sources if sources == (target,) else (target,)))
+        result.steps.append((rule, sources, target))
 
 
 def _fault(

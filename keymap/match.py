@@ -164,16 +164,14 @@ class _Work:
             layout = self.now.tensors.get(key)
             if layout is None:
                 continue
-            shape = layout.shape if layout.shape == target.shape else tuple(target.shape)
             try:
-                entry = self._entry(key, layout, shape, target.dtype)
+                self.entries.append(self._entry(key, layout, target))
             except ResizeError as error:
                 self.mismatched[key] = f"{error} (from {some(layout.sources) or 'a tensor without elements'})"
-                continue
-            self.entries.append(entry)
 
-    def _entry(self, key: str, layout: Layout, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
-        resize = None
+    def _entry(self, key: str, layout: Layout, target: torch.Tensor) -> Entry:
+        dtype, resize = target.dtype, None
+        shape = layout.shape if layout.shape == target.shape else tuple(target.shape)
         if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
             raise ResizeError(
                 f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: not a cast keymap makes"

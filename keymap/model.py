@@ -97,7 +97,9 @@ def _told(fact: Fact, model: nn.Module) -> Any:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """True where a tensor's elements lie in memory of its own, which a class that dispatches for itself may lack."""
-    return not tensor.is_meta and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    kind = type(tensor)
+    plain = kind is nn.Parameter or kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return plain and not tensor.is_meta
 
 
 def _odd(tensor: torch.Tensor) -> str:

@@ -143,8 +143,7 @@ class Plan:
             raise KeyError(f"the plan fills no {key!r}; it leaves {', '.join(self.missing_keys[:SHOWN]) or 'none'}")
         makers: dict[str, list[Step]] = {}
         for step in self.steps:
-            for target in step.targets:
-                makers.setdefault(target, []).append(step)
+            makers.setdefault(step[2], []).append(step)
         lines = []
         for entry in chosen:
             lines.append(f"{entry.key} {list(entry.shape)} {dtype_name(entry.dtype)}")
@@ -162,8 +161,9 @@ class Plan:
                 for step in makers.get(wanted.pop(), []):
                     if step not in seen:
                         seen.add(step)
-                        lines.append(f"  by {step.text} ({step.place})")
-                        wanted += step.sources
+                        rule, sources, _ = step
+                        lines.append(f"  by {rule.text} ({rule.place})")
+                        wanted += sources
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

@@ -189,13 +189,7 @@ class Fault(NamedTuple):
     foreign: bool = False
 
 
-class Step(NamedTuple):
-    """One application of a rule, for `Plan.explain`."""
-
-    place: str
-    text: str
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
+Step = tuple[Rule, tuple[str, ...], str]  # one application of a rule, for `Plan.explain`: to which keys, making which
 
 
 _MANY = 100  # rules of a table; those of real formats have fewer

@@ -51,8 +51,7 @@ NAMES_ONLY = frozenset(
     ["torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"]
     + [f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple", "bytes", "object")]
 )
-BYTES = (str, bytes, bytearray)
-SIZED = (*BYTES, list, dict, tuple, set, frozenset)
+SIZES: dict[Any, int] = {str: 1, bytes: 1, bytearray: 1, list: 100, dict: 100, tuple: 100, set: 100, frozenset: 100}
 UNREAD = {
     "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -139,15 +138,16 @@ class AllowedGlobals:
 
     def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
         """The inert value of a call; raises BadPickleError where the arguments are not the known ones."""
-        if name.startswith("__torch__."):
-            return Instance(name)
         function = _CALLS.get(name)
         if function is None:
+            if name.startswith("__torch__."):
+                return Instance(name)
             raise BadPickleError(f"it calls {name}, which may only be named")
         made = 0
         for value in arguments:
-            if isinstance(value, SIZED):
-                made += len(value) if isinstance(value, BYTES) else 100 * len(value)
+            kind = type(value)
+            if kind in SIZES:
+                made += len(value) * SIZES[kind]
         spend(made)
         try:
             return function(*arguments)
@@ -238,6 +238,8 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _plain_dict(items: Any = ()) -> dict[Any, Any]:
+    if items == ():
+        return {}
     if type(items) not in (dict, list, tuple):
         raise TypeError  # a text falls apart into its characters
     pairs = list(items.items()) if type(items) is dict else list(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +57,31 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def parse_json(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``raw``; raises CheckpointError for anything else, named ``what``."""
+    return _parsed(file, raw, what, without_duplicates)
+
+
+def _parse_header(file: SourceFile, raw: bytes) -> dict[str, Any]:
+    """As `parse_json`, in half the time and memory: the texts of a plain header can be counted.
+
+    Python's own dicts keep the last of equal keys. A text takes two quotation marks, and an entry has five texts: its
+    key, its fields and its dtype. Where there are more, a key is there twice, or the header has more than it needs.
+    """
+    header = _parsed(file, raw, "its header", None)
+    metadata = header.get("__metadata__")
+    texts = 5 * len(header)
+    if "__metadata__" in header:
+        texts += 2 * (len(metadata) if isinstance(metadata, dict) else 0) - 4
+    if raw.count(b'"') == 2 * texts and b"\\" not in raw:
+        return header
+    del header
+    return parse_json(file, raw, "its header")
+
+
+def _parsed(
+    file: SourceFile, raw: bytes, what: str, hook: Callable[[list[tuple[str, Any]]], Any] | None
+) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=hook)
     except DuplicateKeyError as error:
         raise file.bad(f"{what} gives the key {brief(error.args[0])} twice", AGAIN) from None
     except (ValueError, RecursionError) as error:
@@ -90,7 +114,7 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     parsed = texts + 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')
     if parsed > 4 * file.size + PARSED:
         raise file.bad(f"its header of {length} bytes would take {parsed} bytes of memory", AGAIN)
-    header = parse_json(file, raw, "its header")
+    header = _parse_header(file, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise file.bad("its __metadata__ is not an object of texts", AGAIN)
