@@ -187,14 +187,13 @@ class _Work:
                 raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
         if len(layout.pieces) > 1:
             layout = layout._replace(pieces=join_runs(layout.pieces))
-        filled, given = 0, set()
+        filled, casts = 0, dict[str, None]()
         for piece in layout.pieces:
             filled += 0 if piece.add else prod(piece.shape)
-            if piece.source is not None and self.tensors[piece.source].dtype != dtype:
-                given.add(self.tensors[piece.source].dtype)
+            if piece.source is not None and (given := self.tensors[piece.source].dtype) != dtype:
+                casts[f"{dtype_name(given)} to {dtype_name(dtype)}"] = None
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        casts = tuple(sorted(f"{dtype_name(one)} to {dtype_name(dtype)}" for one in given)) if given else ()
-        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", casts)
+        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)

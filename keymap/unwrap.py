@@ -51,11 +51,10 @@ def _found(
         return
     seen.add(id(tree))
     inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name), seen)]
-    own = len(_flat(tree))
-    here = [path] if own else []
+    here = [path] if any(isinstance(value, LazyTensor) for value in tree.values()) else []
     most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
     # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
-    yield from [*here, *inner] if own >= most else [*inner, *here]
+    yield from [*inner, *here] if most and len(_flat(tree)) < most else [*here, *inner]
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -117,7 +116,8 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
 
 def parts_of(whole: Unwrapped, containers: Containers, file: str) -> list[Unwrapped]:
     """The models of the table that a state dict holds beside other things, each as a state dict of its own."""
-    names = [n for n in containers.parts if any(key.startswith(f"{n}.") for key in whole.tensors)]
+    first = {key.partition(".")[0] for key in whole.tensors if "." in key}
+    names = [name for name in containers.parts if name in first]
     return [_part(whole, name, containers, file, tuple(names)) for name in names]
 
 
