@@ -18,13 +18,13 @@ from keymap.pieces import Piece
 from keymap.plan import Entry, Plan
 from keymap.read import SourceFile
 from keymap.rules import Check
-from keymap.straight import Run, batches, opened, read, run_of
+from keymap.straight import Run, batches, read, run_of
+from keymap.strips import Scratch, Strip, carry, parts, strips_of
 from keymap.verify import failed
 
 __all__ = ["files_of", "load_plan", "refuse_copies", "refuse_unwritable", "verify_plan"]
 
 _MADE_FIRST = 1 << 25  # bytes of temporaries that are made before anything is written
-_SMALL = 1 << 14  # elements of a piece that are not worth a thread
 _RUN = 1 << 24  # bytes of the file that are copied before their pages are given back
 
 
@@ -62,12 +62,13 @@ def _simple(entry: Entry, target: torch.Tensor) -> bool:
 
 
 def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
-    """Copy every piece into the model's memory, source by source in the order of the file.
+    """Copy every piece into the model's memory, on all threads.
 
-    Bytes that file and model have in common are read straight into the model, on all threads. Pieces whose axes
-    change their order are shared out over threads too, because torch copies such on one; pages of the file that were
-    copied are given back on the way. Only resized and computed tensors, and targets that are not contiguous, take a
-    temporary: some megabytes of them before anything is written, the others one at a time.
+    Bytes that file and model have in common are read straight into the model; rows whose elements change their order
+    are read a few at a time. What is left, as conversions of dtype, deflated members and models on other devices, torch
+    copies source by source in the order of the file; pages that were copied are given back on the way. Only resized and
+    computed tensors, and targets that are not contiguous, take a temporary: some megabytes of them before anything is
+    written, the others one at a time.
 
     Raises:
         LoadError: something went wrong meanwhile, as memory that was not to be had; it says whether the model is half
@@ -76,27 +77,24 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         KeyboardInterrupt: the load was interrupted; the model is half loaded then, and the error says so.
     """
     files = files_of(tensors)
-    work = _Work()
     half = False
     try:
         for file in files:
             file.unchanged()
-        with opened(files) as handles:
-            _sort(plan, tensors, targets, handles, work)
-            made, room = dict[str, torch.Tensor](), _MADE_FIRST
-            for entry in work.others:
-                room -= prod(entry.shape) * entry.dtype.itemsize
-                if room >= 0:
-                    made[entry.key] = value_of(entry, tensors)
-            half = True
-            _write(tensors, targets, handles, work)
+        work = _sort(plan, tensors, targets)
+        made, room = dict[str, torch.Tensor](), _MADE_FIRST
+        for entry in work.others:
+            room -= prod(entry.shape) * entry.dtype.itemsize
+            if room >= 0:
+                made[entry.key] = value_of(entry, tensors)
+        half = True
+        _write(tensors, targets, work)
         for entry in work.others:
             value = made.pop(entry.key) if entry.key in made else value_of(entry, tensors)
             with torch.no_grad():
                 targets[entry.key].copy_(value)
         for file in files:
             file.unchanged()
-        _give_back(work.by_source, tensors)
     except KeyboardInterrupt:
         if not half:
             raise
@@ -114,19 +112,20 @@ class _Work:
 
     Attributes:
         runs: bytes that are read straight into tensors.
+        strips: rows that are read, and written in another order.
         by_source: pieces that are copied from each source, in the order of the file; None for constants.
         others: what takes a temporary.
     """
 
     runs: list[Run] = field(default_factory=list)
+    strips: list[Strip] = field(default_factory=list)
     by_source: dict[str | None, list[tuple[str, Piece]]] = field(default_factory=dict)
     others: list[Entry] = field(default_factory=list)
 
 
-def _sort(
-    plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mapping[int, int], work: _Work
-) -> None:
-    """Which way each piece of a plan takes; ``handles`` are descriptors of the files, by id(file)."""
+def _sort(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> _Work:
+    """Which way each piece of a plan takes."""
+    work = _Work()
     pieces: dict[str | None, list[tuple[str, Piece]]] = {}
     for entry in plan.entries:
         target = targets[entry.key]
@@ -135,70 +134,47 @@ def _sort(
             continue
         for piece in entry.layout.pieces:
             run = run_of(piece, tensors[piece.source], target) if piece.source is not None else None
-            if run is None or id(run.file) not in handles:
-                pieces.setdefault(piece.source, []).append((entry.key, piece))
-            else:
+            if run is not None:
                 work.runs.append(run)
+                continue
+            strips = strips_of(piece, tensors[piece.source], target) if piece.source is not None else []
+            work.strips += strips
+            if not strips:
+                pieces.setdefault(piece.source, []).append((entry.key, piece))
     for source in sorted(pieces, key=lambda key: -1 if key is None else tensors[key].position):
         work.by_source[source] = pieces[source]
+    return work
 
 
-def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], handles: Mapping[int, int], work: _Work) -> None:
+def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], work: _Work) -> None:
     """Carry out all that takes no temporary; at the end, however it comes, no thread writes any more."""
     inference = torch.is_inference_mode_enabled()
+    scratch = Scratch()
 
-    def copy(source: str | None) -> None:
+    def carried(part: Sequence[Strip]) -> None:
         with torch.inference_mode() if inference else torch.no_grad():  # which hold for one thread
-            tensor = None if source is None else tensors[source].read()
-            for key, piece in work.by_source[source]:
-                copy_pieces([piece], tensor, targets[key].detach())
+            for strip in part:
+                carry(strip, scratch)
 
-    def copy_apart(source: str | None) -> None:
-        copy(source)
-        _give_back([source], tensors)
-
-    shared: list[str | None] = []
-    for source, pieces in work.by_source.items() if torch.get_num_threads() > 1 else ():
-        if source is not None and not tensors[source].streamed and _crosses(pieces):
-            shared.append(source)
-    increment_version([run.target for run in work.runs])  # autograd does not see that they are written to
+    written = [run.target for run in work.runs] + [strip.target for strip in work.strips if not strip.first]
+    increment_version(written)  # autograd does not see that they are written to
     pool = ThreadPoolExecutor(torch.get_num_threads())
     under_way: list[Future[None]] = []
     try:
-        under_way += [pool.submit(copy_apart, source) for source in shared]
-        under_way += [pool.submit(read, batch, handles[id(batch.file)]) for batch in batches(work.runs)]
-        own = set(shared)
-        for sources in _neighbours([source for source in work.by_source if source not in own], tensors):
+        under_way += [pool.submit(carried, part) for part in parts(work.strips)]
+        under_way += [pool.submit(read, batch) for batch in batches(work.runs)]
+        for sources in _neighbours(work.by_source, tensors):
             for source in sources:
-                copy(source)
+                tensor = None if source is None else tensors[source].read()
+                with torch.no_grad():
+                    for key, piece in work.by_source[source]:
+                        copy_pieces([piece], tensor, targets[key].detach())
             _give_back(sources, tensors)
         for done in under_way:
             done.result()
     finally:
         _finish(under_way)
         pool.shutdown(wait=False)
-
-
-def _finish(under_way: Sequence[Future[None]]) -> None:
-    """Wait until no thread writes any more, however often the user interrupts; what has not begun is left out."""
-    while True:
-        try:
-            for waiting in under_way:
-                waiting.cancel()
-            wait(under_way)
-            return
-        except KeyboardInterrupt:  # the first one is on its way to the caller
-            continue
-
-
-def files_of(tensors: Tensors) -> list[SourceFile]:
-    """The files that tensors are mapped from, each once."""
-    return list({id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values())
-
-
-def _crosses(pieces: Iterable[tuple[str, Piece]]) -> bool:
-    """True where a source is large, and pieces of it are no runs of neighbouring elements."""
-    return any(piece.source_strides[-1] != 1 and piece.numel > _SMALL for _, piece in pieces)
 
 
 def _neighbours(sources: Iterable[str | None], tensors: Tensors) -> Iterator[list[str | None]]:
@@ -227,6 +203,23 @@ def _give_back(sources: Iterable[str | None], tensors: Tensors) -> None:
             spans[id(file)] = (file, min(first, start), max(last, stop))
     for file, first, last in spans.values():
         file.give_back(first, last)
+
+
+def _finish(under_way: Sequence[Future[None]]) -> None:
+    """Wait until no thread writes any more, however often the user interrupts; what has not begun is left out."""
+    while True:
+        try:
+            for waiting in under_way:
+                waiting.cancel()
+            wait(under_way)
+            return
+        except KeyboardInterrupt:  # the first one is on its way to the caller
+            continue
+
+
+def files_of(tensors: Tensors) -> list[SourceFile]:
+    """The files that tensors are mapped from, each once."""
+    return list({id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values())
 
 
 def refuse_unwritable(view: ModelView, plan: Plan) -> None:

@@ -1,15 +1,11 @@
 """Bytes that a file and a model have in common: the system reads them straight into the model's memory.
 
-Nothing of them is mapped, so no page is faulted in and given back again, and a file that shrinks meanwhile gives an
-error where a mapping would end the process. One call fills many small tensors, and large ones are shared out over
-threads.
+One call fills many small tensors, and large ones are shared out over threads.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from ctypes import c_char
 from typing import NamedTuple
 
@@ -18,12 +14,12 @@ import torch
 from keymap.pieces import Piece
 from keymap.read import LazyTensor, SourceFile
 
-__all__ = ["Batch", "Run", "batches", "opened", "read", "run_of"]
+__all__ = ["OWN", "Batch", "Run", "batches", "read", "run_of"]
 
 _BATCH = 1 << 24  # bytes that one call reads
 _BUFFERS = 256  # places that one call fills; systems allow at least 1024 on Linux
 _GAP = 1 << 12  # bytes between two tensors that are read and thrown away
-_OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
+OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
 _scratch = memoryview(bytearray(_GAP))
 
 
@@ -69,7 +65,7 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     block, dtype = lazy.values_alone, lazy.dtype
     one = piece.source_strides == piece.target_strides == (1,)
     same = dtype == target.dtype and dtype != torch.bool
-    if block is None or not (one and same and target.is_cpu and type(target) in _OWN and hasattr(os, "preadv")):
+    if block is None or not (one and same and target.is_cpu and type(target) in OWN):
         return None
     size = dtype.itemsize
     start, first = block.start + piece.source_offset * size, piece.target_offset * size
@@ -106,32 +102,7 @@ def batches(runs: Iterable[Run]) -> Iterator[Batch]:
         yield Batch(file, start, tuple(places), end - start)
 
 
-@contextmanager
-def opened(files: Iterable[SourceFile]) -> Iterator[dict[int, int]]:
-    """Descriptors of files by id(file), of those that still lie at their path; closed at the end."""
-    handles: dict[int, int] = {}
-    try:
-        for file in files:
-            handle = file.reopened()
-            if handle is not None:
-                handles[id(file)] = handle
-        yield handles
-    finally:
-        for handle in handles.values():
-            os.close(handle)
-
-
-def read(batch: Batch, handle: int) -> None:
+def read(batch: Batch) -> None:
     """Fill the places; raises CheckpointError where the file ends before they are full."""
     batch.file.handed = True
-    done, places = 0, list(batch.places)
-    while done < batch.size:
-        count = os.preadv(handle, places, batch.start + done)
-        done += count
-        if count == 0:
-            batch.file.unchanged()
-            raise batch.file.bad(f"ends at byte {batch.start + done} while it is read", "the model is half loaded")
-        while places and count >= len(places[0]):
-            count -= len(places.pop(0))
-        if count:
-            places[0] = places[0][count:]
+    batch.file.fill(batch.places, batch.start)

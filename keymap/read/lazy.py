@@ -6,6 +6,7 @@ import mmap
 import os
 import reprlib
 import stat
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ FEW = 120_000  # tensors that a file of any size may hold, and one more for each
 PER_TENSOR = 1 << 12
 SMALL = 1 << 24  # bytes that a tensor or member may have beside four times its file: deflated, or repeating
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
-CHECK_STEP = 1 << 24  # bytes whose checksum is made before their pages are given back
+CHECK_STEP = 1 << 19  # bytes that are read to make their checksum
 INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
 
 
@@ -149,6 +150,7 @@ class SourceFile:
         path: where it lies.
         size: bytes.
         data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
+        handle: a descriptor of the file, open as long as this object lives.
         status: of the file when it was opened.
         handed: whether values were read from it.
         inflated: the deflated member that was read last, by its first byte: several tensors may lie in one.
@@ -160,17 +162,15 @@ class SourceFile:
         self.handed = False
         self.inflated: tuple[int, torch.Tensor] | None = None
         try:
-            handle = os.open(path, _READ)
-            try:
-                self.status = os.fstat(handle)
-                if not stat.S_ISREG(self.status.st_mode):
-                    raise self.bad("is not a regular file", "give the path of a checkpoint file")
-                if self.status.st_size == 0:
-                    raise self.bad("is empty (0 bytes)", "download or save it again")
-                self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
-                self.size = len(self.data)
-            finally:
-                os.close(handle)
+            self.handle = os.open(path, _READ)
+            weakref.finalize(self, os.close, self.handle)
+            self.status = os.fstat(self.handle)
+            if not stat.S_ISREG(self.status.st_mode):
+                raise self.bad("is not a regular file", "give the path of a checkpoint file")
+            if self.status.st_size == 0:
+                raise self.bad("is empty (0 bytes)", "download or save it again")
+            self.data = mmap.mmap(self.handle, 0, access=mmap.ACCESS_COPY)
+            self.size = len(self.data)
         except FileNotFoundError:
             raise self.bad("does not exist", "check the path") from None
         except PermissionError:
@@ -189,26 +189,46 @@ class SourceFile:
                 now = os.stat(self.path)
             except OSError:
                 return
-            if not self._is(now) or now.st_mtime_ns == self.status.st_mtime_ns:
+            other = (now.st_dev, now.st_ino) != (self.status.st_dev, self.status.st_ino)  # took its place
+            if other or now.st_mtime_ns == self.status.st_mtime_ns:
                 return
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
         half = ": a model that was being filled from it is half loaded" if self.handed else ""
         raise self.bad(fact, f"wait until it is whole and load again{half}")
 
-    def reopened(self) -> int | None:
-        """A descriptor of the file, which the caller closes; None where another one lies at its path now."""
-        try:
-            handle = os.open(self.path, _READ)
-        except OSError:
-            return None
-        if self._is(os.fstat(handle)):
-            return handle
-        os.close(handle)
-        return None
+    def fill(self, places: Sequence[memoryview], start: int) -> None:
+        """Read the bytes from ``start`` on into one place after the other, 1024 at most.
 
-    def _is(self, other: os.stat_result) -> bool:
-        """Whether a status is of this file, not of another one that took its place."""
-        return (other.st_dev, other.st_ino) == (self.status.st_dev, self.status.st_ino)
+        The system copies them, where it can (preadv): nothing is mapped, so that no page is faulted in and given back
+        again, and a file that shrinks meanwhile gives an error where a mapping would end the process.
+
+        Raises CheckpointError where the file ends before the places are full.
+        """
+        stop = start + sum(map(len, places))
+        while start < stop:
+            count = self._read(places, start)
+            start += count
+            if start == stop:
+                return
+            if count == 0:
+                self.unchanged()
+                half = "the model is half loaded" if self.handed else "wait until it is whole and load again"
+                raise self.bad(f"ends at byte {start} while it is read", half)
+            full = 0
+            while count >= len(places[full]):
+                count -= len(places[full])
+                full += 1
+            places = [places[full][count:], *places[full + 1 :]]
+
+    def _read(self, places: Sequence[memoryview], start: int) -> int:
+        """Read once, and tell how many bytes it were."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.handle, places, start)
+        self.unchanged()
+        with memoryview(self.data) as view:
+            part = view[start : start + len(places[0])]
+            places[0][: len(part)] = part
+            return len(part)
 
     def refuse_many(self, count: int) -> None:
         """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size holds."""
@@ -222,12 +242,6 @@ class SourceFile:
         if nbytes > most:
             fact = f"{brief(name)} would take {nbytes} bytes of memory, far more than the file has ({self.size})"
             raise self.bad(fact, "save it as it is, not as a view that repeats elements or as a bomb of zeros")
-
-    def ask_for(self, start: int, stop: int) -> None:
-        """Have the system read these bytes ahead, where they are not in memory yet."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED") and stop > first:
-            self.data.madvise(mmap.MADV_WILLNEED, first, stop - first)
 
     def give_back(self, start: int, stop: int) -> None:
         """Give the memory of the whole pages within ``start`` to ``stop`` back; they are mapped anew when read again.
@@ -271,10 +285,7 @@ class Block(NamedTuple):
     seal: tuple[int, int, int] | None = None
 
     def check(self) -> None:
-        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept.
-
-        Pages are given back: what was written to a mapped tensor of the block before is the file's again.
-        """
+        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept."""
         if self.crc is not None:
             total, crc = 0, 0
             for part in self._inflate(self.skip + self.nbytes):
@@ -282,14 +293,11 @@ class Block(NamedTuple):
             self._judge(total, crc, self.crc)
         elif self.seal is not None:
             first, length, wanted = self.seal
-            crc, stop = 0, first + length
-            for start in range(first, stop, CHECK_STEP):
-                end = min(start + CHECK_STEP, stop)
-                self.file.unchanged()
-                self.file.ask_for(start, end)
-                with memoryview(self.file.data) as view:
-                    crc = crc32(view[start:end], crc)
-                self.file.give_back(start, end)
+            crc, room = 0, memoryview(bytearray(min(CHECK_STEP, length)))
+            for start in range(first, first + length, CHECK_STEP):
+                place = room[: min(CHECK_STEP, first + length - start)]
+                self.file.fill([place], start)
+                crc = crc32(place, crc)
             self._judge(self.skip + self.nbytes, crc, wanted)
 
     def _judge(self, total: int, crc: int, wanted: int | None) -> None:
@@ -336,11 +344,12 @@ class Block(NamedTuple):
         """Inflated parts, never more than ``limit`` + 1 bytes in all, whatever the region claims."""
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         made, stop = 0, self.start + self.stored
+        room = memoryview(bytearray(min(INFLATE_STEP, self.stored)))
         for at in range(self.start, stop, INFLATE_STEP):
-            self.file.unchanged()
-            chunk = self.file.data[at : min(at + INFLATE_STEP, stop)]
+            deflated = room[: min(INFLATE_STEP, stop - at)]
+            self.file.fill([deflated], at)
             try:
-                part = machine.decompress(chunk, limit + 1 - made)
+                part = machine.decompress(deflated, limit + 1 - made)
             except zlib.error as error:
                 fact = f"member {self.name!r} does not decompress ({error})"
                 raise self.file.bad(fact, "download the file again") from error
