@@ -25,6 +25,7 @@ from keymap.verify import failed
 __all__ = ["files_of", "load_plan", "refuse_copies", "refuse_unwritable", "verify_plan"]
 
 _MADE_FIRST = 1 << 25  # bytes of temporaries that are made before anything is written
+_AHEAD = 64  # batches that wait to be read
 _RUN = 1 << 24  # bytes of the file that are copied before their pages are given back
 
 
@@ -162,7 +163,10 @@ def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], work: _Work) -
     under_way: list[Future[None]] = []
     try:
         under_way += [pool.submit(carried, part) for part in parts(work.strips)]
-        under_way += [pool.submit(read, batch) for batch in batches(work.runs)]
+        for batch in batches(work.runs):
+            if len(under_way) >= _AHEAD:  # of many tiny tensors the places take more memory than themselves
+                under_way[-_AHEAD].result()
+            under_way.append(pool.submit(read, batch))
         for sources in _neighbours(work.by_source, tensors):
             for source in sources:
                 tensor = None if source is None else tensors[source].read()

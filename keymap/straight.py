@@ -39,18 +39,22 @@ class Run(NamedTuple):
 
     @property
     def memory(self) -> memoryview:
-        """Where the bytes go."""
-        memory = (c_char * self.size).from_address(self.target.data_ptr() + self.first)
-        memory.owner = self.target  # type: ignore[attr-defined]  # which views of the memory keep alive
-        return memoryview(memory).cast("B")
+        """Where the bytes go; it does not keep the target alive."""
+        return memoryview((c_char * self.size).from_address(self.target.data_ptr() + self.first)).cast("B")
 
 
 class Batch(NamedTuple):
-    """Runs that one call reads: from ``start`` on, into one place after the other."""
+    """Runs that one call reads: from ``start`` on, into one place after the other.
+
+    Attributes:
+        places: the targets' memory.
+        targets: which are kept alive.
+    """
 
     file: SourceFile
     start: int
-    places: tuple[memoryview, ...]
+    places: list[memoryview]
+    targets: list[torch.Tensor]
     size: int
 
 
@@ -79,27 +83,28 @@ def batches(runs: Iterable[Run]) -> Iterator[Batch]:
     """
     file: SourceFile | None = None
     start, end = 0, 0
-    places: list[memoryview] = []
+    places, targets = list[memoryview](), list[torch.Tensor]()
     for run in sorted(runs, key=lambda run: (id(run.file), run.start)):
         gap, at = run.start - end, 0
         if file is not None and (run.file is not file or not 0 <= gap <= _GAP or len(places) >= _BUFFERS):
-            yield Batch(file, start, tuple(places), end - start)
+            yield Batch(file, start, places, targets, end - start)
             file = None
         if file is None:
-            file, start, end, places = run.file, run.start, run.start, []
+            file, start, end, places, targets = run.file, run.start, run.start, [], []
         elif gap:
             places.append(_scratch[:gap])
             end += gap
         memory = run.memory
+        targets.append(run.target)
         while at < run.size:
             part = memory[at : at + max(_BATCH - (end - start), 1)]
             places.append(part)
             at, end = at + len(part), end + len(part)
             if end - start >= _BATCH:
-                yield Batch(file, start, tuple(places), end - start)
-                start, places = end, []
+                yield Batch(file, start, places, targets, end - start)
+                start, places, targets = end, [], [run.target]
     if file is not None and places:
-        yield Batch(file, start, tuple(places), end - start)
+        yield Batch(file, start, places, targets, end - start)
 
 
 def read(batch: Batch) -> None:

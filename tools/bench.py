@@ -135,8 +135,8 @@ READING = """\
   Python, some 30 to 40 microseconds a tensor of a model, whatever its size.
 - A `.pt` needs more of it: its pickle is followed opcode by opcode by a machine that can import nothing.
 - `.npz`: a stored member is read twice, because its checksum must hold before anything is written, and nearly every
-  kernel is transposed, which torch does on one thread at a quarter of the speed of a copy, or a little more where it
-  gets some rows at a time; here the matrices are shared out over threads.
+  kernel is transposed, which takes a processor some cycles an element. Rows are read a few at a time into memory that
+  stays in its cache, and numpy writes them as columns; the matrices are shared out over threads.
 - `assign=True` copies nothing of a file in the model's own layout: what is left is the plan, and some microseconds a
   tensor for torch to make a parameter. In another layout what must be joined, cut or transposed is made in new memory.
 - Of 100,000 tiny tensors the memory is that of their names, shapes and pieces, in Python, which the plan and its report

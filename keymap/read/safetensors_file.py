@@ -115,6 +115,7 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     if parsed > 4 * file.size + PARSED:
         raise file.bad(f"its header of {length} bytes would take {parsed} bytes of memory", AGAIN)
     header = _parse_header(file, raw)
+    del raw
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise file.bad("its __metadata__ is not an object of texts", AGAIN)
@@ -123,8 +124,8 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     faults: list[str] = []
     found: list[tuple[int, int, str, LazyTensor]] = []
     base = 8 + length
-    for key, entry in header.items():
-        fault, begin, end, tensor = _entry(file, base, key, entry)
+    for key in list(header):  # what was read of it is given up at once: of tiny tensors it is the largest part
+        fault, begin, end, tensor = _entry(file, base, key, header.pop(key))
         if fault or tensor is None:
             faults.append(f"{brief(key)}: {fault}")
         else:
