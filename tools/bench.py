@@ -140,7 +140,7 @@ READING = """\
 - `assign=True` copies nothing of a file in the model's own layout: what is left is the plan, and some microseconds a
   tensor for torch to make a parameter. In another layout what must be joined, cut or transposed is made in new memory.
 - Of 100,000 tiny tensors the memory is that of their names, shapes and pieces, in Python, which the plan and its report
-  keep; and so is the time.
+  keep; and so is the time. Below it stands what the names and tensors alone take.
 """.splitlines()
 
 
@@ -315,7 +315,14 @@ def memory() -> tuple[int, int]:
     return told["Anonymous"], told["Rss"] - told["Anonymous"]
 
 
-def memory_of(kind: str, file: Path, quick: bool) -> None:
+TAKERS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "keymap": keymap.load_checkpoint,
+    "safetensors.load_file alone": lambda _, file: load_file(str(file)),
+    "the model's state_dict() alone": lambda model, _: model.state_dict(),
+}
+
+
+def memory_of(kind: str, file: Path, quick: bool, taker: str) -> None:
     """(In a process of its own) load, watched by a thread; prints what the load took beyond the model."""
     model = model_of(kind, quick)
     keymap.list_formats()  # what only the first call reads
@@ -334,7 +341,7 @@ def memory_of(kind: str, file: Path, quick: bool) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    result = keymap.load_checkpoint(model, file)
+    result = TAKERS[taker](model, file)
     seen.append(memory())
     done.set()
     watcher.join()
@@ -344,15 +351,16 @@ def memory_of(kind: str, file: Path, quick: bool) -> None:
     print(f"{extra[0]:.1f} {extra[1]:.1f} {largest / 1e6:.1f}")
 
 
-def run_memory(case: Case, quick: bool) -> None:
-    command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file)]
+def run_memory(case: Case, quick: bool, taker: str = "keymap") -> None:
+    command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file), "--by", taker]
     found = subprocess.run([*command, *(["--quick"] if quick else [])], capture_output=True, text=True, check=False)
     if found.returncode:
         tell(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
         return
     extra, mapped, largest = (float(word) for word in found.stdout.split()[-3:])
-    target = f"largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB"
-    tell(f"  {case.name:34} {extra:8.1f} MB anonymous ({target}), {mapped:.0f} MB mapped")
+    target = f" (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)" if taker == "keymap" else ""
+    name = case.name if taker == "keymap" else f"  {taker}"
+    tell(f"  {name:34} {extra:8.1f} MB anonymous{target}, {mapped:.0f} MB mapped")
 
 
 # --- once in a process ---------------------------------------------------------------------------------------
@@ -393,13 +401,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (as torch chooses)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--by", default="keymap", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     if asked.memory_of:
-        memory_of(asked.memory_of, asked.file, asked.quick)
+        memory_of(asked.memory_of, asked.file, asked.quick, asked.by)
         return 0
     rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
     checksums = "isal" if find_spec("isal") else "zlib"
@@ -416,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
         tell("memory beyond the model while loading, at most")
         for case in some:
-            run_memory(case, asked.quick)
+            for taker in TAKERS if case.model == "tiny" else ("keymap",):
+                run_memory(case, asked.quick, taker)
     if asked.write:
         write_page()
     return 0
