@@ -12,14 +12,14 @@ from keymap.plan import Entry
 from keymap.read import LazyTensor
 from keymap.resize import resample
 
-__all__ = ["Tensors", "copy_pieces", "materialise", "value_of"]
+__all__ = ["Tensors", "copy_pieces", "materialise", "strided", "value_of"]
 
 _STRIP = 3 << 15  # elements
 Read = Callable[[str], torch.Tensor]
 Tensors = Mapping[str, LazyTensor]
 
 
-def _strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
+def strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
     """A view of a contiguous tensor by element offset and strides."""
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
@@ -50,14 +50,14 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
         destination: contiguous; a dtype conversion happens in the same pass.
     """
     for piece in pieces:
-        target = _strided(destination, piece.shape, piece.target_strides, piece.target_offset)
+        target = strided(destination, piece.shape, piece.target_strides, piece.target_offset)
         if piece.source is None:
             target.fill_(piece.term)
             continue
         assert source is not None
         if not source.is_contiguous():
             source = source.contiguous()
-        _copy(target, _strided(source, piece.shape, piece.source_strides, piece.source_offset))
+        _copy(target, strided(source, piece.shape, piece.source_strides, piece.source_offset))
 
 
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -74,7 +74,7 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
         wide = torch.float32
     result = torch.empty(prod(layout.shape), dtype=wide)
     for piece in layout.pieces:
-        target = _strided(result, piece.shape, piece.target_strides, piece.target_offset)
+        target = strided(result, piece.shape, piece.target_strides, piece.target_offset)
         if piece.source is None:
             if piece.add:
                 target.add_(piece.term)
@@ -84,7 +84,7 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
         source = read(piece.source)
         if not source.is_contiguous():
             source = source.contiguous()
-        value = _strided(source, piece.shape, piece.source_strides, piece.source_offset)
+        value = strided(source, piece.shape, piece.source_strides, piece.source_offset)
         if piece.factor != 1.0 or piece.term != 0.0:
             value = value.to(wide) * piece.factor + piece.term
         if piece.add:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy
 import torch
 
+from keymap.carry import strided
 from keymap.pieces import Piece
 from keymap.read import LazyTensor, SourceFile
 from keymap.straight import OWN
@@ -125,7 +126,7 @@ def carry(strip: Strip, scratch: Scratch) -> None:
     strides[axis] = pitch
     shape = (*piece.shape[:axis], rows, *piece.shape[axis + 1 :])
     source = torch.from_numpy(memory).view(strip.dtype).as_strided(shape, strides)
-    target = strip.target.detach().as_strided(piece.shape, piece.target_strides, piece.target_offset)
+    target = strided(strip.target.detach(), piece.shape, piece.target_strides, piece.target_offset)
     # numpy writes rows as columns twice as fast as torch, but knows fewer dtypes
     given, filled = (t.view(bits).numpy() for t in (source, target)) if bits is not None else (None, None)
     room_of = memory.data.cast("B")

@@ -106,6 +106,15 @@ def test_rows_as_wide_as_real_ones_and_more_of_them_than_are_read_at_once(tmp_pa
     assert same_bits(target, source.t().contiguous())
 
 
+def test_a_target_may_be_a_part_of_a_larger_tensor(tmp_path):
+    source, memory = torch.randn(300, 200), torch.zeros(100 + 300 * 200 + 7)
+    pieces = permute(whole("x", (300, 200), torch.float32), (300, 200), (1, 0), (200, 300)).pieces
+    target = memory[100:-7].view(200, 300)
+    carried(pieces, lazy_of(source, tmp_path), target)
+    assert same_bits(target, source.t().contiguous())
+    assert not memory[:100].any() and not memory[-7:].any()
+
+
 OTHERS = {
     "it is small": lambda: (Piece("x", (10, 10), 0, (1, 10), 0, (10, 1)), torch.empty(10, 10)),
     "it keeps its order": lambda: (Piece("x", (200, 200), 0, (300, 1), 0, (200, 1)), torch.empty(200, 200)),
