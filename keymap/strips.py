@@ -72,6 +72,11 @@ class Scratch(threading.local):
         return self.memory[:nbytes]
 
 
+def _room() -> int:
+    """Bytes that each thread may take."""
+    return min(_ROOM, 8 * _ROOM // torch.get_num_threads())
+
+
 def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Strip]:
     """The piece in strips of some megabytes; none where it is small or keeps its order, or cannot be read so.
 
@@ -85,7 +90,7 @@ def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Stri
         return []
     axis = max(range(len(strides)), key=lambda d: strides[d] if piece.shape[d] > 1 else 0)
     span = 1 + sum((n - 1) * s for d, (n, s) in enumerate(zip(piece.shape, strides, strict=True)) if d != axis)
-    if strides[axis] < span:  # rows lie within each other
+    if strides[axis] < span or strides[axis] * lazy.dtype.itemsize > _room():  # rows lie within each other, or are huge
         return []
     size, length = lazy.dtype.itemsize, piece.shape[axis]
     start = block.start + piece.source_offset * size
@@ -113,33 +118,30 @@ def parts(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
 def carry(strip: Strip, scratch: Scratch) -> None:
     """Read a strip, and write it to its target; raises CheckpointError where the file ends before."""
     piece, axis, size = strip.piece, strip.axis, strip.dtype.itemsize
-    step, alike = piece.source_strides[axis], strip.dtype == strip.target.dtype
+    step, length = piece.source_strides[axis], strip.last - strip.first
     apart = _APART // size if step * size >= _WIDE else 0
-    pitch = step + apart
-    room = min(_ROOM, 8 * _ROOM // torch.get_num_threads()) // size
-    bits = _INTEGERS.get(size) if alike and strip.dtype != torch.bool else None
-    most = min(room // pitch, _ROWS)
-    length = strip.last - strip.first
-    rows = -(-length // -(-length // max(most, 1)))  # evenly: a few rows at the end would take as long as many
+    pitch, row = step + apart, step * size
+    most = max(1, min(_room() // (pitch * size), _ROWS))
+    rows = -(-length // -(-length // most))  # evenly: a few rows at the end would take as long as many
     memory = scratch.take(rows * pitch * size)
-    strides = list(piece.source_strides)
-    strides[axis] = pitch
-    shape = (*piece.shape[:axis], rows, *piece.shape[axis + 1 :])
+    shape, strides = list(piece.shape), list(piece.source_strides)
+    shape[axis], strides[axis] = rows, pitch
     source = torch.from_numpy(memory).view(strip.dtype).as_strided(shape, strides)
     target = strided(strip.target.detach(), piece.shape, piece.target_strides, piece.target_offset)
-    # numpy writes rows as columns twice as fast as torch, but knows fewer dtypes
+    # numpy writes rows as columns twice as fast as torch, but it converts fewer dtypes
+    alike = strip.dtype == strip.target.dtype and strip.dtype != torch.bool
+    bits = _INTEGERS.get(size) if alike else None
     given, filled = (t.view(bits).numpy() for t in (source, target)) if bits is not None else (None, None)
-    room_of = memory.data.cast("B")
-    long = step * size
-    places = [room_of[n * pitch * size : n * pitch * size + long] for n in range(rows)] if apart else []
+    view = memory.data
+    places = [view[n * pitch * size : n * pitch * size + row] for n in range(rows)] if apart else []
     strip.file.handed = True
     for at in range(strip.first, strip.last, rows):
         count = min(rows, strip.last - at)
         if apart:  # beyond the last row's last element the file may end
             into = [*places[: count - 1], places[count - 1][: strip.span * size]]
         else:
-            into = [room_of[: ((count - 1) * step + strip.span) * size]]
-        strip.file.fill(into, strip.start + at * long)
+            into = [view[: (count - 1) * row + strip.span * size]]
+        strip.file.fill(into, strip.start + at * row)
         if given is not None and filled is not None:
             before = (slice(None),) * axis
             numpy.copyto(filled[(*before, slice(at, at + count))], given[(*before, slice(count))])
