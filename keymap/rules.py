@@ -225,7 +225,10 @@ class _Like(NamedTuple):
 
 
 def _like(rule: Rule, values: Mapping[str, str]) -> _Like | None:
-    """What a key tells of others; None where captures may differ in more than an index."""
+    """What a key tells of others; None where captures may differ in more than an index.
+
+    That a number stands where it stood holds because no side has two readings, which `parse.py` sees to.
+    """
     if not rule.counts:
         return None
     indices: list[tuple[str, int, int]] = []

@@ -110,10 +110,25 @@ def test_what_was_opened_is_read_whatever_lies_at_its_path_now(tmp_path):
 def test_a_file_is_closed_with_its_last_tensor(tmp_path):
     _, lazies = written(tmp_path)
     handle = lazies["t3"].region[0].handle
+    assert handle is not None
     assert os.fstat(handle).st_size == (tmp_path / "a.safetensors").stat().st_size
     del lazies
     with pytest.raises(OSError):
         os.fstat(handle)
+
+
+def test_where_no_descriptor_is_left_the_mapping_is_read(tmp_path, monkeypatch):
+    """Of many shards each needs one; the mapping has its own."""
+    tensors, lazies = written(tmp_path)
+    run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
+
+    def none_left(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", none_left)
+    read(*batches([run]))
+    assert run.file.handle is None
+    assert same_bits(run.target, tensors["t5"])
 
 
 def test_a_call_that_reads_less_than_asked_goes_on(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +151,6 @@ class SourceFile:
         path: where it lies.
         size: bytes.
         data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
-        handle: a descriptor of the file, open as long as this object lives.
         status: of the file when it was opened.
         handed: whether values were read from it.
         inflated: the deflated member that was read last, by its first byte: several tensors may lie in one.
@@ -162,15 +162,17 @@ class SourceFile:
         self.handed = False
         self.inflated: tuple[int, torch.Tensor] | None = None
         try:
-            self.handle = os.open(path, _READ)
-            weakref.finalize(self, os.close, self.handle)
-            self.status = os.fstat(self.handle)
-            if not stat.S_ISREG(self.status.st_mode):
-                raise self.bad("is not a regular file", "give the path of a checkpoint file")
-            if self.status.st_size == 0:
-                raise self.bad("is empty (0 bytes)", "download or save it again")
-            self.data = mmap.mmap(self.handle, 0, access=mmap.ACCESS_COPY)
-            self.size = len(self.data)
+            handle = os.open(path, _READ)
+            try:
+                self.status = os.fstat(handle)
+                if not stat.S_ISREG(self.status.st_mode):
+                    raise self.bad("is not a regular file", "give the path of a checkpoint file")
+                if self.status.st_size == 0:
+                    raise self.bad("is empty (0 bytes)", "download or save it again")
+                self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)  # which keeps a descriptor of its own
+                self.size = len(self.data)
+            finally:
+                os.close(handle)
         except FileNotFoundError:
             raise self.bad("does not exist", "check the path") from None
         except PermissionError:
@@ -189,18 +191,40 @@ class SourceFile:
                 now = os.stat(self.path)
             except OSError:
                 return
-            other = (now.st_dev, now.st_ino) != (self.status.st_dev, self.status.st_ino)  # took its place
-            if other or now.st_mtime_ns == self.status.st_mtime_ns:
+            if not self._is(now) or now.st_mtime_ns == self.status.st_mtime_ns:
                 return
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
         half = ": a model that was being filled from it is half loaded" if self.handed else ""
         raise self.bad(fact, f"wait until it is whole and load again{half}")
 
+    @cached_property
+    def handle(self) -> int | None:
+        """A descriptor of the file, open as long as this object lives.
+
+        None where the system has no call to read by it, where there is no descriptor left (of many shards each needs
+        one), and where another file lies at the path now: the mapping holds what was opened.
+        """
+        if not hasattr(os, "preadv"):
+            return None
+        try:
+            handle = os.open(self.path, _READ)
+        except OSError:
+            return None
+        if self._is(os.fstat(handle)):
+            weakref.finalize(self, os.close, handle)
+            return handle
+        os.close(handle)
+        return None
+
+    def _is(self, other: os.stat_result) -> bool:
+        """Whether a status is of this file, not of another one that took its place."""
+        return (other.st_dev, other.st_ino) == (self.status.st_dev, self.status.st_ino)
+
     def fill(self, places: Sequence[memoryview], start: int) -> None:
         """Read the bytes from ``start`` on into one place after the other, 1024 at most.
 
-        The system copies them, where it can (preadv): nothing is mapped, so that no page is faulted in and given back
-        again, and a file that shrinks meanwhile gives an error where a mapping would end the process.
+        The system copies them, where it can (see ``handle``). Nothing is mapped then, so that no page is faulted in and
+        given back again, and a file that shrinks meanwhile gives an error where a mapping would end the process.
 
         Raises CheckpointError where the file ends before the places are full.
         """
@@ -222,7 +246,7 @@ class SourceFile:
 
     def _read(self, places: Sequence[memoryview], start: int) -> int:
         """Read once, and tell how many bytes it were."""
-        if hasattr(os, "preadv"):
+        if self.handle is not None:
             return os.preadv(self.handle, places, start)
         self.unchanged()
         with memoryview(self.data) as view:
