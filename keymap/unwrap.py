@@ -38,8 +38,13 @@ class Unwrapped(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor)}
+def _held(tree: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
+    """The tensors of a dict that lie under a text."""
+    return ((key, value) for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor))
+
+
+def _flat(tree: Mapping[Any, Any]) -> dict[str, LazyTensor]:
+    return dict(_held(tree))
 
 
 def _found(
@@ -51,7 +56,7 @@ def _found(
         return
     seen.add(id(tree))
     inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name), seen)]
-    here = [path] if any(isinstance(value, LazyTensor) for value in tree.values()) else []
+    here = [path] if next(_held(tree), None) is not None else []
     most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
     # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
     yield from [*inner, *here] if most and len(_flat(tree)) < most else [*here, *inner]

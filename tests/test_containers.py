@@ -197,6 +197,18 @@ def test_of_two_models_of_which_none_fits_both_are_told(tmp_path):
     assert_unchanged(model, before)
 
 
+def test_tensors_under_numbers_are_no_state_dict(tmp_path):
+    """As an optimizer keeps them: a wrapper's name over them hides no model beside them, and is none by itself."""
+    numbered, wanted, model = {0: torch.ones(3)}, state(), openclip.clip(seed=2)
+    torch.save({"state_dict": numbered, "model": wanted}, tmp_path / "a.pt")
+    assert keymap.load_checkpoint(model, tmp_path / "a.pt").report.plan.wrapper == "model"
+    assert holds(model, wanted)
+    torch.save({"state_dict": numbered}, tmp_path / "b.pt")
+    with pytest.raises(keymap.CheckpointError, match="it holds no state dict"):
+        keymap.load_checkpoint(model, tmp_path / "b.pt")
+    assert holds(model, wanted)
+
+
 def test_inspect_tells_of_all_models_in_a_state_dict(tmp_path):
     found = keymap.inspect_checkpoint(two(tmp_path, state(seed=2)))
     assert found.format == "open_clip"
