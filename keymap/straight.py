@@ -14,12 +14,12 @@ import torch
 from keymap.pieces import Piece
 from keymap.read import LazyTensor, SourceFile
 
-__all__ = ["OWN", "Batch", "Run", "batches", "read", "run_of"]
+__all__ = ["Batch", "Run", "batches", "fillable", "read", "run_of"]
 
 _BATCH = 1 << 24  # bytes that one call reads
 _BUFFERS = 256  # places that one call fills; systems allow at least 1024 on Linux
 _GAP = 1 << 12  # bytes between two tensors that are read and thrown away
-OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
+_OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
 _scratch = memoryview(bytearray(_GAP))
 
 
@@ -58,6 +58,11 @@ class Batch(NamedTuple):
     size: int
 
 
+def fillable(target: torch.Tensor) -> bool:
+    """True where the system can read into a tensor's memory."""
+    return target.is_cpu and type(target) in _OWN
+
+
 def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     """The piece as a run, or None where more than bytes must be moved: other dtypes, other orders, other devices.
 
@@ -69,7 +74,7 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
     block, dtype = lazy.values_alone, lazy.dtype
     one = piece.source_strides == piece.target_strides == (1,)
     same = dtype == target.dtype and dtype != torch.bool
-    if block is None or not (one and same and target.is_cpu and type(target) in OWN):
+    if block is None or not (one and same and fillable(target)):
         return None
     size = dtype.itemsize
     start, first = block.start + piece.source_offset * size, piece.target_offset * size

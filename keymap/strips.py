@@ -17,7 +17,7 @@ import torch
 from keymap.carry import strided
 from keymap.pieces import Piece
 from keymap.read import LazyTensor, SourceFile
-from keymap.straight import OWN
+from keymap.straight import fillable
 
 __all__ = ["Scratch", "Strip", "carry", "parts", "strips_of"]
 
@@ -86,7 +86,7 @@ def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Stri
         target: contiguous.
     """
     block, strides = lazy.values_alone, piece.source_strides
-    if block is None or strides[-1] == 1 or piece.numel <= _SMALL or not target.is_cpu or type(target) not in OWN:
+    if block is None or strides[-1] == 1 or piece.numel <= _SMALL or not fillable(target):
         return []
     axis = max(range(len(strides)), key=lambda d: strides[d] if piece.shape[d] > 1 else 0)
     span = 1 + sum((n - 1) * s for d, (n, s) in enumerate(zip(piece.shape, strides, strict=True)) if d != axis)

@@ -172,7 +172,7 @@ def test_every_number_of_threads_loads_the_same(threads, inference, tmp_path):
     assert all(same_bits(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["runs", "strips"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["runs", "conversions"])
 def test_a_system_without_the_call_reads_from_the_mapping(dtype, tmp_path, monkeypatch):
     path, state = _state(tmp_path)
     save_file({key: value.to(dtype) for key, value in state.items()}, path)

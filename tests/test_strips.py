@@ -107,6 +107,11 @@ def test_rows_as_wide_as_real_ones_and_more_of_them_than_are_read_at_once(tmp_pa
     assert same_bits(target, source.t().contiguous())
 
 
+def test_a_system_without_the_call_reads_from_the_mapping(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    test_rows_as_wide_as_real_ones_and_more_of_them_than_are_read_at_once(tmp_path)
+
+
 def test_a_target_may_be_a_part_of_a_larger_tensor(tmp_path):
     source, memory = torch.randn(300, 200), torch.zeros(100 + 300 * 200 + 7)
     pieces = permute(whole("x", (300, 200), torch.float32), (300, 200), (1, 0), (200, 300)).pieces

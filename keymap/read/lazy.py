@@ -88,11 +88,6 @@ class LazyTensor(NamedTuple):
         return self.shift + block.start + (self.offset * self.dtype.itemsize if block.crc is None else 0)
 
     @property
-    def streamed(self) -> bool:
-        """True when ``read`` decompresses."""
-        return isinstance(self.values, Block) and self.values.crc is not None
-
-    @property
     def region(self) -> tuple[SourceFile, int, int] | None:
         """The file, and from which byte to which its mapping holds the values; None where they are not mapped."""
         block = self.values
