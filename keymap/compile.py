@@ -29,7 +29,7 @@ from keymap.mapping import (
 )
 from keymap.marked_yaml import Marked, parse_yaml
 from keymap.marked_yaml import Path as Where
-from keymap.overlap import overlap
+from keymap.overlap import alike, overlap
 from keymap.pattern import Effort, PatternError, Side
 from keymap.rules import Rule, RuleTable
 from keymap.schema import schema_faults
@@ -42,21 +42,20 @@ _TOLD = 50  # faults of one sort
 
 def _clashes(rules: tuple[Rule, ...], which: str, effort: Effort, seen: int = 0) -> Iterable[str]:
     """Pairs of rules that can match one key; the first ``seen`` rules have been compared with each other."""
-    plain = [(number, rule) for number, rule in enumerate(rules) if not rule.rest]
-    for i, (_, one) in enumerate(plain):
-        for number, other in plain[i + 1 :]:
-            if number < seen:
-                continue
-            try:
-                witness = overlap(one.source, other.source, effort)
-            except PatternError as error:
-                yield f"{other.place}: {error}"
-                return
-            if witness is not None:
-                yield (
-                    f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
-                    f"({one.place}) and {other.text}: make one of them narrower"
-                )
+    for first, second in alike([rule.source for rule in rules]):
+        one, other = rules[first], rules[second]
+        if second < seen or one.rest or other.rest:
+            continue
+        try:
+            witness = overlap(one.source, other.source, effort)
+        except PatternError as error:
+            yield f"{other.place}: {error}"
+            return
+        if witness is not None:
+            yield (
+                f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
+                f"({one.place}) and {other.text}: make one of them narrower"
+            )
     if sum(rule.rest for rule in rules) > 1:
         yield f"{rules[0].place}: more than one rule says rest: true"
 

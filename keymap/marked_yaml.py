@@ -20,6 +20,8 @@ _MAX_BYTES = 1 << 17  # characters; the longest mapping that keymap brings has a
 _MAX_TEXT = 1 << 12  # characters of one key or value
 _MAX_NUMBER = 1 << 53
 _MAX_DEPTH = 12
+_TEXT = "tag:yaml.org,2002:str"
+_ALIAS = "anchors and aliases (& and *) are not used: share rules with `tables`"
 
 
 @dataclass(frozen=True)
@@ -63,74 +65,90 @@ def parse_yaml(text: str, file: str) -> Marked:
 
     import yaml  # which takes a third of the time that importing keymap would take
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
     def refuse(mark: Any, what: str) -> MappingError:
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark is not None else f"{file}:1:1"
         return MappingError(f"{file} is not a mapping that keymap can read", [f"{place}: {what}"])
 
     if len(text) > _MAX_BYTES:
         raise refuse(None, f"the file has {len(text)} characters or more; a mapping has at most {_MAX_BYTES}")
+    marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
+    resolver, scalars = yaml.resolver.Resolver(), yaml.constructor.SafeConstructor()
+    events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+    def text_of(event: yaml.ScalarEvent) -> str:
+        if len(event.value) > _MAX_TEXT:
+            raise refuse(event.start_mark, f"a text of {len(event.value)} characters; the limit is {_MAX_TEXT}")
+        text: str = event.value
+        return text
+
+    def scalar(event: yaml.ScalarEvent) -> Any:
+        """A value: what is not quoted may be a number, a truth value or nothing, as YAML 1.1 spells them."""
+        text, (plain, _) = text_of(event), event.implicit
+        tag = event.tag or (resolver.resolve(yaml.ScalarNode, text, event.implicit) if plain else _TEXT)
+        if tag == _TEXT:
+            return text
+        kind = tag.rpartition(":")[2]
+        if kind not in ("int", "float", "bool", "null"):
+            raise refuse(event.start_mark, f"tag {tag!r} is not used in a mapping: quote the text")
+        if kind in ("int", "float") and len(text) > 32:  # 1:1:1:... is a number too, and takes its time
+            raise refuse(event.start_mark, f"a number of {len(text)} characters: quote it if it is a text")
+        try:
+            value = scalars.construct_object(yaml.ScalarNode(tag, text, event.start_mark))
+        except (yaml.YAMLError, ValueError) as error:
+            raise refuse(event.start_mark, f"{text!r}: {error}") from None
+        if isinstance(value, (int, float)) and not -_MAX_NUMBER < value < _MAX_NUMBER:
+            raise refuse(event.start_mark, f"{text} is too large, or no number")
+        return value
+
+    def build(event: yaml.Event, path: Path) -> Any:
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise refuse(event.start_mark, _ALIAS)
+        if isinstance(event, yaml.ScalarEvent):
+            return scalar(event)
+        if len(path) >= _MAX_DEPTH:
+            raise refuse(event.start_mark, f"nested deeper than {_MAX_DEPTH} levels")
+        if event.tag is not None:
+            raise refuse(event.start_mark, f"tag {event.tag!r} is not used in a mapping: leave it out")
+        return mapping(path) if isinstance(event, yaml.MappingStartEvent) else sequence(path)
+
+    def sequence(path: Path) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            here = (*path, len(items))
+            mark = event.start_mark
+            marks[here] = (mark.line + 1, mark.column + 1)
+            items.append(build(event, here))
+        return items
+
+    def mapping(path: Path) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
+            mark = event.start_mark
+            if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+                raise refuse(mark, _ALIAS)
+            if not isinstance(event, yaml.ScalarEvent):
+                raise refuse(mark, "a key must be plain text")
+            key = text_of(event)
+            if key == "<<" and event.implicit[0]:
+                raise refuse(mark, "merge keys (<<) are not used: share rules with `tables`")
+            here = (*path, key)
+            if key in data:
+                raise refuse(mark, f"key {key!r} is given twice (first in line {marks[here][0]})")
+            marks[here] = (mark.line + 1, mark.column + 1)
+            data[key] = build(next(events), here)
+        return data
+
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=loader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise refuse(event.start_mark, "anchors and aliases (& and *) are not used: share rules with `tables`")
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > _MAX_DEPTH:
-                    raise refuse(event.start_mark, f"nested deeper than {_MAX_DEPTH} levels")
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-        root = yaml.compose(text, Loader=loader)
+        begun = next(event for event in events if not isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent)))
+        if isinstance(begun, yaml.StreamEndEvent):
+            raise refuse(None, "the file is empty")
+        data = build(begun, ())
+        more = next(event for event in events if not isinstance(event, yaml.DocumentEndEvent))
+        if not isinstance(more, yaml.StreamEndEvent):
+            raise refuse(more.start_mark, "not YAML: but found another document; a file holds one mapping")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise refuse(mark, f"not YAML: {getattr(error, 'problem', None) or error}") from None
     except (ValueError, UnicodeError) as error:
         raise refuse(None, f"not YAML: {error}") from None
-    if root is None:
-        raise refuse(None, "the file is empty")
-    marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
-    scalars = yaml.constructor.SafeConstructor()
-
-    def measured(node: yaml.Node) -> None:
-        if len(node.value) > _MAX_TEXT:
-            raise refuse(node.start_mark, f"a text of {len(node.value)} characters; the limit is {_MAX_TEXT}")
-
-    def build(node: yaml.Node, path: Path) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            data: dict[str, Any] = {}
-            for key_node, value_node in node.value:
-                if not isinstance(key_node, yaml.ScalarNode):
-                    raise refuse(key_node.start_mark, "a key must be plain text")
-                key = key_node.value
-                measured(key_node)
-                if key_node.tag.endswith(":merge"):
-                    raise refuse(key_node.start_mark, "merge keys (<<) are not used: share rules with `tables`")
-                if key in data:
-                    first = marks[(*path, key)][0]
-                    raise refuse(key_node.start_mark, f"key {key!r} is given twice (first in line {first})")
-                marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-                data[key] = build(value_node, (*path, key))
-            return data
-        if isinstance(node, yaml.SequenceNode):
-            items = []
-            for number, item in enumerate(node.value):
-                marks[(*path, number)] = (item.start_mark.line + 1, item.start_mark.column + 1)
-                items.append(build(item, (*path, number)))
-            return items
-        kind = node.tag.rpartition(":")[2]
-        if kind not in ("str", "int", "float", "bool", "null"):
-            raise refuse(node.start_mark, f"tag {node.tag!r} is not used in a mapping: quote the text")
-        measured(node)
-        if kind in ("int", "float") and len(node.value) > 32:  # 1:1:1:... is a number too, and takes its time
-            raise refuse(node.start_mark, f"a number of {len(node.value)} characters: quote it if it is a text")
-        try:
-            value = scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            raise refuse(node.start_mark, f"{node.value!r}: {error}") from None
-        if isinstance(value, (int, float)) and not -_MAX_NUMBER < value < _MAX_NUMBER:
-            raise refuse(node.start_mark, f"{node.value} is too large, or no number")
-        return value
-
-    return Marked(file, build(root, ()), marks)
+    return Marked(file, data, marks)

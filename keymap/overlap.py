@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from keymap.pattern import OPEN, Effort, Side
 
-__all__ = ["overlap"]
+__all__ = ["alike", "overlap"]
 
 _digit = OPEN["int"][1]
 _Class = str | Callable[[str], bool]  # one character, or a predicate
@@ -88,6 +88,16 @@ def _part(a: Side, b: Side) -> bool:
         elif isinstance(one, str) or isinstance(other, str) or one.kind != "int" or other.kind != "int":
             return False
     return False
+
+
+def alike(sides: Sequence[Side]) -> Iterator[tuple[int, int]]:
+    """The pairs of sides, by number, that may match keys of one beginning; no other pair shares a key."""
+    begun: list[tuple[str, int]] = []  # each begins the next, and the text at hand
+    for start, number in sorted((start, number) for number, side in enumerate(sides) for start in side.starts):
+        while begun and not start.startswith(begun[-1][0]):
+            begun.pop()
+        yield from ((min(number, other), max(number, other)) for _, other in begun if other != number)
+        begun.append((start, number))
 
 
 def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:
