@@ -17,6 +17,7 @@ from keymap.mapping import Configuration, Containers, Mapping
 from keymap.marked_yaml import Marked, read_yaml
 from keymap.overlap import overlap
 from keymap.rules import RuleTable
+from keymap.schema import known_right
 
 __all__ = ["Registry", "Respelling"]
 
@@ -80,13 +81,17 @@ class Registry:
         raise MappingError(f"there is no format {name!r}; {hint}known: {known}")
 
     def add(
-        self, files: Iterable[Path], check: Callable[[Registry, Iterable[str]], None] | None = None
+        self,
+        files: Iterable[Path],
+        check: Callable[[Registry, Iterable[str]], None] | None = None,
+        released: bool = False,
     ) -> list[Mapping]:
         """Compile files and add them, all or none.
 
         Args:
             files: YAML files.
             check: given all mappings and the names of the new ones, raises MappingError where they may not be added.
+            released: they have been found right before, and are not checked again.
 
         Raises:
             MappingError: a file is wrong, a name is taken, respellings would form a cycle, or ``check`` refuses.
@@ -98,11 +103,13 @@ class Registry:
             name = marked.data.get("format") if isinstance(marked.data, dict) else None
             if isinstance(name, str):
                 parsed[name] = marked
+            if released:
+                known_right(marked)
             texts.append((file, marked))
         added: dict[str, Mapping] = {}
         places = dict(self.places)
         for file, marked in texts:
-            mapping = compile_marked(marked, parsed.get)
+            mapping = compile_marked(marked, parsed.get, released)
             name, here = mapping.name, parsed[mapping.name].at(("format",))
             taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
             if taken is not None:
@@ -111,7 +118,8 @@ class Registry:
                 raise MappingError(f"{here}: format {name!r} belongs into {name}.yaml; rename one of them")
             added[name], places[name] = mapping, file.resolve()
         together = Registry({**self.mappings, **added}, parsed, places)
-        together._check()
+        if not released:
+            together._check()
         if check is not None:
             check(together, tuple(added))
         self._paths.clear()

@@ -154,8 +154,10 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
     return compile_marked(parse_yaml(text, file), library)
 
 
-def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lambda name: None) -> Mapping:
-    """Compile a parsed mapping file; see `compile_mapping`."""
+def compile_marked(
+    marked: Marked, library: Callable[[str], Marked | None] = lambda name: None, released: bool = False
+) -> Mapping:
+    """Compile a parsed mapping file; see `compile_mapping`. Rules of a release are not compared with each other."""
     file = marked.file
     faults = schema_faults(marked)
     if faults and not isinstance(marked.data, dict):
@@ -202,7 +204,7 @@ def compile_marked(marked: Marked, library: Callable[[str], Marked | None] = lam
     measures = _measures(compiler.measures, compiler)
     config = _config(data["config"], compiler) if "config" in data else None
     facts = {name: _fact(name, value, compiler) for name, value in compiler.facts.items()}
-    if not compiler.faults:
+    if not (compiler.faults or released):
         effort = compiler.effort
         back = RuleTable(tuple(rules)).inverse().rules
         for extra in [(), *(variant.rules for variant in variants)]:

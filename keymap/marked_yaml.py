@@ -6,6 +6,7 @@ grow when it is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -72,16 +73,17 @@ def parse_yaml(text: str, file: str) -> Marked:
     if len(text) > _MAX_BYTES:
         raise refuse(None, f"the file has {len(text)} characters or more; a mapping has at most {_MAX_BYTES}")
     marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
-    resolver, scalars = yaml.resolver.Resolver(), yaml.constructor.SafeConstructor()
-    events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    resolver: Any = yaml.resolver.Resolver()
+    scalars = yaml.constructor.SafeConstructor()
+    events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
-    def text_of(event: yaml.ScalarEvent) -> str:
+    def text_of(event: Any) -> str:
         if len(event.value) > _MAX_TEXT:
             raise refuse(event.start_mark, f"a text of {len(event.value)} characters; the limit is {_MAX_TEXT}")
         text: str = event.value
         return text
 
-    def scalar(event: yaml.ScalarEvent) -> Any:
+    def scalar(event: Any) -> Any:
         """A value: what is not quoted may be a number, a truth value or nothing, as YAML 1.1 spells them."""
         text, (plain, _) = text_of(event), event.implicit
         tag = event.tag or (resolver.resolve(yaml.ScalarNode, text, event.implicit) if plain else _TEXT)
@@ -100,7 +102,7 @@ def parse_yaml(text: str, file: str) -> Marked:
             raise refuse(event.start_mark, f"{text} is too large, or no number")
         return value
 
-    def build(event: yaml.Event, path: Path) -> Any:
+    def build(event: Any, path: Path) -> Any:
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise refuse(event.start_mark, _ALIAS)
         if isinstance(event, yaml.ScalarEvent):
@@ -139,7 +141,8 @@ def parse_yaml(text: str, file: str) -> Marked:
         return data
 
     try:
-        begun = next(event for event in events if not isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent)))
+        start = (yaml.StreamStartEvent, yaml.DocumentStartEvent)
+        begun = next(event for event in events if not isinstance(event, start))
         if isinstance(begun, yaml.StreamEndEvent):
             raise refuse(None, "the file is empty")
         data = build(begun, ())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable
-from importlib.metadata import entry_points
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 
 from keymap.catalogue import Registry
@@ -28,6 +30,28 @@ def _files(path: Path) -> list[Path]:
 _known: list[Registry] = []
 
 
+def _released(files: Iterable[Path]) -> bool:
+    """True where files are byte for byte those of an installed release, whose tests have found them right.
+
+    An installation records what each of its files hashes to (PyPA's specification of ``RECORD``). A checkout has no
+    such record, so there mappings are checked in every process, as those of other packages are.
+    """
+    try:
+        installed = distribution("keymap").files or []
+    except PackageNotFoundError:
+        return False
+    known = {os.path.abspath(entry.locate()): entry.hash for entry in installed if entry.suffix == ".yaml"}
+
+    def same(file: Path) -> bool:
+        recorded = known.get(os.path.abspath(file))
+        if recorded is None or recorded.mode != "sha256":
+            return False
+        digest = urlsafe_b64encode(sha256(file.read_bytes()).digest())
+        return digest.rstrip(b"=").decode() == recorded.value
+
+    return all(map(same, files))
+
+
 def _refuse_claims(known: Registry, names: Iterable[str]) -> None:
     """As `refuse_claims`, of a module that most processes never need."""
     from keymap.samples import refuse_claims
@@ -39,7 +63,8 @@ def registry() -> Registry:
     """The mappings known to this process; read at first use."""
     if not _known:
         new = Registry()
-        new.add(_files(data_folder("mappings")))
+        own = _files(data_folder("mappings"))
+        new.add(own, released=_released(own))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             place = point.load()
             new.add(_files(Path(place() if callable(place) else place)), check=_refuse_claims)

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from keymap.mapping import data_folder
 from keymap.marked_yaml import Marked
 
-__all__ = ["schema_faults"]
+__all__ = ["known_right", "schema_faults"]
 
 _MOST = 100  # faults that are looked for
 _right: WeakValueDictionary[int, Marked] = WeakValueDictionary()
@@ -25,6 +25,11 @@ def _validator() -> Any:
     return Draft202012Validator(schema)
 
 
+def known_right(marked: Marked) -> None:
+    """Take it from the caller that a file follows the schema."""
+    _right[id(marked)] = marked
+
+
 def schema_faults(marked: Marked) -> list[str]:
     """What is wrong with a file, in the order of its lines; a file that is right is not looked at again."""
     if _right.get(id(marked)) is marked:
@@ -35,7 +40,7 @@ def schema_faults(marked: Marked) -> list[str]:
     errors.sort(key=lambda error: list(map(str, error.absolute_path)))
     faults = [fault for error in errors for fault in _told(marked, error)]
     if not faults:
-        _right[id(marked)] = marked
+        known_right(marked)
     return faults
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -331,13 +332,19 @@ def test_a_registered_mapping_is_detected(tmp_path):
     assert done.stdout.split() == ["mine", "True"], done.stderr
 
 
-def test_the_wheel_holds_mappings_and_schema(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    place = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", place, ROOT],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = place.glob("*.whl")
+    return made
+
+
+def test_the_wheel_holds_mappings_and_schema(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
@@ -350,6 +357,30 @@ def test_the_wheel_holds_mappings_and_schema(tmp_path):
     )
     place, count = done.stdout.split()
     assert Path(place).is_relative_to(tmp_path) and int(count) == len(keymap.list_formats())
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("", "True False"),
+        ("# a remark", "True True"),
+        ("optinal: true", "there is no field 'optinal' here; known: format"),
+    ],
+)
+def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel, tmp_path, written, told):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    file = tmp_path / "keymap" / "mappings" / "hf_clip.yaml"
+    file.write_text(f"{file.read_text()}{written}\n" if written else file.read_text())
+    code = (
+        "import sys, keymap\n"
+        "try: print(keymap.__file__, len(keymap.list_formats()) > 9, end=' ')\n"
+        "except keymap.MappingError as error: print(keymap.__file__, *error.faults, end=' ')\n"
+        "print('jsonschema' in sys.modules)"
+    )
+    place = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=place)
+    assert done.stdout.startswith(str(tmp_path)) and told in done.stdout, done.stdout + done.stderr
 
 
 # --- what the caller tells ---
