@@ -30,8 +30,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import numpy as np
 import open_clip
@@ -377,16 +377,29 @@ print(imported - start, time.perf_counter() - imported)
 
 def run_once(rounds: int) -> None:
     """What every process pays once: the import beyond torch's, and reading the mappings at the first call."""
-    spent: list[list[float]] = []
+    spent: dict[str, list[list[float]]] = {"an installed release": [], "a checkout": []}
     compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    for _ in range(rounds + 1):
-        found = subprocess.run([sys.executable, "-c", ONCE], capture_output=True, text=True, check=True, env=compiled)
-        spent.append([float(word) * 1e3 for word in found.stdout.split()])
+    with tempfile.TemporaryDirectory() as folder:
+        build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, str(ROOT)]
+        subprocess.run([sys.executable, *build], check=True, env=compiled)
+        (wheel,) = Path(folder).glob("*.whl")
+        site = Path(folder) / "site"
+        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+        subprocess.run([sys.executable, *install], check=True, env=compiled)
+        for _ in range(rounds + 1):
+            for kind, place in zip(spent, (site, ROOT), strict=True):
+                here = {**compiled, "PYTHONPATH": str(place)}
+                found = subprocess.run(
+                    [sys.executable, "-c", ONCE], capture_output=True, text=True, check=True, env=here, cwd=folder
+                )
+                spent[kind].append([float(word) * 1e3 for word in found.stdout.split()])
     tell("once in a process")
     targets = ("  (target 50 ms)", "")
     names = ("import keymap, beyond torch", "reading the mappings, at first use")
-    for name, times, target in zip(names, zip(*spent[1:], strict=True), targets, strict=True):
-        tell(f"  {name:36} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
+    for kind, rows in spent.items():
+        for name, times, target in zip(names, zip(*rows[1:], strict=True), targets, strict=True):
+            told = f"{name}, {kind}"
+            tell(f"  {told:58} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
 
 
 # --- all -----------------------------------------------------------------------------------------------------
