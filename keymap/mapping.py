@@ -226,6 +226,12 @@ class Mapping:
         """The way back of ``table``."""
         return self.table.inverse()
 
+    @cached_property
+    def ends_left_out(self) -> tuple[str, ...]:
+        """Texts of which one ends every key that `drop` or `nowhere` leaves out."""
+        sides = [*(entry.side for entry in self.drop), *(entry.side for entry in self.nowhere)]
+        return tuple(end for side in sides for end in side.ends)
+
     def dropped(self, key: str) -> tuple[str, str] | None:
         """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""
         for drop in self.drop:

@@ -171,7 +171,7 @@ class _Work:
 
     def _entry(self, key: str, layout: Layout, target: torch.Tensor) -> Entry:
         dtype, resize = target.dtype, None
-        shape = layout.shape if layout.shape == target.shape else tuple(target.shape)
+        shape = tuple(target.shape)
         if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
             raise ResizeError(
                 f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: not a cast keymap makes"
@@ -187,13 +187,15 @@ class _Work:
                 raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
         if len(layout.pieces) > 1:
             layout = layout._replace(pieces=join_runs(layout.pieces))
-        filled, casts = 0, dict[str, None]()
+        filled, given = 0, {dtype}
         for piece in layout.pieces:
             filled += 0 if piece.add else prod(piece.shape)
-            if piece.source is not None and (given := self.tensors[piece.source].dtype) != dtype:
-                casts[f"{dtype_name(given)} to {dtype_name(dtype)}"] = None
+            if piece.source is not None:
+                given.add(self.tensors[piece.source].dtype)
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
+        given.discard(dtype)
+        casts = tuple(sorted(f"{dtype_name(other)} to {dtype_name(dtype)}" for other in given)) if given else ()
+        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", casts)
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)

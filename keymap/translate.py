@@ -63,6 +63,9 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
     checks: list[Check] = []
     placeless: dict[tuple[str, str], list[str]] = {}
     for key, layout in found.tensors.items():
+        if not key.endswith(mapping.ends_left_out):
+            kept[key] = layout
+            continue
         derived = mapping.dropped(key) if mapping.kind != "hub" else None
         if derived is not None:
             why, twin = derived

@@ -30,8 +30,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parents[1])]
 
 import numpy as np
 import open_clip
@@ -42,6 +41,7 @@ from torch import nn
 
 import keymap
 
+ROOT = Path(__file__).resolve().parents[1]
 VIT = {"image_size": 224, "image_width": 768, "image_heads": 12, "image_depth": 12, "image_mlp": 4, "text_mlp": 4}
 CLIP_TEXT = {"context_length": 77, "vocab": 49408, "text_width": 512, "text_heads": 8, "text_depth": 12}
 SIGLIP_TEXT = {"context_length": 64, "vocab": 32000, "text_width": 768, "text_heads": 12, "text_depth": 12}

@@ -14,7 +14,6 @@ from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, e
 MAX_HEADER = 100_000_000  # bytes
 PARSED = 1 << 26  # bytes that what is parsed of a header may take, beside four times the file
 AGAIN = "download or save the file again"
-FIELDS = {"dtype", "shape", "data_offsets"}
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -124,43 +123,44 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     faults: list[str] = []
     found: list[tuple[int, int, str, LazyTensor]] = []
     base = 8 + length
+    room = file.size - base
     for key in list(header):  # what was read of it is given up at once: of tiny tensors it is the largest part
-        fault, begin, end, tensor = _entry(file, base, key, header.pop(key))
-        if fault or tensor is None:
-            faults.append(f"{brief(key)}: {fault}")
-        else:
-            found.append((begin, end, key, tensor))
+        try:
+            found.append(_entry(file, base, room, key, header.pop(key)))
+        except ValueError as error:
+            faults.append(f"{brief(key)}: {error}")
     found.sort(key=lambda item: item[:2])
     if not faults:
-        faults = _layout_faults(found, file.size - base)
+        faults = _layout_faults(found, room)
     if faults:
         raise CheckpointError(f"{file.path}: its header does not describe its tensors; {AGAIN}", faults)
     return Checkpoint(file.path, "safetensors", {item[2]: item[3] for item in found}, metadata)
 
 
-def _entry(file: SourceFile, base: int, key: str, entry: object) -> tuple[str, int, int, LazyTensor | None]:
-    """One line of the header: (fault or "", begin, end, tensor or None)."""
-    if type(entry) is not dict or not entry.keys() >= FIELDS:
-        return "needs dtype, shape and data_offsets", 0, 0, None
-    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _entry(file: SourceFile, base: int, room: int, key: str, entry: Any) -> tuple[int, int, str, LazyTensor]:
+    """One line of the header, as (begin, end, key, tensor); raises ValueError, in words, where it is no good."""
+    try:
+        name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError):
+        raise ValueError("needs dtype, shape and data_offsets") from None
     dtype = DTYPES.get(name) if type(name) is str else None
     if dtype is None:
-        return f"unknown dtype {brief(name)}", 0, 0, None
+        raise ValueError(f"unknown dtype {brief(name)}")
     count = element_count(shape) if type(shape) is list else None
     if count is None:
-        return f"impossible shape {brief(shape)}", 0, 0, None
+        raise ValueError(f"impossible shape {brief(shape)}")
     begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
     if type(begin) is not int or type(end) is not int:
-        return f"data_offsets {brief(offsets)} are not two integers", 0, 0, None
+        raise ValueError(f"data_offsets {brief(offsets)} are not two integers")
     size = end - begin
     if begin < 0 or size < 0:
-        return f"data_offsets {offsets} run backwards", 0, 0, None
-    if end > file.size - base:
-        return f"truncated: ends at {end}, the file has {file.size - base} bytes of values", 0, 0, None
+        raise ValueError(f"data_offsets {offsets} run backwards")
+    if end > room:
+        raise ValueError(f"truncated: ends at {end}, the file has {room} bytes of values")
     if size != count * dtype.itemsize:
         needs = count * dtype.itemsize
-        return f"shape {shape} of {name} needs {needs} bytes, data_offsets give {size}", 0, 0, None
-    return "", begin, end, LazyTensor(tuple(shape), dtype, Block(file, key, base + begin, size, size))
+        raise ValueError(f"shape {shape} of {name} needs {needs} bytes, data_offsets give {size}")
+    return begin, end, key, LazyTensor(tuple(shape), dtype, Block(file, key, base + begin, size, size))
 
 
 def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:
