@@ -42,9 +42,10 @@ _TOLD = 50  # faults of one sort
 
 def _clashes(rules: tuple[Rule, ...], which: str, effort: Effort, seen: int = 0) -> Iterable[str]:
     """Pairs of rules that can match one key; the first ``seen`` rules have been compared with each other."""
-    for first, second in alike([rule.source for rule in rules]):
+    told: set[tuple[int, int]] = set()
+    for first, second in alike([rule.source for rule in rules], seen):
         one, other = rules[first], rules[second]
-        if second < seen or one.rest or other.rest:
+        if one.rest or other.rest or (first, second) in told:
             continue
         try:
             witness = overlap(one.source, other.source, effort)
@@ -52,6 +53,7 @@ def _clashes(rules: tuple[Rule, ...], which: str, effort: Effort, seen: int = 0)
             yield f"{other.place}: {error}"
             return
         if witness is not None:
+            told.add((first, second))
             yield (
                 f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
                 f"({one.place}) and {other.text}: make one of them narrower"

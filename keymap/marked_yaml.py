@@ -22,7 +22,6 @@ _MAX_TEXT = 1 << 12  # characters of one key or value
 _MAX_NUMBER = 1 << 53
 _MAX_DEPTH = 12
 _TEXT = "tag:yaml.org,2002:str"
-_ALIAS = "anchors and aliases (& and *) are not used: share rules with `tables`"
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,15 @@ def parse_yaml(text: str, file: str) -> Marked:
     scalars = yaml.constructor.SafeConstructor()
     events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
+    def bare(event: Any) -> None:
+        """Refuse what a key, a value or a list may not carry."""
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            what = "anchors and aliases (& and *) are not used: share rules with `tables`"
+            raise refuse(event.start_mark, what)
+        if event.tag is not None:
+            what = f"tag {event.tag!r} is not used in a mapping: leave it out, and quote what is a text"
+            raise refuse(event.start_mark, what)
+
     def text_of(event: Any) -> str:
         if len(event.value) > _MAX_TEXT:
             raise refuse(event.start_mark, f"a text of {len(event.value)} characters; the limit is {_MAX_TEXT}")
@@ -86,12 +94,12 @@ def parse_yaml(text: str, file: str) -> Marked:
     def scalar(event: Any) -> Any:
         """A value: what is not quoted may be a number, a truth value or nothing, as YAML 1.1 spells them."""
         text, (plain, _) = text_of(event), event.implicit
-        tag = event.tag or (resolver.resolve(yaml.ScalarNode, text, event.implicit) if plain else _TEXT)
+        tag = resolver.resolve(yaml.ScalarNode, text, event.implicit) if plain else _TEXT
         if tag == _TEXT:
             return text
         kind = tag.rpartition(":")[2]
         if kind not in ("int", "float", "bool", "null"):
-            raise refuse(event.start_mark, f"tag {tag!r} is not used in a mapping: quote the text")
+            raise refuse(event.start_mark, f"a {kind} is not used in a mapping: quote the text")
         if kind in ("int", "float") and len(text) > 32:  # 1:1:1:... is a number too, and takes its time
             raise refuse(event.start_mark, f"a number of {len(text)} characters: quote it if it is a text")
         try:
@@ -103,14 +111,11 @@ def parse_yaml(text: str, file: str) -> Marked:
         return value
 
     def build(event: Any, path: Path) -> Any:
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise refuse(event.start_mark, _ALIAS)
+        bare(event)
         if isinstance(event, yaml.ScalarEvent):
             return scalar(event)
         if len(path) >= _MAX_DEPTH:
             raise refuse(event.start_mark, f"nested deeper than {_MAX_DEPTH} levels")
-        if event.tag is not None:
-            raise refuse(event.start_mark, f"tag {event.tag!r} is not used in a mapping: leave it out")
         return mapping(path) if isinstance(event, yaml.MappingStartEvent) else sequence(path)
 
     def sequence(path: Path) -> list[Any]:
@@ -126,8 +131,7 @@ def parse_yaml(text: str, file: str) -> Marked:
         data: dict[str, Any] = {}
         while not isinstance(event := next(events), yaml.MappingEndEvent):
             mark = event.start_mark
-            if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-                raise refuse(mark, _ALIAS)
+            bare(event)
             if not isinstance(event, yaml.ScalarEvent):
                 raise refuse(mark, "a key must be plain text")
             key = text_of(event)

@@ -90,14 +90,23 @@ def _part(a: Side, b: Side) -> bool:
     return False
 
 
-def alike(sides: Sequence[Side]) -> Iterator[tuple[int, int]]:
-    """The pairs of sides, by number, that may match keys of one beginning; no other pair shares a key."""
+def alike(sides: Sequence[Side], seen: int = 0) -> Iterator[tuple[int, int]]:
+    """The pairs of sides, by number, that may match keys of one beginning; no other pair shares a key.
+
+    Pairs within the first ``seen`` sides are left out. A pair comes several times where alternatives begin alike.
+    """
     begun: list[tuple[str, int]] = []  # each begins the next, and the text at hand
+    fresh: list[tuple[str, int]] = []  # those of them that have not been seen
     for start, number in sorted((start, number) for number, side in enumerate(sides) for start in side.starts):
-        while begun and not start.startswith(begun[-1][0]):
-            begun.pop()
-        yield from ((min(number, other), max(number, other)) for _, other in begun if other != number)
+        for stack in (begun, fresh):
+            while stack and not start.startswith(stack[-1][0]):
+                stack.pop()
+        for _, other in fresh if number < seen else begun:
+            if other != number:
+                yield min(number, other), max(number, other)
         begun.append((start, number))
+        if number >= seen:
+            fresh.append((start, number))
 
 
 def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:

@@ -6,7 +6,7 @@ import os
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 from keymap.catalogue import Registry
@@ -30,26 +30,26 @@ def _files(path: Path) -> list[Path]:
 _known: list[Registry] = []
 
 
-def _released(files: Iterable[Path]) -> bool:
-    """True where files are byte for byte those of an installed release, whose tests have found them right.
+def _released(folder: Path) -> bool:
+    """True where a folder's mappings are byte for byte those of an installed release, whose tests found them right.
 
     An installation records what each of its files hashes to (PyPA's specification of ``RECORD``). A checkout has no
     such record, so there mappings are checked in every process, as those of other packages are.
     """
+
+    def hashed(file: Path) -> str:
+        digest = urlsafe_b64encode(sha256(file.read_bytes()).digest()) if file.is_file() else b""
+        return digest.rstrip(b"=").decode()
+
+    place = Path(os.path.abspath(folder))
     try:
-        installed = distribution("keymap").files or []
-    except PackageNotFoundError:
+        installed = {Path(os.path.abspath(file.locate())): file.hash for file in distribution("keymap").files or ()}
+        recorded = {path: told for path, told in installed.items() if path.parent == place and path.suffix == ".yaml"}
+        return set(place.glob("*.yaml")) == set(recorded) and all(
+            told is not None and told.mode == "sha256" and told.value == hashed(path) for path, told in recorded.items()
+        )
+    except Exception:  # no record, one that is damaged in any way, files that cannot be read: the checks will tell
         return False
-    known = {os.path.abspath(entry.locate()): entry.hash for entry in installed if entry.suffix == ".yaml"}
-
-    def same(file: Path) -> bool:
-        recorded = known.get(os.path.abspath(file))
-        if recorded is None or recorded.mode != "sha256":
-            return False
-        digest = urlsafe_b64encode(sha256(file.read_bytes()).digest())
-        return digest.rstrip(b"=").decode() == recorded.value
-
-    return all(map(same, files))
 
 
 def _refuse_claims(known: Registry, names: Iterable[str]) -> None:
@@ -63,8 +63,8 @@ def registry() -> Registry:
     """The mappings known to this process; read at first use."""
     if not _known:
         new = Registry()
-        own = _files(data_folder("mappings"))
-        new.add(own, released=_released(own))
+        own = data_folder("mappings")
+        new.add(_files(own), released=_released(own))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             place = point.load()
             new.add(_files(Path(place() if callable(place) else place)), check=_refuse_claims)

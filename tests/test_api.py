@@ -359,23 +359,41 @@ def test_the_wheel_holds_mappings_and_schema(wheel, tmp_path):
     assert Path(place).is_relative_to(tmp_path) and int(count) == len(keymap.list_formats())
 
 
-@pytest.mark.parametrize(
-    ("written", "told"),
-    [
-        ("", "True False"),
-        ("# a remark", "True True"),
-        ("optinal: true", "there is no field 'optinal' here; known: format"),
-    ],
-)
-def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel, tmp_path, written, told):
+def _written_to(name, text):
+    def change(place):
+        (file,) = place.glob(name)
+        file.write_text(f"{file.read_text()}{text}")
+
+    return change
+
+
+RELEASES = {  # what happened to the installation, and what listing its formats tells
+    "as installed": (lambda place: None, "True False"),
+    "a remark": (_written_to("keymap/mappings/hf_clip.yaml", "# a remark\n"), "True True"),
+    "a field": (
+        _written_to("keymap/mappings/hf_clip.yaml", "optinal: true\n"),
+        "no field 'optinal' here",
+    ),
+    "a file more": (
+        lambda place: (place / "keymap/mappings/a.yaml").write_text("format: a\n"),
+        "1:1: 'title' is",
+    ),
+    "no hub": (lambda place: (place / "keymap/mappings/open_clip.yaml").unlink(), "there must be one hub"),
+    "a damaged record": (_written_to("*.dist-info/RECORD", "\na,b,c,d\n"), "True True"),
+    "another record": (_written_to("*.dist-info/RECORD", "keymap/mappings/hf_clip.yaml,md5=a,1\n"), "True True"),
+}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel, tmp_path, name):
+    change, told = RELEASES[name]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    file = tmp_path / "keymap" / "mappings" / "hf_clip.yaml"
-    file.write_text(f"{file.read_text()}{written}\n" if written else file.read_text())
+    change(tmp_path)
     code = (
         "import sys, keymap\n"
         "try: print(keymap.__file__, len(keymap.list_formats()) > 9, end=' ')\n"
-        "except keymap.MappingError as error: print(keymap.__file__, *error.faults, end=' ')\n"
+        "except keymap.MappingError as error: print(keymap.__file__, error, *error.faults, end=' ')\n"
         "print('jsonschema' in sys.modules)"
     )
     place = {**os.environ, "PYTHONPATH": str(tmp_path)}

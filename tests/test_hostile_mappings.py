@@ -84,6 +84,11 @@ REFUSED: dict[str, tuple[str, str]] = {
             "  - {when: {all: [x]}, when_hub: {all: [y]}, groups: {image: {c#: d}}}", 900))),
         "more than 1000",
     ),
+    "variants, and rules that begin alike": (
+        rules(*lines(r"'(\d+).x#': '\1.y#'", 300), more="variants:\n" + "\n".join(lines(
+            "  - {when: {all: [q#]}, when_hub: {all: [q#]}, groups: {image: {q#: r#}}}", 80)) + "\n"),
+        "",
+    ),
     "fields that are unknown": (HEAD + "\n".join(lines("z#: 1", 9000)) + "\n" + GOOD, "there is no field 'z0' here"),
     "options that are unknown": (rules(*lines("a#: {to: b#, x: 1}", 3000)), "there is no field 'x' here"),
     "sizes without end": (rules("a: b", more=f"sizes: {{{', '.join(lines('k#: 2', 5000))}}}\n"), "f.yaml:9:1"),
