@@ -187,15 +187,14 @@ class _Work:
                 raise ResizeError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
         if len(layout.pieces) > 1:
             layout = layout._replace(pieces=join_runs(layout.pieces))
-        filled, given = 0, {dtype}
+        filled = 0
+        casts: set[str] = set()
         for piece in layout.pieces:
             filled += 0 if piece.add else prod(piece.shape)
-            if piece.source is not None:
-                given.add(self.tensors[piece.source].dtype)
+            if piece.source is not None and (given := self.tensors[piece.source].dtype) != dtype:
+                casts.add(f"{dtype_name(given)} to {dtype_name(dtype)}")
         assert filled == prod(layout.shape), f"pieces of {key} fill {filled} of {prod(layout.shape)} elements"
-        given.discard(dtype)
-        casts = tuple(sorted(f"{dtype_name(other)} to {dtype_name(dtype)}" for other in given)) if given else ()
-        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", casts)
+        return Entry(key, self.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
 
     def _resize(self, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
         target_prefixes = self._prefixes(position)

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+Taker = Callable[[nn.Module, Path], object]  # what brings a file into a model
+
+
 @dataclass
 class Case:
     """A file, the model that it goes into, and what the targets say of the load."""
@@ -65,7 +69,7 @@ class Case:
     file: Path
     model: str
     target: float
-    against: dict[str, Callable[[nn.Module, Path], object]] = field(default_factory=dict)
+    against: dict[str, Taker] = field(default_factory=dict)
 
 
 def model_of(kind: str, quick: bool, seed: int = 3) -> nn.Module:
@@ -79,20 +83,12 @@ def with_open_clip(model: nn.Module, file: Path) -> object:
     return open_clip.load_checkpoint(model, str(file))
 
 
-def with_safetensors(model: nn.Module, file: Path) -> object:
-    return model.load_state_dict(load_file(str(file)))
+def with_safetensors(model: nn.Module, file: Path, assign: bool = False) -> object:
+    return model.load_state_dict(load_file(str(file)), assign=assign)
 
 
-def given_by_safetensors(model: nn.Module, file: Path) -> object:
-    return model.load_state_dict(load_file(str(file)), assign=True)
-
-
-def with_mapped_torch_load(model: nn.Module, file: Path) -> object:
-    return model.load_state_dict(torch.load(file, mmap=True, weights_only=True))
-
-
-def given_by_torch(model: nn.Module, file: Path) -> object:
-    return model.load_state_dict(torch.load(file, mmap=True, weights_only=True), assign=True)
+def with_mapped_torch_load(model: nn.Module, file: Path, assign: bool = False) -> object:
+    return model.load_state_dict(torch.load(file, mmap=True, weights_only=True), assign=assign)
 
 
 def cases(folder: Path, quick: bool) -> list[Case]:
@@ -104,9 +100,17 @@ def cases(folder: Path, quick: bool) -> list[Case]:
         del state
     hf.clip(**({} if quick else SIZES["clip"])).save_pretrained(folder / "hf")
     np.savez(folder / "siglip.npz", **big_vision.init(**({} if quick else SIZES["siglip"])))
-    own: dict[str, Callable[[nn.Module, Path], object]] = {"open_clip": with_open_clip}
-    mapped = {**own, "safetensors + load_state_dict": with_safetensors, "the same, assign=True": given_by_safetensors}
-    pickled = {**own, "torch.load(mmap=True)": with_mapped_torch_load, "the same, assign=True": given_by_torch}
+    own: dict[str, Taker] = {"open_clip": with_open_clip}
+    mapped: dict[str, Taker] = {
+        **own,
+        "safetensors + load_state_dict": with_safetensors,
+        "the same, assign=True": partial(with_safetensors, assign=True),
+    }
+    pickled: dict[str, Taker] = {
+        **own,
+        "torch.load(mmap=True)": with_mapped_torch_load,
+        "the same, assign=True": partial(with_mapped_torch_load, assign=True),
+    }
     return [
         Case("ViT-B-32 .safetensors", folder / "clip.safetensors", "clip", 1.10, mapped),
         Case("ViT-B-32 .pt", folder / "clip.pt", "clip", 1.10, pickled),
@@ -172,9 +176,7 @@ def write_page() -> None:
         "",
         *READING,
     ]
-    (Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md").write_text(
-        "\n".join(lines) + "\n", encoding="utf-8"
-    )
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def floor_of(model: nn.Module) -> Callable[[], None]:
@@ -322,13 +324,8 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
         cases.append((len(tensors), Many(hub), folder / f"many{count}.safetensors"))
     spent: dict[int, list[float]] = {keys: [] for keys, _, _ in cases}
     for _ in range(rounds):
-        turn()
         for keys, model, file in cases:
-            for number in range(1 + max(1, 8000 // keys)):
-                start = time.perf_counter()
-                keymap.plan_load(model, file)
-                if number:  # the first one does not count
-                    spent[keys].append(time.perf_counter() - start)
+            spent[keys] += timed(max(1, 8000 // keys), {"plan": partial(keymap.plan_load, model, file)})["plan"]
     tell("plan_load of a transformers CLIP image tower by the number of keys; reading the header is within")
     first = 0.0
     for keys, times in spent.items():
@@ -354,7 +351,7 @@ def memory() -> tuple[int, int]:
     return told["Anonymous"], told["Rss"] - told["Anonymous"]
 
 
-TAKERS: dict[str, Callable[[nn.Module, Path], object]] = {
+TAKERS: dict[str, Taker] = {
     "keymap": keymap.load_checkpoint,
     "safetensors.load_file alone": lambda _, file: load_file(str(file)),
     "the model's state_dict() alone": lambda model, _: model.state_dict(),
@@ -419,18 +416,14 @@ def run_once(rounds: int) -> None:
     spent: dict[str, list[list[float]]] = {"an installed release": [], "a checkout": []}
     compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
-        build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, str(ROOT)]
-        subprocess.run([sys.executable, *build], check=True, env=compiled)
-        (wheel,) = Path(folder).glob("*.whl")
-        site = Path(folder) / "site"
-        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+        site = str(Path(folder) / "site")  # not where the processes start, in which Python looks first
+        install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, str(ROOT)]
         subprocess.run([sys.executable, *install], check=True, env=compiled)
         for _ in range(rounds + 1):
             for kind, place in zip(spent, (site, ROOT), strict=True):
                 here = {**compiled, "PYTHONPATH": str(place)}
-                found = subprocess.run(
-                    [sys.executable, "-c", ONCE], capture_output=True, text=True, check=True, env=here, cwd=folder
-                )
+                command = [sys.executable, "-c", ONCE]
+                found = subprocess.run(command, capture_output=True, text=True, check=True, env=here, cwd=folder)
                 spent[kind].append([float(word) * 1e3 for word in found.stdout.split()])
     tell("once in a process")
     targets = ("  (target 50 ms)", "")
