@@ -18,9 +18,9 @@ from keymap.errors import (
     UnsafeCheckpointError,
     VerifyError,
 )
-from keymap.plan import Plan
-from keymap.registry import list_formats, register_mappings
-from keymap.report import Inspection, LoadResult, Report
+from keymap.plan.plan import Plan
+from keymap.results import Inspection, LoadResult, Report
+from keymap.source.registry import list_formats, register_mappings
 
 __version__ = "0.1.0"
 

@@ -13,16 +13,16 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from keymap.assign import assign_plan, refuse_unassignable
-from keymap.describe import Described, configurations_for, describe
 from keymap.errors import ConfigurationWarning, KeymapError, PlanError
-from keymap.load import load_plan, refuse_unwritable, verify_plan
-from keymap.match import make_plan
-from keymap.model import ModelView, view_model
-from keymap.plan import Plan, Request, checked_facts
-from keymap.report import Inspection, LoadResult, Report
-from keymap.source import Opened, PathLike, open_sources
-from keymap.translate import to_hub
+from keymap.load.assign import assign_plan, refuse_unassignable
+from keymap.load.execute import load_plan, refuse_unwritable, verify_plan
+from keymap.plan.describe import Described, configurations_for, describe
+from keymap.plan.model import ModelView, view_model
+from keymap.plan.plan import Plan, Request, checked_facts
+from keymap.plan.planner import make_plan
+from keymap.plan.to_hub import to_hub
+from keymap.results import Inspection, LoadResult, Report
+from keymap.source.open import Opened, PathLike, open_sources
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 

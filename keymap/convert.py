@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 import torch
 
-from keymap.carry import Read, materialise
-from keymap.catalogue import Registry
-from keymap.detect import detect, spelling
 from keymap.errors import MappingError, PlanError, VerifyError, some
-from keymap.mapping import Mapping as Format
-from keymap.pieces import Layout
-from keymap.plan import checked_facts
+from keymap.language.catalogue import Registry
+from keymap.language.format import Mapping as Format
+from keymap.language.layout import Layout
+from keymap.load.copying import Read, materialise
+from keymap.load.preflight import failed
+from keymap.plan.plan import checked_facts
+from keymap.plan.to_hub import Translated, from_hub, incomplete, respell, to_hub
 from keymap.read import LazyTensor
-from keymap.source import PathLike, known_with, layouts_of
-from keymap.translate import Translated, from_hub, incomplete, respell, to_hub
-from keymap.unwrap import unwrap
-from keymap.verify import failed
+from keymap.source.detect import detect, spelling
+from keymap.source.open import PathLike, known_with, layouts_of
+from keymap.source.unwrap import unwrap
 
 __all__ = ["convert_state_dict"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import keymap
-from keymap.registry import Registry
+from keymap.source.registry import Registry
 
 MAPPINGS = Path(__file__).parents[1] / "mappings"
 LIMIT, CLEAR = 2e-5, 1e-3  # what the intact copy may differ from its peer; what a broken one must differ, at least
@@ -75,7 +75,7 @@ def use(form: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (folder / f"{form}.yaml").write_text(text, encoding="utf-8")
     known = Registry()
     known.add(sorted(folder.glob("*.yaml")))
-    monkeypatch.setattr("keymap.registry._known", [known])
+    monkeypatch.setattr("keymap.source.registry._known", [known])
     return None
 
 

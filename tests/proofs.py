@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from keymap.plan import Plan
-from keymap.registry import registry
-from keymap.translate import tower_of
+from keymap.plan.plan import Plan
+from keymap.plan.to_hub import tower_of
+from keymap.source.registry import registry
 
 WORDS = ("names and shapes", "bit-equal", "parity")  # the weakest first
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")

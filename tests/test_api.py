@@ -18,7 +18,7 @@ from peers.common import SQUARE, assert_unchanged, bits, same_bits
 from safetensors.torch import save_file
 
 import keymap
-from keymap.registry import registry
+from keymap.source.registry import registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,7 +205,7 @@ def test_tensors_go_to_another_memory_one_at_a_time(tmp_path, monkeypatch):
         moved.append(value.clone())
         return moved[-1]
 
-    monkeypatch.setattr("keymap.assign._onto", onto)
+    monkeypatch.setattr("keymap.load.assign._onto", onto)
     model = openclip.clip().to("meta")
     result = keymap.load_checkpoint(model, path, assign=True)
     assert result.report.materialised == ()  # what was handed over lay in the file

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import keymap
 import keymap.api
-import keymap.load
-import keymap.straight
-import keymap.strips
+import keymap.load.direct
+import keymap.load.execute
+import keymap.load.transposed
 from keymap.read import open_checkpoint
 
 State = dict[str, Tensor]
@@ -104,8 +104,8 @@ CHANGES = {"shrinks": _shrink, "is overwritten": _overwrite, "grows": _append}
 
 @contextmanager
 def after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, act: Callable[[], None]) -> Iterator[None]:
-    """Act once, when a function of keymap.load or keymap.api has been called so many times."""
-    module = keymap.load if hasattr(keymap.load, name) and name != "verify_plan" else keymap.api
+    """Act once, when a function of keymap.load.execute or keymap.api has been called so many times."""
+    module = keymap.load.execute if hasattr(keymap.load.execute, name) and name != "verify_plan" else keymap.api
     real = getattr(module, name)
     count = itertools.count(1)
 
@@ -117,8 +117,8 @@ def after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, act: Callable[
 
     with monkeypatch.context() as patched:
         patched.setattr(module, name, called)
-        patched.setattr(keymap.straight, "_BUFFERS", 1)  # so that a small file, too, takes many calls
-        patched.setattr(keymap.strips, "_SMALL", 0)
+        patched.setattr(keymap.load.direct, "_BUFFERS", 1)  # so that a small file, too, takes many calls
+        patched.setattr(keymap.load.transposed, "_SMALL", 0)
         yield
     assert next(count) > calls, "the load never came so far"
 

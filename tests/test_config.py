@@ -16,8 +16,8 @@ from peers.common import SQUARE, images, max_diff, same_bits, tokens
 from safetensors.torch import save_file
 
 import keymap
-from keymap.config import read_config
-from keymap.registry import registry
+from keymap.source.config import read_config
+from keymap.source.registry import registry
 
 LABELS = {
     "attention heads of the image tower",

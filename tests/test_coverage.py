@@ -19,8 +19,8 @@ from peers import full_size, hf, hf_text, lit, naflex, openai, openclip, relativ
 from peers.common import Size
 
 import keymap
-from keymap.registry import registry
-from keymap.translate import tower_of
+from keymap.plan.to_hub import tower_of
+from keymap.source.registry import registry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 

@@ -9,9 +9,9 @@ from peers.common import assert_unchanged, bits
 from safetensors.torch import save_file
 
 import keymap
-from keymap.describe import configurations_for, describe
-from keymap.model import view_model
-from keymap.registry import registry
+from keymap.plan.describe import configurations_for, describe
+from keymap.plan.model import view_model
+from keymap.source.registry import registry
 
 KNOWN = registry()
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import keymap
-from keymap import registry
-from keymap.plan import Plan
-from keymap.report import Inspection, Report
+from keymap.plan.plan import Plan
+from keymap.results import Inspection, Report
+from keymap.source import registry
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(

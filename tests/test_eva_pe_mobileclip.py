@@ -21,10 +21,10 @@ from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import keymap
-from keymap.detect import detect
-from keymap.pieces import whole
-from keymap.registry import registry
-from keymap.translate import respell, to_hub
+from keymap.language.layout import whole
+from keymap.plan.to_hub import respell, to_hub
+from keymap.source.detect import detect
+from keymap.source.registry import registry
 
 LIMIT = 2e-5
 SIZES = {"distinct": {}, "square": SQUARE, "not a square image": {"image_size": (28, 42)}}

@@ -21,12 +21,12 @@ from peers.common import assert_unchanged, bits
 from test_mapping_errors import GOOD, HEAD, rules
 
 import keymap
-from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.parse import parse_source
-from keymap.pattern import PatternError, Side
-from keymap.registry import registry
-from keymap.samples import samples
+from keymap.language.compile import compile_mapping
+from keymap.language.pattern import PatternError, Side
+from keymap.language.pattern_syntax import parse_source
+from keymap.source.registry import registry
+from keymap.source.samples import samples
 
 OWN = HEAD.replace("[x]", "[w]")
 

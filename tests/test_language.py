@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import keymap
-from keymap.apply import apply_rules
-from keymap.carry import materialise
-from keymap.compile import compile_mapping
-from keymap.detect import accept
-from keymap.marked_yaml import parse_yaml
-from keymap.pieces import Layout, whole
-from keymap.registry import registry
-from keymap.rules import RuleTable
-from keymap.samples import samples
-from keymap.translate import file_rules
+from keymap.language.apply import apply_rules
+from keymap.language.compile import compile_mapping
+from keymap.language.layout import Layout, whole
+from keymap.language.rules import RuleTable
+from keymap.language.yaml_marks import parse_yaml
+from keymap.load.copying import materialise
+from keymap.plan.to_hub import file_rules
+from keymap.source.detect import accept
+from keymap.source.registry import registry
+from keymap.source.samples import samples
 
 HEAD = (
     "format: example\ntitle: an example\nreference: nowhere\nspeaks: {image: native_vit}\ndetect: {any: [evidence]}\n"
@@ -536,7 +536,7 @@ def test_rest_on_the_way_back_leaves_literal_keys_alone():
 
 
 def test_optional_keys_may_be_absent_and_others_may_not():
-    from keymap.translate import incomplete
+    from keymap.plan.to_hub import incomplete
 
     mapping = compiled(r"""
     l.(\d+).(w|b): m.\1.\2
@@ -587,8 +587,8 @@ def test_variants_both_ways(both):
         want |= {"out.mlp": tensors["head.mlp.weight"], "out.fc": tensors["head.fc.weight"]}
     else:
         want |= {"out.proj": tensors["head.fc.weight"].t()}
-    from keymap.detect import Detection
-    from keymap.translate import from_hub, to_hub
+    from keymap.plan.to_hub import from_hub, to_hub
+    from keymap.source.detect import Detection
 
     layouts = {key: whole(key, tuple(value.shape), value.dtype) for key, value in tensors.items()}
     now = to_hub(Detection(mapping, layouts, (), (), ()), {})

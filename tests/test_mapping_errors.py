@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import keymap
-from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.marked_yaml import parse_yaml
-from keymap.registry import Registry, registry
+from keymap.language.compile import compile_mapping
+from keymap.language.yaml_marks import parse_yaml
+from keymap.source.registry import Registry, registry
 
 HEAD = """format: example
 title: an example

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import keymap
-from keymap import load
-from keymap.apply import apply_rules
-from keymap.carry import copy_pieces
-from keymap.pieces import Layout, whole
-from keymap.rules import Part, Rule, RuleTable
+from keymap.language.apply import apply_rules
+from keymap.language.layout import Layout, whole
+from keymap.language.rules import Part, Rule, RuleTable
+from keymap.load import execute as load
+from keymap.load.copying import copy_pieces
 
 VIEWS = {"as_strided", "detach", "view", "alias", "unsqueeze", "slice", "select", "_unsafe_view", "t", "permute"}
 VIEWS |= {"lift_fresh"}  # of an array that numpy made
@@ -40,7 +40,7 @@ def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
     which tiny models' are too small for by themselves. A `copy_` that converts dtype is one pass, too.
     """
     seen: list[str] = []
-    monkeypatch.setattr("keymap.strips._SMALL", 0)
+    monkeypatch.setattr("keymap.load.transposed._SMALL", 0)
 
     def counted(name, function):
         def called(*arguments):
@@ -59,9 +59,9 @@ def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
         return called
 
     monkeypatch.setattr("keymap.api.load_plan", watched(load.load_plan, ()))
-    monkeypatch.setattr("keymap.load.carry", watched(load.carry, ("copy_",)))  # which its strips stand for
-    monkeypatch.setattr("keymap.load.run_of", counted("read", load.run_of))
-    monkeypatch.setattr("keymap.load.strips_of", counted("strips", load.strips_of))
+    monkeypatch.setattr("keymap.load.execute.carry", watched(load.carry, ("copy_",)))  # which its strips stand for
+    monkeypatch.setattr("keymap.load.execute.run_of", counted("read", load.run_of))
+    monkeypatch.setattr("keymap.load.execute.strips_of", counted("strips", load.strips_of))
     keymap.load_checkpoint(model, path, **options)
     return seen
 
@@ -120,7 +120,7 @@ def test_only_a_resized_tensor_takes_a_temporary(tmp_path, monkeypatch):
 
 def joined(kind: str, members: dict[str, torch.Tensor], **options) -> tuple[Layout, dict[str, torch.Tensor]]:
     """The layout that one join makes of members named x0, x1, ..."""
-    from keymap.parse import parse_source, parse_target
+    from keymap.language.pattern_syntax import parse_source, parse_target
 
     source = parse_source("(x0|x1|x2)")
     part = Part(kind, options.pop("axis", 0), ("1",), ("x0", "x1", "x2"), **options)

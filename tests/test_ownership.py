@@ -19,12 +19,12 @@ import pytest
 import torch
 
 import keymap
-from keymap.compile import compile_mapping
-from keymap.detect import accept, detect, holds
 from keymap.errors import DetectionError
-from keymap.pieces import whole
-from keymap.registry import Registry, registry
-from keymap.samples import claims, refuse_claims, samples
+from keymap.language.compile import compile_mapping
+from keymap.language.layout import whole
+from keymap.source.detect import accept, detect, holds
+from keymap.source.registry import Registry, registry
+from keymap.source.samples import claims, refuse_claims, samples
 
 ROOT = Path(__file__).parents[1]
 KNOWN = registry()

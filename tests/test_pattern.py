@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 
-from keymap.overlap import overlap
-from keymap.parse import parse_source, parse_target
-from keymap.pattern import PatternError, Side
+from keymap.language.overlap import overlap
+from keymap.language.pattern import PatternError, Side
+from keymap.language.pattern_syntax import parse_source, parse_target
 
 ALPHABET = "a1_.0"
 

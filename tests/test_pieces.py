@@ -9,9 +9,9 @@ from math import prod
 import pytest
 import torch
 
-from keymap.carry import copy_pieces, materialise
-from keymap.pieces import Layout, cut, join_runs, permute, place, row_major, whole
-from keymap.view import ViewError, parse_view
+from keymap.language.layout import Layout, cut, join_runs, permute, place, row_major, whole
+from keymap.language.view import ViewError, parse_view
+from keymap.load.copying import copy_pieces, materialise
 
 
 def source(shape, dtype=torch.float32):

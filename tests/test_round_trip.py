@@ -11,14 +11,14 @@ from peers import big_vision, hf, openai, openclip, timm_towers
 from peers.common import SQUARE, same_bits
 
 import keymap
-from keymap.apply import apply_rules
-from keymap.carry import materialise
-from keymap.detect import accept, holds
-from keymap.pieces import Layout, whole
-from keymap.registry import registry
-from keymap.rules import Check, RuleTable
-from keymap.samples import samples
-from keymap.translate import file_rules
+from keymap.language.apply import apply_rules
+from keymap.language.layout import Layout, whole
+from keymap.language.rules import Check, RuleTable
+from keymap.load.copying import materialise
+from keymap.plan.to_hub import file_rules
+from keymap.source.detect import accept, holds
+from keymap.source.registry import registry
+from keymap.source.samples import samples
 
 KNOWN = registry()
 SAMPLES = {s.name: (m, s) for m in KNOWN.mappings.values() if m.rules for s in samples(m, KNOWN)}

@@ -6,10 +6,11 @@ import json
 import re
 from pathlib import Path
 
-from keymap import apply, compile_rules, config, folder, marked_yaml, parse, pattern, unwrap, view
-from keymap.mapping import data_folder
+from keymap.language import apply, compile_rules, pattern, pattern_syntax, view, yaml_marks
+from keymap.paths import data_folder
 from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript, tree, unpickle, zip_file
 from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
+from keymap.source import config, folder, unwrap
 
 PAGE = (Path(__file__).parents[1] / "docs" / "safety.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## Names that a pickle may use")[2].partition("## Limits")[0]
@@ -46,10 +47,10 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("a folder") == [folder._MOST]
     assert row("a configuration") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
-    mapping = [marked_yaml._MAX_BYTES, marked_yaml._MAX_DEPTH, marked_yaml._MAX_TEXT, compile_rules._MOST, effort.keys]
+    mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MOST, effort.keys]
     blocks = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["properties"]
     mapping += [effort.opened, blocks["accepts"]["maxItems"]]
     assert row("a mapping") == mapping
     assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
-    assert row("a pattern") == [parse._MOST_TEXT, parse._MOST_READINGS]
+    assert row("a pattern") == [pattern_syntax._MOST_TEXT, pattern_syntax._MOST_READINGS]
     assert row("a view") == [view._MOST_AXES]

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import keymap
-import keymap.straight
-from keymap.pieces import Piece
+import keymap.load.direct
+from keymap.language.layout import Piece
+from keymap.load.direct import batches, read, run_of
 from keymap.read import LazyTensor, open_checkpoint
-from keymap.straight import batches, read, run_of
 
 SIZES = [3, 0, 1, 500, 7, 4096, 2, 1]
 
@@ -37,8 +37,8 @@ def all_of(lazy: LazyTensor) -> Piece:
 @pytest.mark.parametrize("buffers", [1, 2, 100])
 @pytest.mark.parametrize("chosen", [slice(None), slice(None, None, 2), slice(2, 7, 3)])
 def test_batches_fill_every_place_whatever_their_size(batch, buffers, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr(keymap.straight, "_BATCH", batch)
-    monkeypatch.setattr(keymap.straight, "_BUFFERS", buffers)
+    monkeypatch.setattr(keymap.load.direct, "_BATCH", batch)
+    monkeypatch.setattr(keymap.load.direct, "_BUFFERS", buffers)
     tensors, lazies = written(tmp_path)
     names = [name for name in list(tensors)[chosen] if tensors[name].numel()]
     targets = {name: torch.full_like(tensors[name], float("nan")) for name in names}

@@ -12,11 +12,11 @@ from peers.common import same_bits
 from safetensors.torch import save_file
 
 import keymap
-from keymap import strips
-from keymap.carry import copy_pieces
-from keymap.pieces import Piece, cut, permute, place, whole
+from keymap.language.layout import Piece, cut, permute, place, whole
+from keymap.load import transposed as strips
+from keymap.load.copying import copy_pieces
+from keymap.load.transposed import Scratch, carry, parts, strips_of
 from keymap.read import open_checkpoint
-from keymap.strips import Scratch, carry, parts, strips_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64, torch.complex64, torch.bool]
 

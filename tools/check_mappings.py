@@ -17,12 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keymap.catalogue import Registry
-from keymap.compile import compile_mapping
 from keymap.errors import MappingError
-from keymap.mapping import Mapping, data_folder
-from keymap.marked_yaml import Marked, parse_yaml
-from keymap.samples import refuse_claims
+from keymap.language.catalogue import Registry
+from keymap.language.compile import compile_mapping
+from keymap.language.format import Mapping
+from keymap.language.yaml_marks import Marked, parse_yaml
+from keymap.paths import data_folder
+from keymap.source.samples import refuse_claims
 
 
 def shown(file: Path) -> str:

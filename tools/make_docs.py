@@ -16,10 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keymap.mapping import Mapping, data_folder
-from keymap.marked_yaml import parse_yaml
-from keymap.registry import Registry, list_formats
-from keymap.rules import Rule
+from keymap.language.format import Mapping
+from keymap.language.rules import Rule
+from keymap.language.yaml_marks import parse_yaml
+from keymap.paths import data_folder
+from keymap.source.registry import Registry, list_formats
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "formats"

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the bu
 from peers import full_size
 from torch import nn
 
-from keymap.describe import describe
-from keymap.model import view_model
-from keymap.registry import registry
+from keymap.plan.describe import describe
+from keymap.plan.model import view_model
+from keymap.source.registry import registry
 
 FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip_configurations.yaml"
 HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json

@@ -18,8 +18,8 @@ from torch import Tensor
 import keymap
 from fuzz.mutate import mutant
 from fuzz.seeds import KINDS, Seed
-from keymap.carry import materialise
-from keymap.source import open_sources
+from keymap.load.copying import materialise
+from keymap.source.open import open_sources
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,351 @@
+"""Rules at work: from one set of keys to another, moving layouts and touching no element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from keymap.language.layout import Layout, Piece, cut, place, renamed, whole
+from keymap.language.rules import Check, Fault, Part, Rule, RuleError, RuleTable, Sizes, Step
+
+__all__ = ["Applied", "apply_rules"]
+
+_MOST_LACKING = 10_000  # members of a join that no key holds
+_MOST_SLICES = 10_000  # keys that tensors are cut into, more than there were before
+_MOST_MADE_UP = 8  # zeros that members of no key may bring, for each element of the others
+
+
+@dataclass(slots=True)
+class Applied:
+    """What one set of rules made of one set of keys."""
+
+    out: dict[str, Layout] = field(default_factory=dict)
+    left: dict[str, Layout] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+def _sizes(rule: Rule, facts: Mapping[str, int]) -> Sizes:
+    return {name: facts.get(size, size) if isinstance(size, str) else size for name, size in rule.sizes.items()}
+
+
+def _in_order(part: Part, found: Iterable[tuple[str, ...]]) -> list[tuple[str | None, ...]]:
+    """Every member that a join needs, in order: the indices' product with the alternatives."""
+    keys = list(found)
+    product: list[tuple[str | None, ...]] = [()]
+    for i in range(len(part.variables)):
+        column: list[str | None]
+        if i == len(part.variables) - 1 and part.members:
+            column = list(part.members)
+        else:
+            there = sorted({int(key[i]) for key in keys})
+            gap = next((n for n, index in enumerate(there) if n != index), None)
+            if gap is not None:
+                raise RuleError(f"the index leaves a gap: there is {there[-1]}, but no {gap}")
+            column = [str(n) for n in there]
+        if len(product) * len(column) > len(keys) + _MOST_LACKING:
+            raise RuleError(f"the join lacks {len(product) * len(column) - len(keys)} members or more")
+        product = [(*row, cell) for row in product for cell in column]
+    return product
+
+
+def _common_dtype(members: list[Layout]) -> torch.dtype:
+    """The dtype that holds the values of all members."""
+    kinds = {(m.dtype.is_floating_point, m.dtype.is_complex, m.dtype == torch.bool) for m in members}
+    if len(kinds) > 1:
+        raise RuleError(f"members of unlike dtypes: {', '.join(str(m.dtype) for m in members)}")
+    common = members[0].dtype
+    for member in members[1:]:
+        if member.dtype != common:
+            narrow = 1 in (common.itemsize, member.dtype.itemsize) and common.is_floating_point
+            try:
+                common = torch.float32 if narrow else torch.promote_types(common, member.dtype)
+            except RuntimeError:  # torch has no common dtype for all unsigned integers
+                raise RuleError(f"members of unlike dtypes: {common}, {member.dtype}") from None
+    return common
+
+
+def _joined(part: Part, members: list[Layout]) -> Layout:
+    """The members of a join, in order, as one tensor."""
+    shapes = {m.shape for m in members}
+    first = members[0]
+    dtype = _common_dtype(members)
+    if part.kind == "rows":
+        if len(shapes) > 1:
+            raise RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
+        total = first.shape[0] if first.shape else 0
+        covered = [(start, total if stop is None else stop) for start, stop in part.ranges]
+        ends = [0, *(stop for _, stop in covered)]
+        if ends[-1] != total or any(a != b or a >= c for (a, c), b in zip(covered, ends, strict=False)):
+            raise RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
+        pieces: list[Piece] = []
+        for member, (start, stop) in zip(members, covered, strict=True):
+            pieces += place(cut(member, 0, start, stop), first.shape, 0, start)
+        return Layout(first.shape, dtype, tuple(pieces))
+    if part.kind == "stack":
+        if len(shapes) > 1:
+            raise RuleError(f"a stack needs equal shapes, got {_list(m.shape for m in members)}")
+        members = [m._replace(shape=(*m.shape[: part.axis], 1, *m.shape[part.axis :])) for m in members]
+    axis = part.axis
+    if axis >= len(members[0].shape):
+        raise RuleError(f"there is no axis {axis} in {list(first.shape)}")
+    others = {(*m.shape[:axis], *m.shape[axis + 1 :]) for m in members}
+    if len(others) > 1 or len({len(m.shape) for m in members}) > 1:
+        raise RuleError(f"members differ in more than axis {axis}: {_list(m.shape for m in members)}")
+    total = sum(m.shape[axis] for m in members)
+    if part.kind == "concat":
+        want = [b - a for a, b in part.bounds(total)]
+        got = [m.shape[axis] for m in members]
+        if want != got:
+            said = "equal parts" if not part.lengths else f"parts {part.told}"
+            raise RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
+    shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
+    joined: list[Piece] = []
+    start = 0
+    for member in members:
+        joined += place(member, shape, axis, start)
+        start += member.shape[axis]
+    return Layout(shape, dtype, tuple(joined))
+
+
+def _list(shapes: Iterable[tuple[int, ...]]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
+
+
+def _join_all(rule: Rule, part: Part, members: Mapping[tuple[str, ...], Layout]) -> Layout:
+    """Join over the alternatives first, then over each index, the last one first."""
+    rows = _in_order(part, members)
+    absent = [row for row in rows if None not in row and row not in members]
+    if absent:
+        raise RuleError(f"the join lacks {len(absent)} of {len(rows)} members")
+    model = next(iter(members.values()))
+    made_up = whole(None, model.shape, model.dtype)
+    level = [(row, made_up if None in row else members[tuple(cell or "" for cell in row)]) for row in rows]
+    for depth in range(len(part.variables), 0, -1):
+        now = part if depth == len(part.variables) else Part("stack", 0, part.variables)
+        merged: dict[tuple[str | None, ...], list[Layout]] = {}
+        for row, layout in level:
+            merged.setdefault(row[:-1], []).append(layout)
+        level = [(row, _joined(now, group)) for row, group in merged.items()]
+    return level[0][1]
+
+
+def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+    """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
+
+    def slices(
+        at: int, axis: int, now: Layout, values: dict[str, str]
+    ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+        last = at == len(part.variables) - 1
+        if axis >= len(now.shape) or not now.shape[axis]:
+            raise RuleError(f"there is nothing to cut on axis {axis} of {list(now.shape)}")
+        if part.kind == "stack" and now.shape[axis] > _MOST_SLICES:
+            raise RuleError(f"axis {axis} of {list(now.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
+        if last and part.members and part.kind == "concat":
+            for member, (start, stop) in zip(part.members, part.bounds(now.shape[axis]), strict=True):
+                taken = cut(now, axis, start, stop)
+                yield {**values, part.variables[at]: member or ""}, taken, member is None
+            return
+        names = part.members if last and part.members else tuple(str(n) for n in range(now.shape[axis]))
+        if len(names) != now.shape[axis]:
+            raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
+        for number, name in enumerate(names):
+            taken = cut(now, axis, number, number + 1)
+            taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
+            step = {**values, part.variables[at]: name or ""}
+            if last:
+                yield step, taken, name is None
+            else:
+                yield from slices(at + 1, 0 if at + 2 < len(part.variables) else part.axis, taken, step)
+
+    yield from slices(0, 0 if len(part.variables) > 1 else part.axis, layout, {})
+
+
+def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
+    """Rows of axis 0."""
+    total = layout.shape[0] if layout.shape else 0
+    if start >= (total if stop is None else min(stop, total)) or (stop or 0) > total:
+        raise RuleError(f"there are no rows [{start}, {'end' if stop is None else stop}) in {list(layout.shape)}")
+    return cut(layout, 0, start, total if stop is None else stop)
+
+
+class _Made(NamedTuple):
+    """A tensor that a rule makes: the captures that its key has besides, and whether it must hold zeros."""
+
+    values: Mapping[str, str]
+    layout: Layout
+    zeros: bool
+
+
+def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[str, int]) -> Iterator[_Made]:
+    """The operations of a rule, in their order."""
+    sizes = _sizes(rule, facts)
+    if rule.take is not None:
+        members = {key: _taken(layout, *rule.take) for key, layout in members.items()}
+    if rule.before is not None:
+        members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
+    now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
+    zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
+    if zeros > _MOST_MADE_UP * (prod(now.shape) - zeros):
+        raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros of no key")
+    if rule.computes:
+        if rule.root is not None and rule.root >= len(now.shape):
+            raise RuleError(f"there is no axis {rule.root} in {list(now.shape)}")
+        factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
+        now = now._replace(
+            pieces=tuple(p._replace(factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
+        )
+    if rule.then is not None:
+        now = rule.then.apply(now, sizes)
+    parts = _cut_all(rule.cut, now) if rule.cut is not None else iter([({}, now, False)])
+    for values, layout, zeros in parts:
+        yield _Made(values, layout if rule.after is None else rule.after.apply(layout, sizes), zeros)
+
+
+class _Blocks:
+    """What rules made before: repeated blocks differ in the names of their sources alone."""
+
+    def __init__(self, facts: Mapping[str, int]) -> None:
+        self.facts = facts
+        self.made: dict[object, list[_Made]] = {}
+
+    def make(self, rule: Rule, members: Mapping[tuple[str, ...], Layout]) -> Iterable[_Made]:
+        """As `_make`."""
+        like: list[object] = [id(rule)]
+        names: dict[str, str | None] = {}
+        for row, layout in members.items():
+            if not layout.copied_whole:
+                return _make(rule, members, self.facts)
+            like += (row, layout.shape, layout.dtype)
+            names[str(len(names))] = layout.pieces[0].source
+        key = tuple(like)
+        if key not in self.made:
+            nameless = {row: whole(n, m.shape, m.dtype) for n, (row, m) in zip(names, members.items(), strict=True)}
+            self.made[key] = list(_make(rule, nameless, self.facts))
+        return [_Made(made.values, renamed(made.layout, names), made.zeros) for made in self.made[key]]
+
+
+def _with_sum(add: tuple[str, int | None], layout: Layout, tensors: Mapping[str, Layout]) -> Layout:
+    """A layout, and a tensor of the file (a row of it) added to it."""
+    key, row = add
+    if key not in tensors:
+        raise RuleError(f"it adds {key!r}, which is not there")
+    other = tensors[key]
+    if row is not None:
+        if not other.shape or row >= other.shape[0]:
+            raise RuleError(f"it adds row {row} of {key!r}, whose shape is {list(other.shape)}")
+        other = cut(other, 0, row, row + 1)
+    if [n for n in other.shape if n != 1] != [n for n in layout.shape if n != 1]:
+        raise RuleError(f"it adds {key!r} of shape {list(other.shape)} to {list(layout.shape)}")
+    return layout._replace(pieces=layout.pieces + tuple(p._replace(add=True) for p in other.pieces))
+
+
+def apply_rules(
+    table: RuleTable, tensors: Mapping[str, Layout], facts: Mapping[str, int], pass_others: bool = False
+) -> Applied:
+    """Apply rules to all keys at once, so that cycles of names are safe.
+
+    Args:
+        table: the rules, in the direction wanted.
+        tensors: layouts by key; not changed.
+        facts: lengths that views may ask for.
+        pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
+    """
+    result, blocks = Applied(), _Blocks(facts)
+    jobs: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[str, ...], str]] = {}
+    rules: dict[int, Rule] = {}
+    more = 0
+    for key, layout in tensors.items():
+        found = table.find(key)
+        if found is None:
+            if pass_others:
+                _put(result, key, layout, None, (key,))
+            else:
+                result.left[key] = layout
+            continue
+        rule, values = found
+        if rule.renames:
+            _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
+            continue
+        rules[id(rule)] = rule
+        row = tuple([values.pop(name) for name in rule.join.variables]) if rule.join is not None else ()
+        jobs.setdefault((id(rule), tuple(values.items())), {})[row] = key
+    for (number, kept), keys in jobs.items():
+        if more > _MOST_SLICES:
+            break
+        rule = rules[number]
+        members = {row: tensors[key] for row, key in keys.items()}
+        sources = tuple(keys.values())
+        values = dict(kept)
+        if rule.tied is not None:  # the twin's values are written; these must be the same
+            for row, key in keys.items():
+                lost = rule.join.variables if rule.join is not None else ()
+                twin = rule.tied.write({**values, **dict(zip(lost, row, strict=True))})
+                if twin in tensors:
+                    result.checks.append(Check(key, tensors[key], tensors[twin], f"it is tied to {twin}"))
+            continue
+        try:
+            outputs = [
+                (
+                    None if made.zeros else side.write({**values, **made.values}),
+                    made.layout if rule.add is None else _with_sum(rule.add, made.layout, tensors),
+                )
+                for made in blocks.make(rule, members)
+                for side in rule.targets
+            ]
+            more += max(len(outputs) - len(keys), 0)
+            if more > _MOST_SLICES:
+                raise RuleError(f"with it, tensors are cut into more than {_MOST_SLICES} keys")
+        except ValueError as error:  # of a rule, a view or a piece
+            fault = _fault(rule, values, keys, members, str(error))
+            result.faults.append(fault._replace(fatal=more > _MOST_SLICES))  # for what comes after is not looked at
+            continue
+        for target, layout in outputs:
+            if target is None:
+                made = f"the part of {', '.join(sources)} that the format has no key for"
+                result.checks.append(Check(made, layout, 0, "it is left out"))
+            else:
+                _put(result, target, layout, rule, sources)
+    return result
+
+
+def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, sources: tuple[str, ...]) -> None:
+    """Enter a target; ``rule`` is None for a key that keeps its name."""
+    if target in result.out:
+        first, second = result.out[target].sources, layout.sources
+        why = f"{rule.place}: rule {rule.text}: " if rule is not None else ""
+        text = f"{why}both {', '.join(first)} and {', '.join(second)} become {target!r}; keep one of them in the file"
+        result.faults.append(Fault(text, (*first, *second), fatal=True))
+        return
+    result.out[target] = layout
+    if rule is not None:
+        result.steps.append((rule, sources, target))
+
+
+def _fault(
+    rule: Rule,
+    values: Mapping[str, str],
+    keys: Mapping[tuple[str, ...], str],
+    members: Mapping[tuple[str, ...], Layout],
+    what: str,
+) -> Fault:
+    shapes = ", ".join(f"{key} {list(members[row].shape)}" for row, key in list(keys.items())[:6])
+    missing: list[str] = []
+    if rule.join is not None:
+        try:
+            rows = [row for row in _in_order(rule.join, keys) if None not in row and row not in keys]
+        except RuleError:  # a gap in an index, which `what` tells
+            rows = []
+        for row in rows[:6]:
+            named = {n: v for n, v in zip(rule.join.variables, row, strict=True) if v is not None}
+            missing.append(rule.source.write({**values, **named}))
+    lacks = f"; missing: {', '.join(missing)}" if missing else ""
+    text = f"{rule.place}: rule {rule.text}: {what} (from {shapes}{lacks})"
+    return Fault(
+        text, tuple(source for row, layout in members.items() for source in layout.named(keys[row])), rule.group
+    )

@@ -1,0 +1,209 @@
+"""Mappings together: by name, and respellings joined into paths.
+
+For each tower respellings form a forest, so a path between two spellings is unique or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from keymap.errors import MappingError
+from keymap.language.compile import compile_marked
+from keymap.language.format import Configuration, Containers, Mapping
+from keymap.language.overlap import overlap
+from keymap.language.rules import RuleTable
+from keymap.language.schema import known_right
+from keymap.language.yaml_marks import Marked, read_yaml
+
+__all__ = ["Registry", "Respelling"]
+
+
+class Respelling(NamedTuple):
+    """One step between two spellings of a tower, in one direction."""
+
+    mapping: Mapping
+    table: RuleTable
+    source: str
+    target: str
+
+
+@dataclass
+class Registry:
+    """Mappings by name.
+
+    Attributes:
+        mappings: compiled.
+        files: the parsed texts, for the tables that other files use.
+        places: where the files lie; a file that is added again replaces what it held before.
+    """
+
+    mappings: dict[str, Mapping] = field(default_factory=dict)
+    files: dict[str, Marked] = field(default_factory=dict)
+    places: dict[str, Path] = field(default_factory=dict)
+    _paths: dict[tuple[str, str], dict[str, list[Respelling]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def hub(self) -> Mapping:
+        return next(m for m in self.mappings.values() if m.kind == "hub")
+
+    @property
+    def formats(self) -> list[Mapping]:
+        """What a file can be: the formats, and the hub's own."""
+        return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
+
+    @property
+    def containers(self) -> Containers:
+        """The tables of all files that have one, in the order of their registration."""
+        every = [mapping.containers for mapping in self.mappings.values()]
+        joined = {f.name: dict.fromkeys(e for one in every for e in getattr(one, f.name)) for f in fields(Containers)}
+        return Containers(**{name: tuple(entries) for name, entries in joined.items()})
+
+    @property
+    def configurations(self) -> list[Configuration]:
+        """The configurations of the hub's models that are recorded."""
+        return [entry for mapping in self.mappings.values() for entry in mapping.configurations]
+
+    def get(self, name: str) -> Mapping:
+        """The mapping of that name.
+
+        Raises:
+            MappingError: there is none; near names are listed.
+        """
+        if name in self.mappings:
+            return self.mappings[name]
+        near = get_close_matches(name, self.mappings, 3)
+        known = ", ".join(sorted(m.name for m in self.formats))
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise MappingError(f"there is no format {name!r}; {hint}known: {known}")
+
+    def add(
+        self,
+        files: Iterable[Path],
+        check: Callable[[Registry, Iterable[str]], None] | None = None,
+        released: bool = False,
+    ) -> list[Mapping]:
+        """Compile files and add them, all or none.
+
+        Args:
+            files: YAML files.
+            check: given all mappings and the names of the new ones, raises MappingError where they may not be added.
+            released: they have been found right before, and are not checked again.
+
+        Raises:
+            MappingError: a file is wrong, a name is taken, respellings would form a cycle, or ``check`` refuses.
+        """
+        parsed = dict(self.files)
+        texts: list[tuple[Path, Marked]] = []
+        for file in files:
+            marked = read_yaml(file, _shown(file))
+            name = marked.data.get("format") if isinstance(marked.data, dict) else None
+            if isinstance(name, str):
+                parsed[name] = marked
+            if released:
+                known_right(marked)
+            texts.append((file, marked))
+        added: dict[str, Mapping] = {}
+        places = dict(self.places)
+        for file, marked in texts:
+            mapping = compile_marked(marked, parsed.get, released)
+            name, here = mapping.name, parsed[mapping.name].at(("format",))
+            taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
+            if taken is not None:
+                raise MappingError(f"{here}: the name {name!r} is taken by {taken.file}; choose another name")
+            if file.stem != name:
+                raise MappingError(f"{here}: format {name!r} belongs into {name}.yaml; rename one of them")
+            added[name], places[name] = mapping, file.resolve()
+        together = Registry({**self.mappings, **added}, parsed, places)
+        if not released:
+            together._check()
+        if check is not None:
+            check(together, tuple(added))
+        self._paths.clear()
+        self.mappings, self.files, self.places = together.mappings, together.files, together.places
+        return list(added.values())
+
+    def _check(self) -> None:
+        hubs = [m for m in self.mappings.values() if m.kind == "hub"]
+        if len(hubs) != 1:
+            raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
+        for mapping in self.mappings.values():
+            for tower in mapping.speaks:
+                if tower not in hubs[0].spellings:
+                    at = self.files[mapping.name].at(("speaks", tower))
+                    known = ", ".join(hubs[0].spellings)
+                    raise MappingError(f"{at}: the hub spells no tower {tower!r}; known: {known}")
+        for tower, spellings in hubs[0].spellings.items():
+            parent = {name: name for name in spellings}
+
+            def root(name: str, parent: dict[str, str] = parent) -> str:
+                while parent[name] != name:
+                    name = parent[name]
+                return name
+
+            for mapping in self.mappings.values():
+                spoken = mapping.between if mapping.tower == tower else mapping.speaks.get(tower, ())
+                unknown = [name for name in spoken if name not in spellings]
+                if unknown:
+                    at = self.files[mapping.name].at((tower,) if mapping.tower else ("speaks", tower))
+                    raise MappingError(
+                        f"{at}: the hub knows no {tower} spelling {unknown[0]!r}; known: {', '.join(spellings)}"
+                    )
+                if mapping.tower != tower:
+                    continue
+                one, two = (root(name) for name in mapping.between)
+                if one == two:
+                    at, both = self.files[mapping.name].at((tower,)), " and ".join(mapping.between)
+                    raise MappingError(
+                        f"{at}: a second path between {tower} spellings {both}; respellings of a tower form a forest"
+                    )
+                parent[one] = two
+        lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
+        if lost:
+            raise MappingError("rules write keys that the hub does not have", lost)
+
+    def path(self, tower: str, source: str, target: str) -> list[Respelling] | None:
+        """The respellings that lead from one spelling to another; None where none do."""
+        if (tower, source) not in self._paths:
+            self._paths[tower, source] = self._paths_from(tower, source)
+        return self._paths[tower, source].get(target)
+
+    def _paths_from(self, tower: str, source: str) -> dict[str, list[Respelling]]:
+        steps = []
+        for mapping in self.mappings.values():
+            if mapping.kind == "respelling" and mapping.tower == tower:
+                steps.append(Respelling(mapping, mapping.table, *mapping.between))
+                if not any(rule.oneway for rule in mapping.rules):
+                    steps.append(Respelling(mapping, mapping.back, *reversed(mapping.between)))
+        paths: dict[str, list[Respelling]] = {source: []}
+        queue = [source]
+        while queue:
+            here = queue.pop()
+            for step in steps:
+                if step.source == here and step.target not in paths:
+                    paths[step.target] = [*paths[here], step]
+                    queue.append(step.target)
+        return paths
+
+
+def _strays(hub: Mapping, mapping: Mapping) -> Iterable[str]:
+    """Rules whose target is no name of the hub in the rule's tower."""
+    for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
+        own = [other.source for other in hub.rules if other.group == rule.group]
+        for side in rule.targets:
+            sample = side.sample
+            if not any(other.match(sample) is not None for other in own) and not any(overlap(side, o) for o in own):
+                towers = {other.group for other in hub.rules if overlap(side, other.source)}
+                there = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
+                yield f"{rule.place}: {str(side)!r} stands in group {rule.group!r}, but {there}"
+
+
+def _shown(file: Path) -> str:
+    """A path as messages show it: relative to the working folder where it lies in it."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)

@@ -1,0 +1,239 @@
+"""What a mapping file says, as frozen data: evidence, rules, and the tables of the hub and of containers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingType
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from keymap.language.pattern import Side
+from keymap.language.rules import Rule, RuleTable
+
+__all__ = [
+    "Accept",
+    "Clue",
+    "Config",
+    "Configuration",
+    "Containers",
+    "Drop",
+    "Evidence",
+    "Fact",
+    "Mapping",
+    "Nowhere",
+    "Place",
+    "Position",
+    "Refusal",
+    "Scalar",
+    "Variant",
+]
+
+Scalar = str | int | float | bool
+
+
+class Clue(NamedTuple):
+    """A pattern that some key matches; with ``ndim``, one whose tensor has that many axes."""
+
+    side: Side
+    ndim: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.side) if self.ndim is None else f"{self.side} with {self.ndim} axes"
+
+
+class Evidence(NamedTuple):
+    all: tuple[Clue, ...] = ()
+    any: tuple[Clue, ...] = ()
+    none: tuple[Clue, ...] = ()
+
+
+class Accept(NamedTuple):
+    when: Evidence | None
+    table: RuleTable
+
+
+class Drop(NamedTuple):
+    """Keys that carry no weights: the reason, and the key whose values they must repeat, if that is told."""
+
+    side: Side
+    why: str
+    same_as: Side | None = None
+
+
+class Nowhere(NamedTuple):
+    """Keys of a tower that no model of the hub has a place for, and why."""
+
+    side: Side
+    tower: str
+    why: str
+
+
+class Refusal(NamedTuple):
+    """Evidence of a file that cannot be loaded at all, and what it is; ``contains`` are parts of keys, any of them."""
+
+    why: str
+    when: Evidence
+    contains: tuple[str, ...] = ()
+
+
+class Variant(NamedTuple):
+    when: Evidence
+    when_hub: Evidence
+    rules: tuple[Rule, ...]
+
+
+class Position(NamedTuple):
+    """A position embedding: ``lead`` axes of length one, prefix rows, then a grid or a line, then the width.
+
+    ``apart``: the grid has two axes of its own, ``1 h w d``, so its shape tells it.
+    """
+
+    key: str
+    lead: int
+    grid: bool
+    prefix: int | tuple[str, ...]
+    apart: bool = False
+
+
+class Place(NamedTuple):
+    """Where a configuration holds a value.
+
+    Attributes:
+        path: keys with dots between them.
+        words: what its values are called elsewhere; where there are words, a value without one tells nothing.
+        unless: a path whose presence makes this one mean something else.
+    """
+
+    path: str
+    words: MappingType[str, Scalar] = {}
+    unless: str = ""
+
+
+class Config(NamedTuple):
+    """A format's own configuration file: where it tells the image grid, and what no weight does.
+
+    ``defaults`` are what the format's code takes where the file leaves a fact out.
+    """
+
+    file: str
+    image_size: tuple[Place, ...] = ()
+    patch_size: tuple[Place, ...] = ()
+    facts: MappingType[str, tuple[Place, ...]] = {}
+    defaults: MappingType[str, Scalar] = {}
+
+
+class Fact(NamedTuple):
+    """What no weight tells, and where a model does.
+
+    Attributes:
+        paths: of attributes, each with a number to divide by; the first that the model has is taken.
+        label: in words; facts without one are not compared. Facts with one label say the same in other units.
+        change: the setting of the hub's configuration that determines it.
+        words: what values are called, of modules by their class.
+        present: the fact is whether the attribute holds anything.
+        only: facts of the model under which this one matters.
+    """
+
+    paths: tuple[tuple[str, int], ...]
+    label: str = ""
+    change: str = ""
+    words: MappingType[str, Scalar] = {}
+    present: bool = False
+    only: MappingType[str, Scalar] = {}
+
+
+class Configuration(NamedTuple):
+    """Configurations of the hub's models that share all shapes but those of positions.
+
+    Attributes:
+        fingerprints: of each tower, see `describe`.
+        names: the configurations, each with the number of positions of its towers, in the order of the fingerprints.
+    """
+
+    fingerprints: MappingType[str, str]
+    names: MappingType[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Containers:
+    """What stands around a state dict.
+
+    Attributes:
+        wrappers: names that hold a state dict, the preferred first.
+        prefixes: cut from keys where every key has them.
+        segments: names that a wrapper class puts into the middle of keys; cut wherever they stand.
+        counters: numbers that a training class keeps beside a model.
+        parts: names of models that a file may hold beside other things; one of them is taken as a state dict.
+        training_state: names that tell a training state without weights.
+        files: in a folder, the names of checkpoints, the preferred first, each with what it is.
+        folders: names of files that tell a folder which cannot be read, with what to do.
+    """
+
+    wrappers: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    segments: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    training_state: tuple[str, ...] = ()
+    files: tuple[tuple[Side, str], ...] = ()
+    folders: tuple[tuple[Side, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Mapping:
+    """One mapping file, compiled. Fields are as in the schema."""
+
+    name: str
+    kind: str
+    title: str
+    file: str
+    reference: str = ""
+    notes: tuple[str, ...] = ()
+    speaks: MappingType[str, tuple[str, ...]] = field(default_factory=dict)
+    detect: Evidence = field(default_factory=Evidence)
+    drop: tuple[Drop, ...] = ()
+    nowhere: tuple[Nowhere, ...] = ()
+    refuse: tuple[Refusal, ...] = ()
+    accepts: tuple[Accept, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    dtypes: tuple[tuple[Side, str], ...] = ()
+    shapes: tuple[tuple[Side, tuple[int, ...]], ...] = ()
+    config: Config | None = None
+    states: MappingType[str, Scalar] = field(default_factory=dict)
+    tower: str = ""
+    between: tuple[str, ...] = ()
+    spellings: MappingType[str, MappingType[str, Evidence]] = field(default_factory=dict)
+    scalars: frozenset[str] = frozenset()
+    absent_means: MappingType[str, tuple[float | str, bool]] = field(default_factory=dict)
+    file_only: frozenset[str] = frozenset()
+    positions: MappingType[str, Position] = field(default_factory=dict)
+    facts: MappingType[str, Fact] = field(default_factory=dict)
+    causal_masks: frozenset[str] = frozenset()
+    measures: MappingType[str, MappingType[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
+    configurations: tuple[Configuration, ...] = ()
+    containers: Containers = field(default_factory=Containers)
+
+    @cached_property
+    def table(self) -> RuleTable:
+        """The rules, those of variants left out."""
+        return RuleTable(self.rules)
+
+    @cached_property
+    def back(self) -> RuleTable:
+        """The way back of ``table``."""
+        return self.table.inverse()
+
+    @cached_property
+    def ends_left_out(self) -> tuple[str, ...]:
+        """Texts of which one ends every key that `drop` or `nowhere` leaves out."""
+        sides = [*(entry.side for entry in self.drop), *(entry.side for entry in self.nowhere)]
+        return tuple(end for side in sides for end in side.ends)
+
+    def dropped(self, key: str) -> tuple[str, str] | None:
+        """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""
+        for drop in self.drop:
+            values = drop.side.match(key)
+            if values is not None:
+                return drop.why, drop.same_as.write(values) if drop.same_as is not None else ""
+        return None

@@ -1,0 +1,141 @@
+"""Do two patterns share a key? Decided for all keys, not for samples: rules of one format never compete for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+from keymap.language.pattern import OPEN, Effort, Side
+
+__all__ = ["alike", "overlap"]
+
+_digit = OPEN["int"][1]
+_Class = str | Callable[[str], bool]  # one character, or a predicate
+_Automaton = tuple[list[list[tuple[_Class, int]]], list[list[int]], int]
+_SAMPLES = "1a_-/.:#"
+
+
+@lru_cache(maxsize=4096)
+def _automaton(side: Side) -> _Automaton:
+    """States with character edges and empty edges; the last number is the accepting state."""
+    edges: list[list[tuple[_Class, int]]] = [[]]
+    empty: list[list[int]] = [[]]
+
+    def state() -> int:
+        edges.append([])
+        empty.append([])
+        return len(edges) - 1
+
+    def chain(at: int, text: str) -> int:
+        for char in text:
+            after = state()
+            edges[at].append((char, after))
+            at = after
+        return at
+
+    def number(at: int, least: int) -> int:
+        """The numbers from ``least`` on, without leading zeros."""
+        done, longer = state(), state()
+        empty[longer].append(done)
+        edges[longer].append((_digit, longer))
+        to_come = [longer]  # by how many digits are still to come, at least
+        for _ in str(least):
+            edges[state()].append((_digit, to_come[-1]))
+            to_come.append(len(edges) - 1)
+        for left, digit in zip(range(len(str(least)) - 1, -1, -1), str(least), strict=True):
+            for other in "0123456789":
+                if other != digit and (other != "0" or left < len(str(least)) - 1):
+                    edges[at].append((other, to_come[left + (other < digit)]))
+            at = chain(at, digit)
+        empty[at].append(longer if least else done)
+        return done
+
+    at = 0
+    for token in side.tokens:
+        if isinstance(token, str):
+            at = chain(at, token)
+        elif token.kind == "alts":
+            ends = [chain(at, spelled) for _, spelled in token.options]
+            join = state()
+            for end in ends:
+                empty[end].append(join)
+            at = join
+        elif token.kind == "int":
+            at = number(at, max(0, token.shift))
+        else:
+            after = state()
+            inside = OPEN[token.kind][1]
+            edges[at].append((inside, after))
+            edges[after].append((inside, after))
+            at = after
+    return edges, empty, at
+
+
+def _common(a: _Class, b: _Class) -> str | None:
+    if isinstance(a, str):
+        return a if (a == b if isinstance(b, str) else b(a)) else None
+    if isinstance(b, str):
+        return b if a(b) else None
+    return next((c for c in _SAMPLES if a(c) and b(c)), None)
+
+
+def _part(a: Side, b: Side) -> bool:
+    """True where two sides that begin alike, with the same texts and indices, go on with different texts."""
+    for one, other in zip(a.tokens, b.tokens, strict=False):
+        if isinstance(one, str) and isinstance(other, str):
+            if one != other:
+                return not (one.startswith(other) or other.startswith(one))
+        elif isinstance(one, str) or isinstance(other, str) or one.kind != "int" or other.kind != "int":
+            return False
+    return False
+
+
+def alike(sides: Sequence[Side], seen: int = 0) -> Iterator[tuple[int, int]]:
+    """The pairs of sides, by number, that may match keys of one beginning; no other pair shares a key.
+
+    Pairs within the first ``seen`` sides are left out. A pair comes several times where alternatives begin alike.
+    """
+    begun: list[tuple[str, int]] = []  # each begins the next, and the text at hand
+    fresh: list[tuple[str, int]] = []  # those of them that have not been seen
+    for start, number in sorted((start, number) for number, side in enumerate(sides) for start in side.starts):
+        for stack in (begun, fresh):
+            while stack and not start.startswith(stack[-1][0]):
+                stack.pop()
+        for _, other in fresh if number < seen else begun:
+            if other != number:
+                yield min(number, other), max(number, other)
+        begun.append((start, number))
+        if number >= seen:
+            fresh.append((start, number))
+
+
+def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:
+    """A key that both sides match, or None where they share none; PatternError where ``effort`` is not enough."""
+    effort = effort or Effort()
+    effort.spend(1 + len(a.starts) * len(b.starts) // 8 + len(a.ends) * len(b.ends) // 8)
+    if not (any(x.startswith(b.starts) for x in a.starts) or any(y.startswith(a.starts) for y in b.starts)):
+        return None
+    if not (any(x.endswith(b.ends) for x in a.ends) or any(y.endswith(a.ends) for y in b.ends)):
+        return None
+    if _part(a, b):
+        return None
+    edges_a, empty_a, end_a = _automaton(a)
+    edges_b, empty_b, end_b = _automaton(b)
+    queue: list[tuple[int, int, str]] = [(0, 0, "")]
+    seen = {(0, 0)}
+    while queue:
+        i, j, text = queue.pop()
+        effort.spend(2 + len(edges_a[i]) * len(edges_b[j]) // 2)
+        if i == end_a and j == end_b and a.match(text) is not None and b.match(text) is not None:
+            return text
+        steps = [(n, j, text) for n in empty_a[i]] + [(i, n, text) for n in empty_b[j]]
+        for class_a, n in edges_a[i]:
+            for class_b, m in edges_b[j]:
+                char = _common(class_a, class_b)
+                if char is not None:
+                    steps.append((n, m, text + char))
+        for step in steps:
+            if step[:2] not in seen:
+                seen.add(step[:2])
+                queue.append(step)
+    return None

@@ -1,0 +1,310 @@
+"""Rules as data: which keys they own, what they do in which order, and what they are backwards.
+
+The operations of a rule have one fixed order: view each member, join them, view the whole, cut it, view each
+part. Read backwards the same order holds, so the inverse of a rule is the rule with its sides exchanged and its
+operations reversed, each by its own inverse. `apply.py` carries them out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from keymap.language.layout import Layout
+from keymap.language.pattern import Side, Slot
+from keymap.language.view import View
+
+__all__ = ["Check", "Fault", "Part", "Rule", "RuleError", "RuleTable", "Sizes", "Step"]
+
+Sizes = Mapping[str, int | str]
+
+
+class RuleError(ValueError):
+    """A rule does not fit the tensors that it was given."""
+
+
+class Part(NamedTuple):
+    """How several tensors make one, and the other way round.
+
+    Attributes:
+        kind: ``concat`` along an axis, ``stack`` on a new axis, or ``rows`` merged by ranges of axis 0.
+        axis: its number in the tensor that is joined (after ``view``).
+        variables: the captures that number the members.
+        members: what the last of the variables may be, in order; None stands for a member of zeros. Empty for
+            an open index, whose members are 0, 1, 2, ...
+        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts.
+        ranges: for ``rows``.
+    """
+
+    kind: str
+    axis: int
+    variables: tuple[str, ...]
+    members: tuple[str | None, ...] = ()
+    lengths: tuple[int | None, ...] = ()
+    ranges: tuple[tuple[int, int | None], ...] = ()
+
+    @property
+    def told(self) -> list[int | str]:
+        """The lengths as a mapping spells them."""
+        return ["*" if n is None else n for n in self.lengths]
+
+    def bounds(self, total: int) -> list[tuple[int, int]]:
+        """Where each member lies on the axis of a whole that is ``total`` long."""
+        lengths: tuple[int | None, ...] = self.lengths or (1,) * len(self.members)
+        told = sum(n for n in lengths if n is not None)
+        if None in lengths:
+            exact = [total - told if n is None else n for n in lengths]
+        else:
+            if total % told:
+                raise RuleError(f"an axis of length {total} cannot be cut in proportions {list(lengths)}")
+            exact = [n * (total // told) for n in lengths if n is not None]
+        if min(exact) < 1:
+            raise RuleError(f"an axis of length {total} is too short for parts {self.told}")
+        ends = [sum(exact[: i + 1]) for i in range(len(exact))]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One rule in one direction.
+
+    Attributes:
+        place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
+        group: the tower it belongs to, empty for `accepts`.
+        source, targets: the sides; more than one target for tied weights.
+        take: the rows [first, last) of axis 0 that are used at all, None for the end.
+        before, join, then, cut, after: the further operations, in this order.
+        optional, oneway, rest: as in the mapping.
+        sizes: axis lengths that no shape tells.
+        add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
+            square root is the factor.
+        tied: the key whose values this one must repeat (the way back of a rule with several targets).
+    """
+
+    place: str
+    text: str
+    group: str
+    source: Side
+    targets: tuple[Side, ...]
+    take: tuple[int, int | None] | None = None
+    before: View | None = None
+    join: Part | None = None
+    then: View | None = None
+    cut: Part | None = None
+    after: View | None = None
+    optional: bool = False
+    oneway: bool = False
+    rest: bool = False
+    sizes: Sizes = field(default_factory=dict)
+    add: tuple[str, int | None] | None = None
+    factor: float = 1.0
+    root: int | None = None
+    term: float = 0.0
+    tied: Side | None = None
+
+    @cached_property
+    def renames(self) -> bool:
+        """True when the rule only renames one key."""
+        does = (self.take, self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
+        return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
+
+    @cached_property
+    def keeps(self) -> bool:
+        """True when the rule gives a key as it is."""
+        return self.renames and self.source.tokens == self.targets[0].tokens
+
+    @cached_property
+    def counts(self) -> bool:
+        """True when the captures are indices and alternatives, spelled as they are."""
+        plain = all(slot.plain and slot.kind in ("int", "alts") for slot in self.source.slots)
+        return plain and not self._falling
+
+    @cached_property
+    def _falling(self) -> tuple[Slot, ...]:
+        return tuple(slot for side in self.targets for slot in side.slots if slot.shift < 0)
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """The captures, or None: also where ``<1-1>`` would write an index below zero."""
+        values = self.source.match(key)
+        if values is not None and self._falling and any(s.write(values).startswith("-") for s in self._falling):
+            return None
+        return values
+
+    @cached_property
+    def computes(self) -> bool:
+        return self.factor != 1.0 or self.term != 0.0 or self.root is not None
+
+    def inverse(self) -> tuple[Rule, ...]:
+        """The way back; one rule a target where several are tied, and none for a one-way rule."""
+        if self.oneway:
+            return ()
+        main = replace(
+            self,
+            source=self.targets[0],
+            targets=(self.source,),
+            before=self.after.inverse() if self.after else None,
+            join=self.cut,
+            then=self.then.inverse() if self.then else None,
+            cut=self.join,
+            after=self.before.inverse() if self.before else None,
+        )
+        twins = [replace(main, source=side, tied=self.targets[0]) for side in self.targets[1:]]
+        return (main, *twins)
+
+
+class Check(NamedTuple):
+    """A value that must be seen before anything is written.
+
+    Attributes:
+        key: what is checked, in the words of the report.
+        layout: the elements to read.
+        value: 0, 1 or ``eye``; or the layout that must be equal.
+        why: what follows from it.
+    """
+
+    key: str
+    layout: Layout
+    value: float | str | Layout
+    why: str
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes:
+        text: what, in a sentence.
+        sources: the source keys that it concerns.
+        group: the tower of the rule, empty where no rule of a tower is meant.
+        fatal: True where not even a partial load is safe: two keys that become one.
+        foreign: True where a whole tower is of another architecture.
+    """
+
+    text: str
+    sources: tuple[str, ...] = ()
+    group: str = ""
+    fatal: bool = False
+    foreign: bool = False
+
+
+Step = tuple[Rule, tuple[str, ...], str]  # one application of a rule, for `Plan.explain`: to which keys, making which
+
+
+_MANY = 100  # rules of a table; those of real formats have fewer
+_MOST_SEEN = 1000  # forms of keys that a table remembers
+_DIGITS = re.compile(r"[0-9]+")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+
+
+class _Like(NamedTuple):
+    """Keys that differ in their digits alone, as those of repeated blocks do: one rule owns them all.
+
+    Attributes:
+        values: the rule's captures, of one of the keys.
+        indices: captures that are a number of the key, and from where to where it stands.
+        fixed: digits of the key that are the rule's own text, and where they begin.
+    """
+
+    values: dict[str, str]
+    indices: tuple[tuple[str, int, int], ...]
+    fixed: tuple[tuple[str, int], ...]
+
+    def captures(self, key: str) -> dict[str, str] | None:
+        """The captures of another of the keys; None where it is none of the rule's after all."""
+        for digits, start in self.fixed:
+            if not key.startswith(digits, start):
+                return None
+        values = self.values.copy()
+        for name, start, stop in self.indices:
+            if key[start] == "0" and stop - start > 1:
+                return None
+            values[name] = key[start:stop]
+        return values
+
+
+def _like(rule: Rule, values: Mapping[str, str]) -> _Like | None:
+    """What a key tells of others; None where captures may differ in more than an index.
+
+    That a number stands where it stood holds because no side has two readings, which `parse.py` sees to.
+    """
+    if not rule.counts:
+        return None
+    indices: list[tuple[str, int, int]] = []
+    fixed: list[tuple[str, int]] = []
+    at = 0
+    for token in rule.source.tokens:
+        text = token if isinstance(token, str) else values[token.names[0]]
+        if isinstance(token, Slot) and token.kind == "int":
+            indices.append((token.names[0], at, at + len(text)))
+        else:
+            fixed += [(found.group(), at + found.start()) for found in _DIGITS.finditer(text)]
+        at += len(text)
+    return _Like(dict(values), tuple(indices), tuple(fixed))
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Rules that share no key, apart from `rest` rules, which own what no other rule owns."""
+
+    rules: tuple[Rule, ...]
+
+    @cached_property
+    def _literal(self) -> dict[str, Rule]:
+        return {rule.source.write({}): rule for rule in self.rules if rule.source.literal}
+
+    @cached_property
+    def _patterns(self) -> list[Rule]:
+        """The other rules; `rest` rules are the last."""
+        return sorted((rule for rule in self.rules if not rule.source.literal), key=lambda rule: rule.rest)
+
+    @cached_property
+    def _starts(self) -> tuple[str, ...]:
+        """Texts of which one begins every key that a pattern matches."""
+        return tuple(dict.fromkeys(start for rule in self._patterns for start in rule.source.starts))
+
+    @cached_property
+    def _counts(self) -> bool:
+        return any(rule.counts for rule in self._patterns)
+
+    @cached_property
+    def _any(self) -> re.Pattern[str]:
+        """Matches what any of many patterns does: a key that nobody owns costs one look, not one a rule."""
+        return re.compile("|".join(f"(?:{rule.source.regex})" for rule in self._patterns), re.DOTALL)
+
+    @cached_property
+    def _seen(self) -> dict[bytes, list[tuple[Rule, _Like | None]]]:
+        return {}
+
+    def find(self, key: str) -> tuple[Rule, dict[str, str]] | None:
+        """The rule that owns the key, and its captures.
+
+        Keys of a repeated block differ in their digits alone, so what one of them told is tried first: the time for
+        a key does not grow with the number of rules.
+        """
+        literal = self._literal.get(key)
+        if literal is not None:
+            return literal, {}
+        if not key.startswith(self._starts):
+            return None
+        form = key.encode("utf-8", "surrogatepass").translate(_ZEROS)
+        seen = self._seen.get(form, ())
+        for rule, like in seen:
+            values = rule.match(key) if like is None else like.captures(key)
+            if values is not None:
+                return rule, values
+        if len(self._patterns) > _MANY and self._any.fullmatch(key) is None:
+            return None
+        for rule in self._patterns:
+            may = key.startswith(rule.source.starts) and key.endswith(rule.source.ends)
+            values = rule.match(key) if may else None
+            if values is not None:
+                new = len(self._seen) < _MOST_SEEN and not rule.rest and all(rule is not other for other, _ in seen)
+                if new and self._counts:
+                    self._seen.setdefault(form, []).append((rule, _like(rule, values)))
+                return rule, values
+        return None
+
+    def inverse(self) -> RuleTable:
+        return RuleTable(tuple(back for rule in self.rules for back in rule.inverse()))

@@ -1,0 +1,1 @@
+"""A plan carried out: the last checks, then pieces copied or assigned into a model's memory."""

@@ -1,0 +1,144 @@
+"""What a set of the hub's keys is, in sizes and words: towers, widths, layers; and which known configurations fit it.
+
+A *fingerprint* of a tower is a digest of its keys and shapes, without position embeddings (they are resized), scalars,
+derived buffers and keys whose absence means a value. Equal fingerprints load into each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping as MappingType
+from typing import NamedTuple
+
+from keymap.errors import some
+from keymap.language.apply import apply_rules
+from keymap.language.catalogue import Registry
+from keymap.language.format import Mapping
+from keymap.language.layout import Layout
+from keymap.language.pattern import Side
+from keymap.plan.to_hub import tower_of
+from keymap.source.detect import spelling
+
+__all__ = ["Described", "Tower", "configurations_for", "describe", "in_words", "unlike"]
+
+
+class Tower(NamedTuple):
+    """One tower of a file or of a model.
+
+    Attributes:
+        spelling: how its keys are spelled; ``canonical`` is the first of the hub's spellings that respellings lead to
+            and back from.
+        sizes: what its shapes tell, by the hub's words.
+        fingerprint: of its canonical keys and shapes.
+        uneven: its blocks differ in their shapes.
+    """
+
+    spelling: str
+    canonical: str
+    sizes: MappingType[str, int]
+    fingerprint: str
+    uneven: bool
+
+    def __str__(self) -> str:
+        told = [f"{name} {size}" for name, size in self.sizes.items()]
+        told += ["blocks of different sizes, as a pruned model has"] if self.uneven else []
+        return f"{self.spelling} ({', '.join(told)})" if told else self.spelling
+
+    def like(self, other: Tower) -> bool:
+        """Whether nothing but the number of positions is seen to differ."""
+        sizes, others = ({k: v for k, v in t.sizes.items() if k != "positions"} for t in (self, other))
+        shared = sizes.keys() & others.keys()
+        return self.canonical == other.canonical and all(sizes[k] == others[k] for k in shared) and not self.uneven
+
+
+Described = MappingType[str, Tower]  # by the tower's name
+
+
+def in_words(towers: Described) -> str:
+    """One phrase for all towers."""
+    return "; ".join(f"{name} tower {tower}" for name, tower in towers.items()) or "no tower that the hub knows"
+
+
+def describe(known: Registry, layouts: MappingType[str, Layout]) -> Described:
+    """What these keys of the hub are."""
+    hub = known.hub
+    towers = {}
+    for name in hub.spellings:
+        here = spelling(hub, name, layouts)
+        if here is None:
+            continue
+        keys = {key: layout for key, layout in layouts.items() if tower_of(hub, key) == name}
+        measured = {size: _measured(ways, keys) for size, ways in hub.measures.get(name, {}).items()}
+        sizes = {size: length for size, length in measured.items() if length}
+        canonical, respelled = _canonical(known, name, here, keys)
+        towers[name] = Tower(here, canonical, sizes, _fingerprint(hub, respelled), _uneven(hub, name, keys))
+    return towers
+
+
+def unlike(known: Registry, title: str, file: Described, model: Described) -> str:
+    """One sentence for a file of another architecture or size than the model; empty where nothing seems to differ."""
+    fits = configurations_for(known, file)
+    alike = all(tower.like(model[name]) for name, tower in file.items() if name in model)
+    if alike and (not fits or fits == configurations_for(known, model)):
+        return ""
+    names = f"configurations of OpenCLIP that fit it: {some(fits, 6)}" if fits else "OpenCLIP has no such configuration"
+    return f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; {names}"
+
+
+def _measured(ways: tuple[tuple[Side, int | None], ...], keys: MappingType[str, Layout]) -> int:
+    """The length of an axis, or how many keys match; of the first way that finds any."""
+    for side, axis in ways:
+        found = [layout for key, layout in keys.items() if side.match(key) is not None]
+        if found and axis is None:
+            return len(found)
+        if found and axis is not None and axis < len(found[0].shape):
+            return found[0].shape[axis]
+    return 0
+
+
+def _canonical(
+    known: Registry, tower: str, here: str, keys: MappingType[str, Layout]
+) -> tuple[str, MappingType[str, Layout]]:
+    """The first of the hub's spellings that a tower can be brought to and back from, and its keys there."""
+    for there in known.hub.spellings[tower]:
+        steps = known.path(tower, here, there)
+        if steps is None or known.path(tower, there, here) is None:
+            continue
+        for step in steps:
+            applied = apply_rules(step.table, keys, {}, pass_others=True)
+            keys = applied.out
+        return there, keys
+    return here, keys
+
+
+def _fingerprint(hub: Mapping, keys: MappingType[str, Layout]) -> str:
+    left_out = {*hub.positions, *hub.scalars, *hub.absent_means}
+    told = sorted(
+        f"{key} {list(layout.shape)}"
+        for key, layout in keys.items()
+        if key not in left_out and hub.dropped(key) is None
+    )
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:10]
+
+
+def _uneven(hub: Mapping, tower: str, keys: MappingType[str, Layout]) -> bool:
+    """True where the blocks that a measure counts differ in their shapes."""
+    shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    counted = [side.prefix for ways in hub.measures.get(tower, {}).values() for side, axis in ways if axis is None]
+    for prefix in counted:
+        for key, layout in keys.items():
+            if key.startswith(prefix):
+                shapes.setdefault((prefix, key[len(prefix) :].partition(".")[2]), set()).add(layout.shape)
+    return any(len(found) > 1 for found in shapes.values())
+
+
+def configurations_for(known: Registry, told: Described) -> list[str]:
+    """Names of the recorded configurations that all towers told fit, those of equal positions first."""
+    found = []
+    for entry in known.configurations:
+        fits = all(entry.fingerprints.get(name) == tower.fingerprint for name, tower in told.items())
+        for name, rows in entry.names.items() if fits and told else ():
+            positions = dict(zip(entry.fingerprints, rows, strict=True))
+            resized = any(tower.sizes.get("positions", 0) != positions[name] for name, tower in told.items())
+            found.append((resized, f"{name} (positions resized)" if resized else name))
+    return [name for _, name in sorted(found)]
