@@ -18,6 +18,7 @@ from keymap.errors import (
     UnsafeCheckpointError,
     VerifyError,
 )
+from keymap.paths import schema_path
 from keymap.plan.plan import Plan
 from keymap.results import Inspection, LoadResult, Report
 from keymap.source.registry import list_formats, register_mappings
@@ -45,4 +46,5 @@ __all__ = [
     "load_checkpoint",
     "plan_load",
     "register_mappings",
+    "schema_path",
 ]

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from keymap.errors import MappingError, PlanError, VerifyError, some
-from keymap.language.catalogue import Registry
-from keymap.language.format import Mapping as Format
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.load.copying import Read, materialise
 from keymap.load.preflight import failed
 from keymap.plan.plan import checked_facts
-from keymap.plan.to_hub import Translated, from_hub, incomplete, respell, to_hub
+from keymap.plan.to_hub import Translated, bring_to_layouts, from_hub, incomplete, to_hub
 from keymap.read import LazyTensor
-from keymap.source.detect import detect, spelling
+from keymap.source.detect import detect, tower_layout
 from keymap.source.open import PathLike, known_with, layouts_of
 from keymap.source.unwrap import unwrap
 
@@ -33,8 +33,8 @@ def convert_state_dict(
 
     Args:
         state_dict: tensors by key; it is not changed.
-        to: the name of a format; or of a respelling, which gives the hub's keys with that tower in the second
-            spelling (``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` as CLIP has it).
+        to: the name of a format; or of a bridge, which gives the hub's keys with that tower in the second
+            layout (``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` as CLIP has it).
         mapping: name of the source format, or path of a YAML file; None detects it.
         facts: what no weight tells and the target's shapes need, as ``{"image.heads": 12, "text.heads": 8}``.
 
@@ -83,18 +83,17 @@ def convert_state_dict(
     return {key: _written(target, key, layout, read) for key, layout in now.tensors.items()}
 
 
-def _bring(known: Registry, now: Translated, target: Format) -> None:
-    """Each tower to a spelling that the target speaks; to the hub, towers go as respellings start."""
-    for tower in known.hub.spellings:
-        if target.kind == "respelling":
+def _bring(known: Catalogue, now: Translated, target: Format) -> None:
+    """Bring each tower to a layout of the target; of the hub, to the one that it is written in."""
+    for tower in known.hub.layouts:
+        if target.kind == "bridge":
             wanted: tuple[str, ...] = (target.between[1],) if tower == target.tower else ()
         elif target.kind == "hub":
-            here = spelling(known.hub, tower, now.tensors)
-            first = {m.between[0] for m in known.mappings.values() if m.kind == "respelling" and m.tower == tower}
-            wanted = tuple(s for s in first if tower == "text" and here and known.path(tower, here, s))
+            here, there = tower_layout(known.hub, tower, now.tensors), known.hub.written_as.get(tower)
+            wanted = (there,) if here and there and known.path(tower, here, there) else ()
         else:
-            wanted = target.speaks.get(tower, ())
-        respell(known, now, {tower: wanted})
+            wanted = target.layouts.get(tower, ())
+        bring_to_layouts(known, now, {tower: wanted})
 
 
 def _written(target: Format, key: str, layout: Layout, read: Read) -> torch.Tensor:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["data_folder"]
+__all__ = ["data_folder", "schema_path"]
 
 
 def data_folder(name: str) -> Path:
     """The folder ``mappings`` or ``schemas``."""
     inside = Path(__file__).parent / name
     return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
+def schema_path() -> Path:
+    """The JSON schema of mapping files, for editors: the installed one, or a checkout's.
+
+    >>> import keymap
+    >>> keymap.schema_path().name
+    'mapping.schema.json'
+    """
+    return data_folder("schemas") / "mapping.schema.json"

@@ -76,7 +76,7 @@ class Inspection:
         path, container: the file, and the kind of file that it is.
         format, evidence: the format and the keys that told it; None and the reasons where no format claims it.
         wrapper, other_wrappers, prefixes: what stands around the state dict.
-        towers: each tower's spelling and sizes, in the hub's terms.
+        towers: each tower's layout and sizes, in the hub's terms.
         configurations: of OpenCLIP's own, those whose shapes the file fits, apart from the number of positions.
         tensors: shape and dtype of every tensor, by the key in the file.
         dtypes: how many tensors there are of each dtype.
@@ -99,16 +99,16 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     @property
-    def spellings(self) -> dict[str, str]:
-        """How each tower is spelled."""
-        return {name: tower.spelling for name, tower in self.towers.items()}
+    def layouts(self) -> dict[str, str]:
+        """The layout of each tower."""
+        return {name: tower.layout for name, tower in self.towers.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; tensors as ``{key: {"shape": [...], "dtype": "float32"}}``."""
         plain = {name: getattr(self, name) for name in ("path", "container", "format", "wrapper")}
         for name in ("evidence", "other_wrappers", "prefixes", "notes", "configurations"):
             plain[name] = list(getattr(self, name))
-        for name in ("spellings", "dtypes", "config_hints"):
+        for name in ("layouts", "dtypes", "config_hints"):
             plain[name] = dict(getattr(self, name))
         plain["sizes"] = {name: dict(tower.sizes) for name, tower in self.towers.items()}
         plain["tensors"] = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import keymap
-from keymap.source.registry import Registry
+from keymap.source.registry import Catalogue
 
 MAPPINGS = Path(__file__).parents[1] / "mappings"
 LIMIT, CLEAR = 2e-5, 1e-3  # what the intact copy may differ from its peer; what a broken one must differ, at least
@@ -67,13 +67,13 @@ def edited(form: str, text: str, edits: Edits) -> str:
 
 def use(form: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
     """Make keymap use this text for a mapping; the path to give as ``mapping=``, None for a respelling."""
-    if "kind: respelling" not in text:
+    if "kind: bridge" not in text:
         (folder / "broken.yaml").write_text(text.replace(f"format: {form}\n", "format: broken\n"), encoding="utf-8")
         return folder / "broken.yaml"
     for file in MAPPINGS.glob("*.yaml"):
         (folder / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / f"{form}.yaml").write_text(text, encoding="utf-8")
-    known = Registry()
+    known = Catalogue()
     known.add(sorted(folder.glob("*.yaml")))
     monkeypatch.setattr("keymap.source.registry._known", [known])
     return None

@@ -40,7 +40,7 @@ def test_the_result_is_a_dict_with_the_two_lists_and_a_report(hf_file):
     told = json.loads(json.dumps(result.to_dict()))
     assert told["format"] == "hf_clip"
     assert told["loaded"] == {"text": 41, "scale": 1, "image": 32}
-    assert told["spellings"]["text"] == ["native", "flat"]
+    assert told["layouts"]["text"] == ["native", "flat"]
     assert "hf_clip" in str(result) and "74 tensors" in str(result)
 
 
@@ -85,7 +85,7 @@ def test_inspect_tells_format_wrapper_prefixes_and_tensors(tmp_path):
     torch.save({"epoch": 3, "model": state}, tmp_path / "run.pt")
     found = keymap.inspect_checkpoint(tmp_path / "run.pt")
     assert (found.format, found.container, found.wrapper, found.prefixes) == ("hf_clip", "torch", "model", ("module.",))
-    assert found.spellings == {"image": "native_vit", "text": "native"}
+    assert found.layouts == {"image": "native_vit", "text": "native"}
     assert found.tensors["visual_projection.weight"] == ((24, 48), torch.float32)
     assert found.dtypes == {"float32": len(state)}
     assert json.loads(json.dumps(found.to_dict()))["tensors"]["logit_scale"] == {"shape": [], "dtype": "float32"}
@@ -289,9 +289,9 @@ MINE = """\
 format: mine
 title: a spelling of my own
 reference: my own code
-speaks: {image: native_vit, text: native}
+layouts: {image: native_vit, text: native}
 detect: {all: [mine.image.class_embedding]}
-groups:
+towers:
   image:
     mine.image.(.+): visual.\\1
   text:
@@ -430,9 +430,9 @@ def test_a_tensor_without_values_cannot_be_converted():
 EDITED = r"""format: edited
 title: CLIP under other names
 reference: this test
-speaks: {image: native_vit, text: flat}
+layouts: {image: native_vit, text: flat}
 detect: {all: [my.visual.proj]}
-groups:
+towers:
   image:
     my.visual.proj: {to: visual.proj, view: a b -> b a}
     my.visual.(class_embedding|positional_embedding): visual.\1

@@ -157,7 +157,7 @@ def test_spellings_of_one_tower_have_one_fingerprint():
     ]
     assert len({found["image"].fingerprint for found in prints}) == 1
     assert len({found["text"].fingerprint for found in prints}) == 1
-    assert {found["image"].spelling for found in prints} == {"native_vit", "clip_trunk"}
+    assert {found["image"].layout for found in prints} == {"native_vit", "clip_trunk"}
 
 
 @pytest.mark.parametrize("change", [{"image_depth": 3}, {"image_mlp": 2.0}, {"patch": 7}, {"embed_dim": 32}])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import keymap
 from keymap.language.layout import whole
-from keymap.plan.to_hub import respell, to_hub
+from keymap.plan.to_hub import bring_to_layouts, to_hub
 from keymap.source.detect import detect
 from keymap.source.registry import registry
 
@@ -371,7 +371,7 @@ def test_every_key_of_a_published_size_has_its_place_and_shape(name):
     known = registry()
     found = detect(known, {key: whole(key, tuple(v.shape), v.dtype) for key, v in source.items()})
     now = to_hub(found, {})
-    respell(known, now, {"text": ["native"]})
+    bring_to_layouts(known, now, {"text": ["native"]})
     assert not now.faults and not now.unowned
     shapes = {key: layout.shape for key, layout in now.tensors.items()}
     filled = {"visual.trunk.head.bias"} if name.startswith("PE") else set()

@@ -78,15 +78,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a digit that is none, looked up": (rules("'a(b|c)': 'd<²:x>'"), "write <1+1>"),
     "a row that is none": (rules("a: {to: b, add: 'c[²]', oneway: true}"), "write a key, or key[0]"),
     "evidence without end": (HEAD.replace("[x]", f"[{', '.join(lines('x#', 9000))}]") + GOOD, "more than 1000 rules"),
-    "drops without end": (rules("a: b", more="drop:\n" + "\n".join(lines("  d#: why", 5000)) + "\n"), "more than 1000"),
+    "drops without end": (rules("a: b", more="ignore:\n" + "\n".join(lines("  d#: why", 5000)) + "\n"), "more than 1000"),
     "variants without end": (
         rules("a: b", more="variants:\n" + "\n".join(lines(
-            "  - {when: {all: [x]}, when_hub: {all: [y]}, groups: {image: {c#: d}}}", 900))),
+            "  - {when: {all: [x]}, when_hub: {all: [y]}, towers: {image: {c#: d}}}", 900))),
         "more than 1000",
     ),
     "variants, and rules that begin alike": (
         rules(*lines(r"'(\d+).x#': '\1.y#'", 300), more="variants:\n" + "\n".join(lines(
-            "  - {when: {all: [q#]}, when_hub: {all: [q#]}, groups: {image: {q#: r#}}}", 80)) + "\n"),
+            "  - {when: {all: [q#]}, when_hub: {all: [q#]}, towers: {image: {q#: r#}}}", 80)) + "\n"),
         "",
     ),
     "fields that are unknown": (HEAD + "\n".join(lines("z#: 1", 9000)) + "\n" + GOOD, "there is no field 'z0' here"),
@@ -218,7 +218,7 @@ def test_the_shipped_mappings_are_far_from_the_limits() -> None:
         every = [
             *mapping.rules,
             *(r for v in mapping.variants for r in v.rules),
-            *(r for a in mapping.accepts for r in a.table.rules),
+            *(r for a in mapping.aliases for r in a.table.rules),
         ]
         assert len(every) < 300
         assert sum(rule.source.readings for rule in every) < 1000

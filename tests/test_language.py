@@ -22,18 +22,18 @@ from keymap.language.rules import RuleTable
 from keymap.language.yaml_marks import parse_yaml
 from keymap.load.copying import materialise
 from keymap.plan.to_hub import file_rules
-from keymap.source.detect import accept
+from keymap.source.detect import apply_aliases
 from keymap.source.registry import registry
 from keymap.source.samples import samples
 
 HEAD = (
-    "format: example\ntitle: an example\nreference: nowhere\nspeaks: {image: native_vit}\ndetect: {any: [evidence]}\n"
+    "format: example\ntitle: an example\nreference: nowhere\nlayouts: {image: native_vit}\ndetect: {any: [evidence]}\n"
 )
 
 
 def compiled(rules, more="", library=lambda name: None):
     body = textwrap.indent(textwrap.dedent(rules).strip(), "    ")
-    return compile_mapping(f"{HEAD}{textwrap.dedent(more)}groups:\n  image:\n{body}\n", "example.yaml", library)
+    return compile_mapping(f"{HEAD}{textwrap.dedent(more)}towers:\n  image:\n{body}\n", "example.yaml", library)
 
 
 def run(table, tensors, facts=None, checks=True):
@@ -545,7 +545,7 @@ def test_optional_keys_may_be_absent_and_others_may_not():
     keys = ["l.0.w", "l.0.b", "l.1.w", "l.1.b", "l.1.scale"]
     assert incomplete(mapping, mapping.rules, keys) == []
     (fault,) = incomplete(mapping, mapping.rules, keys[:3])
-    assert "group image is there in part; it lacks l.1.b" in fault.text
+    assert "tower image is there in part; it lacks l.1.b" in fault.text
     (fault,) = incomplete(mapping, mapping.rules, [*keys[:2], *(k.replace(".1.", ".2.") for k in keys[2:])])
     assert "l.1.w, l.1.b" in fault.text  # the gap
     assert incomplete(mapping, mapping.rules, ["other"]) == []
@@ -564,12 +564,12 @@ VARIANTS = r"""
 variants:
   - when: {all: [head.fc.weight], none: [head.mlp.weight]}
     when_hub: {all: [out.proj]}
-    groups:
+    towers:
       image:
         head.fc.weight: {to: out.proj, view: a b -> b a}
   - when: {all: [head.mlp.weight]}
     when_hub: {all: [out.mlp]}
-    groups:
+    towers:
       image:
         head.mlp.weight: out.mlp
         head.fc.weight: out.fc
@@ -602,7 +602,7 @@ def test_variants_both_ways(both):
 
 
 ACCEPTS = r"""
-accepts:
+aliases:
   - params/(.+): \1
   - when: {all: [old.w], none: [new.w]}
     old.(w|b): new.\1
@@ -614,7 +614,9 @@ accepts:
 
 def accepted(keys):
     mapping = compiled(r"newest.(w|b): n.\1", ACCEPTS)
-    found, faults, _ = accept(mapping, {key: whole(key, shape, torch.float32) for key, shape in keys.items()}, {})
+    found, faults, _ = apply_aliases(
+        mapping, {key: whole(key, shape, torch.float32) for key, shape in keys.items()}, {}
+    )
     return {key: layout.shape for key, layout in found.items()}, [fault.text for fault in faults]
 
 
@@ -636,7 +638,7 @@ def test_accepts_refuse_two_keys_that_become_one():
 
 def test_scalars_and_dtypes_are_written_as_the_format_has_them(tmp_path):
     text = HEAD.replace("any: [x]", "any: [mine.scale]").replace("image: native_vit", "text: flat")
-    text += "shapes:\n  mine.scale: [1]\ndtypes:\n  mine.w: float16\ngroups:\n"
+    text += "shapes:\n  mine.scale: [1]\ndtypes:\n  mine.w: float16\ntowers:\n"
     text += "  scale:\n    mine.scale: logit_scale\n  text:\n    mine.w: ln_final.weight\n    mine.b: ln_final.bias\n"
     (tmp_path / "example.yaml").write_text(text, encoding="utf-8")
     state = {"mine.scale": t(1), "mine.w": t(3).half(), "mine.b": t(3)}

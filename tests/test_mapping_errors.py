@@ -8,20 +8,20 @@ import keymap
 from keymap.errors import MappingError
 from keymap.language.compile import compile_mapping
 from keymap.language.yaml_marks import parse_yaml
-from keymap.source.registry import Registry, registry
+from keymap.source.registry import Catalogue, registry
 
 HEAD = """format: example
 title: an example
 reference: nowhere
-speaks: {image: native_vit}
+layouts: {image: native_vit}
 detect: {any: [x]}
 """  # five lines: what follows begins in line 6
-GOOD = "groups: {image: {a: b}}\n"
+GOOD = "towers: {image: {a: b}}\n"
 
 
 def rules(*lines, more=""):
     """The rules stand in line 8 and after, at column 5; ``more`` after them."""
-    return HEAD + "groups:\n  image:\n" + "".join(f"    {line}\n" for line in lines) + more
+    return HEAD + "towers:\n  image:\n" + "".join(f"    {line}\n" for line in lines) + more
 
 
 def told(text, library=lambda name: None):
@@ -52,7 +52,7 @@ YAML = {
     "a rule twice": (rules("a: b", "c: d", "a: e"), "10:5", "key 'a' is given twice (first in line 8)"),
     "an anchor": (HEAD + "notes: [&a x]\n", "6:9", "anchors and aliases (& and *) are not used: share rules with"),
     "an alias": (HEAD + "notes: [*a]\n", "6:9", "anchors and aliases"),
-    "a merge key": (HEAD + "groups: {image: {<<: {a: b}}}\n", "6:18", "merge keys (<<) are not used"),
+    "a merge key": (HEAD + "towers: {image: {<<: {a: b}}}\n", "6:18", "merge keys (<<) are not used"),
     "a tag": (
         HEAD + "notes: [!!python/object:os.system x]\n",
         "6:9",
@@ -88,10 +88,10 @@ def test_a_bomb_of_aliases_is_refused_at_once():
 # --- fields ---
 
 FIELDS = {
-    "an unknown field": (HEAD + "drops: {a: b}\n" + GOOD, "6:1", "no field 'drops' here; did you mean 'drop'?"),
+    "an unknown field": (HEAD + "ignored: {a: b}\n" + GOOD, "6:1", "no field 'ignored' here; did you mean 'ignore'?"),
     "a field of nowhere": (HEAD + "zzz: 1\n" + GOOD, "6:1", "there is no field 'zzz' here; known: format, kind, title"),
     "an unknown operation": (rules("a: {to: b, veiw: a -> a}"), "8:16", "no field 'veiw' here; did you mean 'view'?"),
-    "an unknown evidence": (HEAD + "accepts: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),
+    "an unknown evidence": (HEAD + "aliases: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),
     "a text for a list": (HEAD + "notes: text\n" + GOOD, "6:1", "'text' is not of type 'array'"),
     "a number for a target": (
         rules("a: 7"),
@@ -99,8 +99,8 @@ FIELDS = {
         "7 does not stand here (one rule: source key(s) to",
     ),
     "an empty target": (rules('a: ""'), "8:5", "should be non-empty"),
-    "an empty reason": (rules("a: b", more="drop:\n  a: ''\n"), "10:3", "should be non-empty"),
-    "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "'fromat' is not one of ['format', 'respelling', 'hub'"),
+    "an empty reason": (rules("a: b", more="ignore:\n  a: ''\n"), "10:3", "should be non-empty"),
+    "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "'fromat' is not one of ['format', 'bridge', 'hub'"),
     "a name in capitals": (HEAD.replace("example", "Example", 1) + GOOD, "1:1", "The mapping's name, the same as the"),
     "an unknown dtype": (rules("a: b", more="dtypes:\n  a: float8\n"), "10:3", "'float8' is not one of"),
     "a shape of two": (rules("a: b", more="shapes:\n  a: [2]\n"), "10:7", "1 was expected"),
@@ -117,16 +117,16 @@ FIELDS = {
     "a part in words": (rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"), "8:39", '"x" does not stand here'),
     "nothing for a target": (rules("a: null"), "8:5", "null does not stand here (one rule"),
     "a list for a rule": (rules("a: [b, c]"), "8:5", "does not stand here (one rule"),
-    "a field of the hub": (HEAD + "scalars: [a]\n" + GOOD, "1:1", "a field of the hub stands in a file that is not"),
+    "a field of the hub": (HEAD + "scalars: [a]\n" + GOOD, "6:1", "there is no field 'scalars' here"),
     "a variant without the way back": (
-        rules("a: b", more="variants:\n  - when: {all: [x]}\n    groups: {image: {c: d}}\n"),
+        rules("a: b", more="variants:\n  - when: {all: [x]}\n    towers: {image: {c: d}}\n"),
         "10:5",
         "'when_hub' is a required property",
     ),
     "a respelling of two towers": (
-        "format: r\nkind: respelling\ntitle: t\nimage: [a, b]\ntext: [c, d]\n" + GOOD,
-        "1:1",
-        "give only one of image, text",
+        "format: r\nkind: bridge\ntitle: t\nbetween: {image: [trunk, naflex], text: [native, flat]}\n" + GOOD,
+        "4:1",
+        "2 entries stand here; the limit is 1",
     ),
     "a format without evidence": (HEAD.replace("detect: {any: [x]}\n", "") + GOOD, "1:1", "'detect' is a required"),
 }
@@ -180,16 +180,16 @@ def test_patterns_outside_the_subset_say_what_to_write(pattern):
 @pytest.mark.parametrize(
     ("where", "place"),
     [
-        ("drop:\n  a*: why\n", "10:3"),
+        ("ignore:\n  a*: why\n", "10:3"),
         ("dtypes:\n  a*: float16\n", "10:3"),
         ("shapes:\n  a*: [1]\n", "10:3"),
-        ("accepts:\n  - when: {all: [x]}\n    a*: b\n", "11:5"),
-        ("accepts:\n  - when: {none: [b, 'a*']}\n    a: b\n", "10:22"),
+        ("aliases:\n  - when: {all: [x]}\n    a*: b\n", "11:5"),
+        ("aliases:\n  - when: {none: [b, 'a*']}\n    a: b\n", "10:22"),
         (
-            "variants:\n  - when: {all: [x]}\n    when_hub: {any: [y]}\n    groups:\n      image:\n        a*: b\n",
+            "variants:\n  - when: {all: [x]}\n    when_hub: {any: [y]}\n    towers:\n      image:\n        a*: b\n",
             "14:9",
         ),
-        ("variants:\n  - when: {all: ['a*']}\n    when_hub: {any: [y]}\n    groups: {image: {c: d}}\n", "10:18"),
+        ("variants:\n  - when: {all: ['a*']}\n    when_hub: {any: [y]}\n    towers: {image: {c: d}}\n", "10:18"),
     ],
 )
 def test_a_pattern_is_checked_wherever_it_stands(where, place):
@@ -361,13 +361,13 @@ OWNERS = {
     "a variant and the rules": (
         rules(
             "a: b",
-            more="variants:\n  - when: {all: [x]}\n    when_hub: {all: [y]}\n    groups:\n      image:\n        a: d\n",
+            more="variants:\n  - when: {all: [x]}\n    when_hub: {all: [y]}\n    towers:\n      image:\n        a: d\n",
         ),
         "14:9",
         "key 'a' is claimed by two rules",
     ),
     "two rules of accepts": (
-        rules("m: n", more="accepts:\n  - a.(.+): b.\\1\n    a.c: d\n"),
+        rules("m: n", more="aliases:\n  - a.(.+): b.\\1\n    a.c: d\n"),
         "11:5",
         "key 'a.c' is claimed",
     ),
@@ -393,19 +393,19 @@ def test_everything_is_no_evidence(evidence, column):
 
 
 def test_a_file_only_name_needs_its_meaning():
-    text = "format: h\nkind: hub\ntitle: t\nspellings: {}\npositions: {}\nabsent_means: {a: 0}\nfile_only: [a, b]\n"
-    check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means: no model can take it")
+    text = "format: h\nkind: hub\ntitle: t\nlayouts: {}\npositions: {}\nabsent_means: {a: 0}\nfile_only: [a, b]\n"
+    check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means: no model has it")
 
 
 def test_all_faults_of_a_file_are_told_at_once():
     text = rules(r"a\.b: c", "d: {to: e, view: a b -> a}", "(f|g): h").replace("[x]", "['x*']")
     faults = told(text)
-    assert [fault.split(": ")[0] for fault in faults] == ["f.yaml:8:5", "f.yaml:9:5", "f.yaml:10:5", "f.yaml:5:16"]
-    faults = told(HEAD + "drops: {}\nnotes: 7\n" + GOOD.replace("a: b", "a: {to: b, viev: a -> a}"))
+    assert [fault.split(": ")[0] for fault in faults] == ["f.yaml:5:16", "f.yaml:8:5", "f.yaml:9:5", "f.yaml:10:5"]
+    faults = told(HEAD + "ignored: {}\nnotes: 7\n" + GOOD.replace("a: b", "a: {to: b, viev: a -> a}"))
     assert sorted(fault.split(": ")[0] for fault in faults) == ["f.yaml:6:1", "f.yaml:7:1", "f.yaml:8:29"]
 
 
-@pytest.mark.parametrize("field", ["drop:\n  (a|x): noise\n", "nowhere:\n  text:\n    (a|x): no place\n"])
+@pytest.mark.parametrize("field", ["ignore:\n  (a|x): noise\n", "unsupported:\n  text:\n    (a|x): no place\n"])
 def test_a_key_that_a_rule_owns_cannot_be_left_out_too(field):
     told_of = field.partition(":")[0]
     check(rules("a: b", more=field), "8:5", f"key 'a' is claimed by rule 'a: b' and left out by '{told_of}: (a|x)'")
@@ -416,7 +416,7 @@ def test_a_key_that_a_rule_owns_cannot_be_left_out_too(field):
 
 def refused(folder, name, text):
     """Add a file to the shipped ones; the text of the refusal."""
-    known = Registry(dict(registry().mappings), dict(registry().files))
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
     before = dict(known.mappings)
     (folder / name).write_text(text, encoding="utf-8")
     with pytest.raises(MappingError) as caught:
@@ -425,7 +425,7 @@ def refused(folder, name, text):
     return str(caught.value)
 
 
-RESPELLING = "format: other_way\nkind: respelling\ntitle: t\nimage: [native_vit, clip_trunk]\n" + GOOD
+RESPELLING = "format: other_way\nkind: bridge\ntitle: t\nbetween: {image: [native_vit, clip_trunk]}\n" + GOOD
 TOGETHER = {
     "the name is taken": (
         "openai.yaml",
@@ -436,23 +436,23 @@ TOGETHER = {
     "an unknown spelling": (
         "example.yaml",
         rules("a: b").replace("native_vit", "nativ_vit"),
-        "the hub knows no image spelling 'nativ_vit'; known: native_resnet, native_vit",
+        "'nativ_vit' is not one of ['native_resnet', 'native_vit'",
     ),
     "an unknown spelling of a respelling": (
         "other_way.yaml",
         RESPELLING.replace("clip_trunk", "trunc"),
-        "the hub knows no image spelling 'trunc'",
+        "'trunc' is not one of",
     ),
     "an unknown tower": (
         "example.yaml",
         rules("a: b").replace("{image: native_vit}", "{images: native_vit}"),
-        "example.yaml:4:10: the hub spells no tower 'images'; known: image, text",
+        "example.yaml:4:11: there is no field 'images' here; did you mean 'image'?",
     ),
-    "a second path": ("other_way.yaml", RESPELLING, "respellings of a tower form a forest"),
+    "a second path": ("other_way.yaml", RESPELLING, "bridges of a tower form a forest"),
     "a second hub": (
         "example.yaml",
-        HEAD.replace("speaks: {image: native_vit}\n", "kind: hub\n")
-        + "spellings: {}\npositions: {}\nabsent_means: {}\n"
+        HEAD.replace("layouts: {image: native_vit}\n", "kind: hub\n")
+        + "layouts: {}\npositions: {}\nabsent_means: {}\n"
         + GOOD,
         "there must be one hub",
     ),
@@ -466,19 +466,19 @@ def test_what_only_all_files_together_show(name, tmp_path):
 
 
 def test_a_cycle_of_respellings_by_way_of_a_third_spelling(tmp_path):
-    known = Registry(dict(registry().mappings), dict(registry().files))
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
     for one, two in (("clip_trunk", "naflex"), ("native_vit", "naflex")):
         text = RESPELLING.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")
         text = text.replace("a: b", "visual.a: visual.b")
         (tmp_path / f"{one}_{two}.yaml").write_text(text, encoding="utf-8")
     known.add([tmp_path / "clip_trunk_naflex.yaml"])
     assert [step.target for step in known.path("image", "native_vit", "naflex")] == ["clip_trunk", "naflex"]
-    with pytest.raises(MappingError, match="a second path between image spellings native_vit and naflex"):
+    with pytest.raises(MappingError, match="a second path between image layouts native_vit and naflex"):
         known.add([tmp_path / "native_vit_naflex.yaml"])
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    known = Registry(dict(registry().mappings), dict(registry().files))
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
     (tmp_path / "latin.yaml").write_bytes("title: é".encode("latin-1"))
     with pytest.raises(MappingError, match=r"latin.yaml cannot be read"):
         known.add([tmp_path / "latin.yaml"])
@@ -492,7 +492,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_one_bad_file_of_two_adds_none(tmp_path):
-    known = Registry(dict(registry().mappings), dict(registry().files))
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
     (tmp_path / "example.yaml").write_text(rules("a: b"), encoding="utf-8")
     (tmp_path / "second.yaml").write_text(rules("a: b", "(c|d): e").replace("example", "second", 1), encoding="utf-8")
     with pytest.raises(MappingError, match=r"second.yaml:9:5"):

@@ -203,7 +203,7 @@ def test_siglip2_computes_the_same_in_a_naflexvit_for_images_of_every_grid(writt
     result = keymap.load_checkpoint(model, file(naflex.siglip2_keys(peer, written_by)))
     assert result.report.plan.format == "hf_siglip2_naflex"
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert result.report.plan.spellings["image"] == ("naflex",)
+    assert result.report.plan.layouts["image"] == ("naflex",)
     ids = tokens(eos=None)
     assert_parity(model, batch := mixed(sizes), naflex.image_features(peer, batch), ids, hf.text_features(peer, ids))
     image = pictures(sizes)  # whole images, which the model cuts into patches itself
@@ -217,7 +217,7 @@ def test_siglip2_computes_the_same_in_a_siglip_vit_of_its_grid(sizes, file, prov
     peer = naflex.siglip2(**sizes)
     model = openclip.siglip(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(naflex.siglip2_keys(peer)))
-    assert result.report.plan.spellings["image"] == ("naflex", "map_trunk")
+    assert result.report.plan.layouts["image"] == ("naflex", "map_trunk")
     image, ids = pictures(sizes), tokens(eos=None)
     want = naflex.image_features(peer, cut(image, sizes))
     assert_parity(model, image, want, ids, hf.text_features(peer, ids))
@@ -336,7 +336,7 @@ def test_siglip_files_of_three_owners_load_into_a_naflexvit(sizes, file, npz, pr
     image, ids = pictures(sizes), tokens(eos=None)
     peer, model = hf.siglip(**sizes), naflex.model(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(hf.disk_keys(peer)))
-    assert result.report.plan.spellings["image"] == ("map_trunk", "naflex")
+    assert result.report.plan.layouts["image"] == ("map_trunk", "naflex")
     assert_parity(model, image, hf.image_features(peer, image), ids, hf.text_features(peer, ids))
     assert_bits(model, to_naflex(by_hand.hf_siglip(hf.disk_keys(peer))))
     proves("parity", result.report.plan)
@@ -500,7 +500,7 @@ def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, siz
     result = keymap.load_checkpoint(model, file(state), towers=towers)
     assert result.report.plan.format == kind
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert result.report.plan.spellings["image"] == (*SPELLED[kind], "naflex_token")
+    assert result.report.plan.layouts["image"] == (*SPELLED[kind], "naflex_token")
     image = pictures(sizes)
     assert_parity(model, image, features(image))
     assert_bits(model, token_by_hand(native), ("",) if whole else ("visual.",))
@@ -514,7 +514,7 @@ def test_openais_file_computes_the_same_in_a_naflexvit_with_class_token(tmp_path
     openai.save_archive(peer, tmp_path / "ViT.pt")
     model = naflex.token_model(quick_gelu=True, seed=5, **openai.VIT)
     result = keymap.load_checkpoint(model, tmp_path / "ViT.pt")
-    assert result.report.plan.spellings["image"] == ("native_vit", "naflex_token")
+    assert result.report.plan.layouts["image"] == ("native_vit", "naflex_token")
     image, ids = images(openai.VIT.get("image_size", 28)), tokens()
     assert_parity(model, image, openai.image_features(peer, image), ids, openai.text_features(peer, ids))
     proves("parity", result.report.plan)
@@ -570,7 +570,7 @@ def test_the_way_to_a_class_token_leads_one_way(file):
 def test_timms_own_naflexvit_with_class_token_loads(sizes, file, proves):
     tower, model = naflex.token_vit(**sizes), naflex.token_model(seed=5, **sizes)
     result = keymap.load_checkpoint(model, file(tower.state_dict()), towers=("image",))
-    assert result.report.plan.spellings["image"] == ("naflex_token",)
+    assert result.report.plan.layouts["image"] == ("naflex_token",)
     assert "head.bias" in result.report.plan.dropped
     assert_parity(model, pictures(sizes), tower(pictures(sizes)).detach())
     proves("parity", result.report.plan)

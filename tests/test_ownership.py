@@ -22,8 +22,8 @@ import keymap
 from keymap.errors import DetectionError
 from keymap.language.compile import compile_mapping
 from keymap.language.layout import whole
-from keymap.source.detect import accept, detect, holds
-from keymap.source.registry import Registry, registry
+from keymap.source.detect import apply_aliases, detect, holds
+from keymap.source.registry import Catalogue, registry
 from keymap.source.samples import claims, refuse_claims, samples
 
 ROOT = Path(__file__).parents[1]
@@ -225,7 +225,7 @@ def layouts(keys):
 def test_a_key_list_has_its_one_owner(name):
     owner, keys = ROWS[name]
     tensors = layouts(keys)
-    claiming = [m.name for m in KNOWN.formats if holds(m.detect, accept(m, tensors, {})[0]) is not None]
+    claiming = [m.name for m in KNOWN.formats if holds(m.detect, apply_aliases(m, tensors, {})[0]) is not None]
     assert claiming == ([] if owner is None else [owner])
     if owner is None:
         with pytest.raises(DetectionError, match="no known format has these keys"):
@@ -259,10 +259,10 @@ def test_a_format_claims_its_own_samples(name):
 GREEDY = """format: greedy
 title: claims what is not its own
 reference: nowhere
-speaks: {image: native_vit}
+layouts: {image: native_vit}
 detect:
   any: [my.weight, CLUE]
-groups:
+towers:
   image:
     my.(weight|bias): visual.ln_pre.\\1
 """
@@ -272,7 +272,7 @@ def registered(folder, text, name):
     """The shipped files and one more, in a registry of its own."""
     file = folder / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
-    known = Registry(dict(KNOWN.mappings), dict(KNOWN.files))
+    known = Catalogue(dict(KNOWN.mappings), dict(KNOWN.files))
     return known.add([file], check=refuse_claims)
 
 
@@ -306,7 +306,7 @@ def test_a_copy_of_a_format_under_another_name_is_not_registered_but_used_by_its
 
 
 def test_a_file_that_does_not_claim_its_own_keys_is_not_registered(tmp_path):
-    text = GREEDY.replace(", CLUE", "").replace("groups:", "  none: [my.bias]\ngroups:", 1)
+    text = GREEDY.replace(", CLUE", "").replace("towers:", "  none: [my.bias]\ntowers:", 1)
     with pytest.raises(keymap.MappingError, match=r"greedy.yaml: its evidence does not claim its own keys"):
         registered(tmp_path, text, "greedy")
 
@@ -343,11 +343,11 @@ ENGLISH = {
 @cache
 def known_words():
     """Names of formats and parts of keys, from the mappings alone."""
-    names = {m.name for m in KNOWN.formats} | {m.name for m in KNOWN.mappings.values() if m.kind == "respelling"}
-    parts = {spelling for entries in KNOWN.hub.spellings.values() for spelling in entries if "_" in spelling}
+    names = {m.name for m in KNOWN.formats} | {m.name for m in KNOWN.mappings.values() if m.kind == "bridge"}
+    parts = {spelling for entries in KNOWN.hub.layouts.values() for spelling in entries if "_" in spelling}
     for mapping in KNOWN.mappings.values():
         rules = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
-        for rule in (*rules, *(rule for block in mapping.accepts for rule in block.table.rules)):
+        for rule in (*rules, *(rule for block in mapping.aliases for rule in block.table.rules)):
             for side in (rule.source, *rule.targets):
                 spelled = [t if isinstance(t, str) else " ".join(s for _, s in t.options) for t in side.tokens]
                 parts |= {part for text in spelled for part in re.split(r"[^A-Za-z0-9_]+", text)}

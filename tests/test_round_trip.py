@@ -16,7 +16,7 @@ from keymap.language.layout import Layout, whole
 from keymap.language.rules import Check, RuleTable
 from keymap.load.copying import materialise
 from keymap.plan.to_hub import file_rules
-from keymap.source.detect import accept, holds
+from keymap.source.detect import apply_aliases, holds
 from keymap.source.registry import registry
 from keymap.source.samples import samples
 
@@ -60,8 +60,8 @@ def assert_checks_hold(checks: list[Check], tensors):
 def test_a_sample_goes_there_and_back_bit_for_bit(name):
     mapping, sample = SAMPLES[name]
     tensors = randoms(sample.shapes)
-    dropped = {k for k in tensors if mapping.dropped(k) is not None}
-    dropped |= {k for k in tensors if any(entry.side.match(k) is not None for entry in mapping.nowhere)}
+    dropped = {k for k in tensors if mapping.ignored(k) is not None}
+    dropped |= {k for k in tensors if any(entry.side.match(k) is not None for entry in mapping.unsupported)}
     tensors = {k: v for k, v in tensors.items() if k not in dropped or mapping.kind == "hub"}
     table = file_rules(mapping, layouts(sample_tensors := randoms(sample.shapes)))
     there = apply_rules(table, layouts(tensors), sample.facts)
@@ -97,12 +97,12 @@ def test_a_sample_shows_every_rule(name):
 def test_accepts_let_the_written_form_pass(name):
     mapping, sample = SAMPLES[name]
     before = layouts(randoms(sample.shapes))
-    after, faults, _ = accept(mapping, before, sample.facts)
+    after, faults, _ = apply_aliases(mapping, before, sample.facts)
     assert not faults
     assert list(after) == list(before)
 
 
-BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "respelling" and not any(r.oneway for r in m.rules)]
+BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "bridge" and not any(r.oneway for r in m.rules)]
 
 
 @pytest.mark.parametrize("name", BOTH_WAYS)
@@ -123,7 +123,7 @@ def test_a_respelling_goes_back_and_there_again(name):
 
 def test_keys_that_a_respelling_does_not_know_pass():
     for mapping in KNOWN.mappings.values():
-        if mapping.kind == "respelling":
+        if mapping.kind == "bridge":
             done = apply_rules(RuleTable(mapping.rules), layouts({"x.y": torch.ones(2)}), {}, pass_others=True)
             assert list(done.out) == ["x.y"]
 

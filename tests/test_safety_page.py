@@ -49,7 +49,7 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     effort = pattern.Effort()
     mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MOST, effort.keys]
     blocks = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["properties"]
-    mapping += [effort.opened, blocks["accepts"]["maxItems"]]
+    mapping += [effort.opened, blocks["aliases"]["maxItems"]]
     assert row("a mapping") == mapping
     assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
     assert row("a pattern") == [pattern_syntax._MOST_TEXT, pattern_syntax._MOST_READINGS]

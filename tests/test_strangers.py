@@ -138,7 +138,7 @@ FOREIGN = {
 def test_tens_of_thousands_of_keys_of_a_tower_that_is_spelled_otherwise(tower: str, tmp_path: Path) -> None:
     header = {FOREIGN[tower].replace("#", str(number)): empty(0) for number in range(30_000)}
     path = put(tmp_path / "a.safetensors", safetensors_bytes(header, b""))
-    soon(path, "no respelling", error=keymap.PlanError)
+    soon(path, "no bridge", error=keymap.PlanError)
 
 
 def test_a_shape_in_hexadecimal_without_end(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_mapping_that_makes_much_of_little_ends_soon(name: str, tmp_path: Path
 
 def accepting(count: int) -> str:
     blocks = "".join(rf"  - {{'k(\d+).{number}': 'k\1.{number + 1}'}}" + "\n" for number in range(count))
-    return own("w: visual.w", more=f"accepts:\n{blocks}")
+    return own("w: visual.w", more=f"aliases:\n{blocks}")
 
 
 def test_a_mapping_accepts_other_forms_in_thirty_two_blocks_at_most() -> None:
@@ -366,10 +366,10 @@ def test_a_range_that_runs_backwards_is_refused_where_it_stands() -> None:
 OPEN_CLIP = r"""format: example
 title: an example
 reference: nowhere
-speaks: {image: native_vit, text: flat}
+layouts: {image: native_vit, text: flat}
 detect: {any: [w]}
-drop: {w: nothing}
-groups:
+ignore: {w: nothing}
+towers:
   text:
     t.(transformer|token_embedding|ln_final).(.+): \1.\2
     t.(positional_embedding|text_projection): \1
@@ -392,7 +392,7 @@ def test_joins_of_joins_that_are_made_up_of_zeros_are_refused(tmp_path: Path) ->
     """Each makes 64 parts of two that are there, and the second of the first's: 1.6 GB of a file of 1.6 MB."""
     order = "concat: 0, order: [a, b" + ", 0" * 62 + "]"
     extra = {f"x{first}{second}": torch.zeros(100_000) for first in "ab" for second in "ab"}
-    accepts = f"accepts:\n  - {{'x(a|b)(a|b)': {{to: 'y\\1', {order}}}}}\n"
+    accepts = f"aliases:\n  - {{'x(a|b)(a|b)': {{to: 'y\\1', {order}}}}}\n"
     path, mapping = mapped(tmp_path, f"'y(a|b)': {{to: visual.proj_bias, {order}}}", extra, accepts)
     soon(path, "zeros", error=keymap.KeymapError, mapping=mapping)
 

@@ -15,13 +15,13 @@ format: worded
 title: transformers CLIP with two words more
 reference: this test
 uses: [hf_blocks]
-speaks: {image: native_vit, text: native}
+layouts: {image: native_vit, text: native}
 detect: {all: [marker]}
-drop:
+ignore:
   marker: tells the format
   vision_model.copy_of_class: {why: a copy, same_as: vision_model.embeddings.class_embedding}
   layer.(\\d+).twin: {why: another copy, same_as: layer.<1+1>.twin}
-nowhere:
+unsupported:
   text:
     text_model.(.+): a text tower that OpenCLIP does not have; load with towers=('image',)
     text_projection.weight: a text tower that OpenCLIP does not have; load with towers=('image',)
@@ -29,7 +29,7 @@ refuse:
   - when: {all: [marker, vision_model.cut.weight]}
     why: this is a pruned tower; keymap has no model for it
   - {contains: [.strange_suffix], why: "this is strange; make it ordinary"}
-groups:
+towers:
   image:
     vision_model.embeddings.class_embedding: visual.class_embedding
     vision_model.embeddings.patch_embedding.weight: visual.conv1.weight

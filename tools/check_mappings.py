@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keymap.errors import MappingError
-from keymap.language.catalogue import Registry
+from keymap.language.catalogue import Catalogue
 from keymap.language.compile import compile_mapping
-from keymap.language.format import Mapping
+from keymap.language.format import Format
 from keymap.language.yaml_marks import Marked, parse_yaml
 from keymap.paths import data_folder
 from keymap.source.samples import refuse_claims
@@ -32,9 +32,9 @@ def shown(file: Path) -> str:
     return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
 
 
-def count(mapping: Mapping) -> int:
+def count(mapping: Format) -> int:
     """The rules of a file, tables written out."""
-    accepts = sum(len(block.table.rules) for block in mapping.accepts)
+    accepts = sum(len(block.table.rules) for block in mapping.aliases)
     return len(mapping.rules) + accepts + sum(len(variant.rules) for variant in mapping.variants)
 
 
@@ -72,7 +72,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
         lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
     if not faults:  # what only all files together show: names, spellings, evidence, paths of respellings
         try:
-            Registry().add(together, check=refuse_claims)
+            Catalogue().add(together, check=refuse_claims)
         except MappingError as error:
             faults += told(error)
     return lines, faults

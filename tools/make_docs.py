@@ -16,18 +16,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keymap.language.format import Mapping
+from keymap.language.format import Format
 from keymap.language.rules import Rule
 from keymap.language.yaml_marks import parse_yaml
 from keymap.paths import data_folder
-from keymap.source.registry import Registry, list_formats
+from keymap.source.registry import Catalogue, list_formats
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "formats"
 KINDS = {
     "format": "Formats",
     "hub": "The hub",
-    "respelling": "Respellings",
+    "bridge": "Respellings",
     "tables": "Shared tables",
     "containers": "Wrappers and prefixes",
     "configurations": "Known models",
@@ -144,7 +144,7 @@ def facts(some: Iterable[Rule]) -> list[str]:
     return list(found)
 
 
-def writing(mapping: Mapping) -> Iterator[str]:
+def writing(mapping: Format) -> Iterator[str]:
     """Whether a format can be written, and what that needs."""
     every = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
     if not every:
@@ -152,7 +152,7 @@ def writing(mapping: Mapping) -> Iterator[str]:
         return
     backward = [back for rule in every for back in rule.inverse()]
     reading, back = facts(every), facts(backward)
-    if mapping.kind == "respelling":
+    if mapping.kind == "bridge":
         yield f"It goes both ways between {listed(mapping.between)}."
     elif backward:
         yield f'It can be written: `keymap.convert_state_dict(state_dict, to="{mapping.name}")`.'
@@ -169,7 +169,7 @@ def writing(mapping: Mapping) -> Iterator[str]:
 # --- pages ---------------------------------------------------------------------------------------------------
 
 
-def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
+def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
     """The page of one mapping."""
     lines = [
         f"<!-- Written by tools/make_docs.py from mappings/{mapping.name}.yaml: edit that file. -->",
@@ -187,7 +187,7 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     about = [f"- kind: {mapping.kind}"]
     if mapping.reference:
         about.append(f"- names read in: {mapping.reference}")
-    about += [f"- {tower} tower: {listed(spellings, 'or')}" for tower, spellings in mapping.speaks.items()]
+    about += [f"- {tower} tower: {listed(spellings, 'or')}" for tower, spellings in mapping.layouts.items()]
     if "uses" in data:
         about.append(f"- tables from: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
     if "config" in data:
@@ -199,16 +199,16 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
     section("Spellings, the first that fits", _spellings(data))
     section("Other forms that are read", _accepts(data))
     section("Left out", _left_out(data))
-    for tower, entries in data.get("nowhere", {}).items():
+    for tower, entries in data.get("unsupported", {}).items():
         section(f"No place in OpenCLIP: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
     section("Refused in words", _refused(data))
-    there = "other spelling" if mapping.kind == "respelling" else "hub"
-    for group, entries in data.get("groups", {}).items():
+    there = "other spelling" if mapping.kind == "bridge" else "hub"
+    for group, entries in data.get("towers", {}).items():
         section(f"Rules: {group}", rules(entries, there))
     for number, variant in enumerate(data.get("variants", ()), 1):
         body = [f"These rules hold for a file if {evidence(variant['when'])};"]
         body += [f"on the way back if {evidence(variant['when_hub'])}.", ""]
-        for group, entries in variant["groups"].items():
+        for group, entries in variant["towers"].items():
             body += [f"{group}:", "", *rules(entries, there), ""]
         section(f"Variant {number}", body[:-1])
     used = {name: table for other in data.get("uses", ()) for name, table in shared[other].get("tables", {}).items()}
@@ -230,13 +230,13 @@ def page(data: Data, mapping: Mapping, shared: dict[str, Data]) -> str:
 
 
 def _spellings(data: Data) -> Iterator[str]:
-    for tower, spellings in data.get("spellings", {}).items():
+    for tower, spellings in data.get("layouts", {}).items():
         for name, told in spellings.items():
             yield f"- {tower} {code(name)}: {evidence(told)}"
 
 
 def _left_out(data: Data) -> Iterator[str]:
-    for key, value in data.get("drop", {}).items():
+    for key, value in data.get("ignore", {}).items():
         told = {"why": value} if isinstance(value, str) else value
         twin = f"; must be equal to {code(told['same_as'])}" if "same_as" in told else ""
         yield f"- {code(key)}: {told['why']}{twin}"
@@ -251,7 +251,7 @@ def _refused(data: Data) -> Iterator[str]:
 
 
 def _accepts(data: Data) -> Iterator[str]:
-    for block in data.get("accepts", ()):
+    for block in data.get("aliases", ()):
         when = f"If {evidence(block['when'])}: " if "when" in block else ""
         for key, value in block.items():
             if key != "when":
@@ -319,7 +319,7 @@ def _told(data: Data) -> Iterator[str]:
     for name, value in config.get("facts", {}).items():
         default = f"; {config['defaults'][name]} where it is left out" if name in config.get("defaults", {}) else ""
         yield f"- {code(name)}: {places(value)}{default}"
-    for name, value in data.get("states", {}).items():
+    for name, value in data.get("fixed", {}).items():
         yield f"- {code(name)}: always {code(str(value).lower() if isinstance(value, bool) else value)}"
 
 
@@ -332,7 +332,7 @@ def _fixed(data: Data) -> Iterator[str]:
         yield f"- {code(key)} is written with shape {shape}"
 
 
-def index(mappings: Sequence[Mapping]) -> str:
+def index(mappings: Sequence[Format]) -> str:
     """The list of all pages."""
     lines = [
         "<!-- Written by tools/make_docs.py from mappings/: edit the files there. -->",
@@ -352,7 +352,7 @@ def index(mappings: Sequence[Mapping]) -> str:
 def pages() -> dict[str, str]:
     """Every page by its file name."""
     files = sorted(data_folder("mappings").glob("*.yaml"))
-    known = Registry()
+    known = Catalogue()
     known.add(files)
     data = {file.stem: parse_yaml(file.read_text(encoding="utf-8"), file.name).data for file in files}
     made = {f"{name}.md": page(data[name], known.mappings[name], data) for name in data}

@@ -347,5 +347,5 @@ def _fault(
     lacks = f"; missing: {', '.join(missing)}" if missing else ""
     text = f"{rule.place}: rule {rule.text}: {what} (from {shapes}{lacks})"
     return Fault(
-        text, tuple(source for row, layout in members.items() for source in layout.named(keys[row])), rule.group
+        text, tuple(source for row, layout in members.items() for source in layout.named(keys[row])), rule.tower
     )

@@ -1,6 +1,6 @@
-"""Mappings together: by name, and respellings joined into paths.
+"""Mappings together: by name, and bridges joined into paths.
 
-For each tower respellings form a forest, so a path between two spellings is unique or absent.
+For each tower bridges form a forest, so a path between two layouts is unique or absent.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import NamedTuple
 
 from keymap.errors import MappingError
 from keymap.language.compile import compile_marked
-from keymap.language.format import Configuration, Containers, Mapping
+from keymap.language.format import Configuration, Containers, Format
 from keymap.language.overlap import overlap
 from keymap.language.rules import RuleTable
 from keymap.language.schema import known_right
 from keymap.language.yaml_marks import Marked, read_yaml
 
-__all__ = ["Registry", "Respelling"]
+__all__ = ["Bridge", "Catalogue"]
 
 
-class Respelling(NamedTuple):
-    """One step between two spellings of a tower, in one direction."""
+class Bridge(NamedTuple):
+    """One step between two layouts of a tower, in one direction."""
 
-    mapping: Mapping
+    mapping: Format
     table: RuleTable
     source: str
     target: str
 
 
 @dataclass
-class Registry:
+class Catalogue:
     """Mappings by name.
 
     Attributes:
@@ -41,17 +41,17 @@ class Registry:
         places: where the files lie; a file that is added again replaces what it held before.
     """
 
-    mappings: dict[str, Mapping] = field(default_factory=dict)
+    mappings: dict[str, Format] = field(default_factory=dict)
     files: dict[str, Marked] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
-    _paths: dict[tuple[str, str], dict[str, list[Respelling]]] = field(default_factory=dict, repr=False)
+    _paths: dict[tuple[str, str], dict[str, list[Bridge]]] = field(default_factory=dict, repr=False)
 
     @property
-    def hub(self) -> Mapping:
+    def hub(self) -> Format:
         return next(m for m in self.mappings.values() if m.kind == "hub")
 
     @property
-    def formats(self) -> list[Mapping]:
+    def formats(self) -> list[Format]:
         """What a file can be: the formats, and the hub's own."""
         return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
 
@@ -67,7 +67,7 @@ class Registry:
         """The configurations of the hub's models that are recorded."""
         return [entry for mapping in self.mappings.values() for entry in mapping.configurations]
 
-    def get(self, name: str) -> Mapping:
+    def get(self, name: str) -> Format:
         """The mapping of that name.
 
         Raises:
@@ -83,9 +83,9 @@ class Registry:
     def add(
         self,
         files: Iterable[Path],
-        check: Callable[[Registry, Iterable[str]], None] | None = None,
+        check: Callable[[Catalogue, Iterable[str]], None] | None = None,
         released: bool = False,
-    ) -> list[Mapping]:
+    ) -> list[Format]:
         """Compile files and add them, all or none.
 
         Args:
@@ -94,7 +94,7 @@ class Registry:
             released: they have been found right before, and are not checked again.
 
         Raises:
-            MappingError: a file is wrong, a name is taken, respellings would form a cycle, or ``check`` refuses.
+            MappingError: a file is wrong, a name is taken, bridges would form a cycle, or ``check`` refuses.
         """
         parsed = dict(self.files)
         texts: list[tuple[Path, Marked]] = []
@@ -106,7 +106,7 @@ class Registry:
             if released:
                 known_right(marked)
             texts.append((file, marked))
-        added: dict[str, Mapping] = {}
+        added: dict[str, Format] = {}
         places = dict(self.places)
         for file, marked in texts:
             mapping = compile_marked(marked, parsed.get, released)
@@ -117,7 +117,7 @@ class Registry:
             if file.stem != name:
                 raise MappingError(f"{here}: format {name!r} belongs into {name}.yaml; rename one of them")
             added[name], places[name] = mapping, file.resolve()
-        together = Registry({**self.mappings, **added}, parsed, places)
+        together = Catalogue({**self.mappings, **added}, parsed, places)
         if not released:
             together._check()
         if check is not None:
@@ -131,13 +131,13 @@ class Registry:
         if len(hubs) != 1:
             raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
         for mapping in self.mappings.values():
-            for tower in mapping.speaks:
-                if tower not in hubs[0].spellings:
-                    at = self.files[mapping.name].at(("speaks", tower))
-                    known = ", ".join(hubs[0].spellings)
-                    raise MappingError(f"{at}: the hub spells no tower {tower!r}; known: {known}")
-        for tower, spellings in hubs[0].spellings.items():
-            parent = {name: name for name in spellings}
+            for tower in mapping.layouts:
+                if tower not in hubs[0].layouts:
+                    at = self.files[mapping.name].at(("layouts", tower))
+                    known = ", ".join(hubs[0].layouts)
+                    raise MappingError(f"{at}: the hub has no tower {tower!r}; known: {known}")
+        for tower, layouts in hubs[0].layouts.items():
+            parent = {name: name for name in layouts}
 
             def root(name: str, parent: dict[str, str] = parent) -> str:
                 while parent[name] != name:
@@ -145,12 +145,12 @@ class Registry:
                 return name
 
             for mapping in self.mappings.values():
-                spoken = mapping.between if mapping.tower == tower else mapping.speaks.get(tower, ())
-                unknown = [name for name in spoken if name not in spellings]
+                spoken = mapping.between if mapping.tower == tower else mapping.layouts.get(tower, ())
+                unknown = [name for name in spoken if name not in layouts]
                 if unknown:
-                    at = self.files[mapping.name].at((tower,) if mapping.tower else ("speaks", tower))
+                    at = self.files[mapping.name].at((tower,) if mapping.tower else ("layouts", tower))
                     raise MappingError(
-                        f"{at}: the hub knows no {tower} spelling {unknown[0]!r}; known: {', '.join(spellings)}"
+                        f"{at}: the hub knows no {tower} layout {unknown[0]!r}; known: {', '.join(layouts)}"
                     )
                 if mapping.tower != tower:
                     continue
@@ -158,27 +158,27 @@ class Registry:
                 if one == two:
                     at, both = self.files[mapping.name].at((tower,)), " and ".join(mapping.between)
                     raise MappingError(
-                        f"{at}: a second path between {tower} spellings {both}; respellings of a tower form a forest"
+                        f"{at}: a second path between {tower} layouts {both}; bridges of a tower form a forest"
                     )
                 parent[one] = two
         lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
         if lost:
             raise MappingError("rules write keys that the hub does not have", lost)
 
-    def path(self, tower: str, source: str, target: str) -> list[Respelling] | None:
-        """The respellings that lead from one spelling to another; None where none do."""
+    def path(self, tower: str, source: str, target: str) -> list[Bridge] | None:
+        """The bridges that lead from one layout to another; None where none do."""
         if (tower, source) not in self._paths:
             self._paths[tower, source] = self._paths_from(tower, source)
         return self._paths[tower, source].get(target)
 
-    def _paths_from(self, tower: str, source: str) -> dict[str, list[Respelling]]:
+    def _paths_from(self, tower: str, source: str) -> dict[str, list[Bridge]]:
         steps = []
         for mapping in self.mappings.values():
-            if mapping.kind == "respelling" and mapping.tower == tower:
-                steps.append(Respelling(mapping, mapping.table, *mapping.between))
+            if mapping.kind == "bridge" and mapping.tower == tower:
+                steps.append(Bridge(mapping, mapping.table, *mapping.between))
                 if not any(rule.oneway for rule in mapping.rules):
-                    steps.append(Respelling(mapping, mapping.back, *reversed(mapping.between)))
-        paths: dict[str, list[Respelling]] = {source: []}
+                    steps.append(Bridge(mapping, mapping.back, *reversed(mapping.between)))
+        paths: dict[str, list[Bridge]] = {source: []}
         queue = [source]
         while queue:
             here = queue.pop()
@@ -189,16 +189,16 @@ class Registry:
         return paths
 
 
-def _strays(hub: Mapping, mapping: Mapping) -> Iterable[str]:
+def _strays(hub: Format, mapping: Format) -> Iterable[str]:
     """Rules whose target is no name of the hub in the rule's tower."""
     for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
-        own = [other.source for other in hub.rules if other.group == rule.group]
+        own = [other.source for other in hub.rules if other.tower == rule.tower]
         for side in rule.targets:
             sample = side.sample
             if not any(other.match(sample) is not None for other in own) and not any(overlap(side, o) for o in own):
-                towers = {other.group for other in hub.rules if overlap(side, other.source)}
+                towers = {other.tower for other in hub.rules if overlap(side, other.source)}
                 there = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
-                yield f"{rule.place}: {str(side)!r} stands in group {rule.group!r}, but {there}"
+                yield f"{rule.place}: {str(side)!r} is in tower {rule.tower!r}, but {there}"
 
 
 def _shown(file: Path) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from collections.abc import Mapping as MappingType
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from keymap.errors import MappingError, some
 from keymap.language.format import (
     Clue,
-    Drop,
     Evidence,
+    Ignored,
     Scalar,
 )
 from keymap.language.pattern import Effort, PatternError, Side
@@ -41,6 +40,7 @@ class Compiler:
         shared = [(("uses", i), name) for i, name in enumerate(marked.data.get("uses", []))]
         self.facts: dict[str, Any] = {}
         self.measures: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
         for where, name in shared:
             other = library(name)
             if other is None:
@@ -58,9 +58,16 @@ class Compiler:
             self.lookups[name] = {key: str(value) for key, value in table.items()}
         self.facts |= marked.data.get("facts", {})
         self.measures |= marked.data.get("measures", {})
+        self.configs |= marked.data.get("configs", {})
 
     def fault(self, marked: Marked, where: Where, what: str) -> None:
         self.faults.append(f"{marked.at(where)}: {what}")
+
+    def unknown(self, marked: Marked, where: Where, what: str, name: str, known: Iterable[str]) -> None:
+        """A name that no table of the file, or of those that it uses, declares."""
+        self.fault(
+            marked, where, f"there is no {what} {name!r}; known: {some(sorted(known), 20) or 'none is declared'}"
+        )
 
     def count(self, marked: Marked, where: Where) -> None:
         """One more rule or pattern. Raises MappingError where there are too many."""
@@ -77,7 +84,7 @@ class Compiler:
             self.fault(self.marked, where, str(error))
             return None
 
-    def evidence(self, data: MappingType[str, Any], where: Where) -> Evidence:
+    def evidence(self, data: Mapping[str, Any], where: Where) -> Evidence:
         def clues(name: str) -> tuple[Clue, ...]:
             found = []
             for number, item in enumerate(data.get(name, [])):
@@ -91,33 +98,40 @@ class Compiler:
 
         return Evidence(clues("all"), clues("any"), clues("none"))
 
-    def words(self, data: MappingType[str, Any], where: Where) -> MappingType[str, Scalar]:
+    def words(self, data: Mapping[str, Any], where: Where) -> Mapping[str, Scalar]:
         """The words of a fact or a place: as given, or those of a lookup."""
         words: Any = data.get("words", {})
         if not isinstance(words, str):
             return dict(words)
         if words not in self.lookups:
-            self.fault(self.marked, where, f"there is no lookup {words!r}; known: {', '.join(sorted(self.lookups))}")
+            self.unknown(self.marked, where, "lookup", words, self.lookups)
         return self.lookups.get(words, {})
 
-    def drop(self, key: str, value: str | MappingType[str, str]) -> Drop | None:
-        side = self.side(key, ("drop", key))
+    def ignored(self, key: str, value: str | Mapping[str, str]) -> Ignored | None:
+        side = self.side(key, ("ignore", key))
         if side is None or isinstance(value, str):
-            return Drop(side, str(value)) if side is not None else None
+            return Ignored(side, str(value)) if side is not None else None
         twin = None
         if "same_as" in value:
             try:
                 twin = parse_target([(value["same_as"], 0)], side, self.lookups, effort=self.effort)
             except PatternError as error:
-                self.fault(self.marked, ("drop", key), f"same_as: {error}")
-        return Drop(side, value["why"], twin)
+                self.fault(self.marked, ("ignore", key), f"same_as: {error}")
+        return Ignored(side, value["why"], twin)
+
+    def by_pattern(self, field: str) -> Iterator[tuple[Side, Any]]:
+        """The entries of a field whose keys are patterns."""
+        for key, value in self.marked.data.get(field, {}).items():
+            side = self.side(key, (field, key))
+            if side is not None:
+                yield side, value
 
     # --- rules ---
 
-    def rules(self, data: MappingType[str, Any], marked: Marked, where: Where, group: str) -> Iterable[Rule]:
+    def rules(self, data: Mapping[str, Any], marked: Marked, where: Where, tower: str) -> Iterable[Rule]:
         for key, value in data.items():
             if key != "when" or isinstance(value, str):
-                yield from self.rule(key, value, marked, (*where, key), group, "", (), {}, ())
+                yield from self.rule(key, value, marked, (*where, key), tower, "", (), {}, ())
 
     def rule(
         self,
@@ -125,10 +139,10 @@ class Compiler:
         value: Any,
         marked: Marked,
         where: Where,
-        group: str,
+        tower: str,
         source_prefix: str,
         target_prefix: tuple[tuple[str, int], ...],
-        sizes: MappingType[str, int | str],
+        sizes: Mapping[str, int | str],
         within: tuple[str, ...],
     ) -> Iterable[Rule]:
         self.count(marked, where)
@@ -152,7 +166,7 @@ class Compiler:
             prefix = (*target_prefix, (targets[0], groups_before))
             for inner, inner_value in home.data["tables"][name].items():
                 yield from self.rule(
-                    inner, inner_value, home, (*path, inner), group, source_prefix + key, prefix, sizes,
+                    inner, inner_value, home, (*path, inner), tower, source_prefix + key, prefix, sizes,
                     (*within, name),
                 )  # fmt: skip
             return
@@ -165,7 +179,7 @@ class Compiler:
                 for t in targets
             )
             text = _text(key, value)
-            yield self._operations(options, source, sides, marked.at(where), text, group, sizes, groups_before)
+            yield self._operations(options, source, sides, marked.at(where), text, tower, sizes, groups_before)
         except (PatternError, ViewError) as error:
             self.fault(marked, where, str(error))
 
@@ -176,8 +190,8 @@ class Compiler:
         targets: tuple[Side, ...],
         place: str,
         text: str,
-        group: str,
-        sizes: MappingType[str, int | str],
+        tower: str,
+        sizes: Mapping[str, int | str],
         groups_before: int,
     ) -> Rule:
         before = parse_view(options["view"]) if "view" in options else None
@@ -227,7 +241,7 @@ class Compiler:
         return Rule(
             place,
             text,
-            group,
+            tower,
             source,
             targets,
             take=tuple(options["take"]) if "take" in options else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingType
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,20 +11,20 @@ from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
 
 __all__ = [
-    "Accept",
+    "Alias",
     "Clue",
     "Config",
     "Configuration",
     "Containers",
-    "Drop",
     "Evidence",
     "Fact",
-    "Mapping",
-    "Nowhere",
+    "Format",
+    "Ignored",
     "Place",
     "Position",
     "Refusal",
     "Scalar",
+    "Unsupported",
     "Variant",
 ]
 
@@ -47,20 +47,22 @@ class Evidence(NamedTuple):
     none: tuple[Clue, ...] = ()
 
 
-class Accept(NamedTuple):
+class Alias(NamedTuple):
+    """Rules from other spellings of a format's keys to its own, and the evidence under which they apply."""
+
     when: Evidence | None
     table: RuleTable
 
 
-class Drop(NamedTuple):
-    """Keys that carry no weights: the reason, and the key whose values they must repeat, if that is told."""
+class Ignored(NamedTuple):
+    """Keys that carry no weights: the reason, and the key whose values they must repeat, if the mapping names one."""
 
     side: Side
     why: str
     same_as: Side | None = None
 
 
-class Nowhere(NamedTuple):
+class Unsupported(NamedTuple):
     """Keys of a tower that no model of the hub has a place for, and why."""
 
     side: Side
@@ -85,7 +87,13 @@ class Variant(NamedTuple):
 class Position(NamedTuple):
     """A position embedding: ``lead`` axes of length one, prefix rows, then a grid or a line, then the width.
 
-    ``apart``: the grid has two axes of its own, ``1 h w d``, so its shape tells it.
+    Attributes:
+        key: the hub's.
+        lead: how many axes of length one come first.
+        grid: True for rows of an image grid, False for a line of text positions.
+        prefix: how many rows come before the grid, or the keys whose tensors bring them.
+        apart: the grid has two axes of its own, ``1 h w d``, so its shape shows it.
+        grid_fact: the fact that gives the model's grid (h, w).
     """
 
     key: str
@@ -93,6 +101,7 @@ class Position(NamedTuple):
     grid: bool
     prefix: int | tuple[str, ...]
     apart: bool = False
+    grid_fact: str = ""
 
 
 class Place(NamedTuple):
@@ -102,11 +111,13 @@ class Place(NamedTuple):
         path: keys with dots between them.
         words: what its values are called elsewhere; where there are words, a value without one tells nothing.
         unless: a path whose presence makes this one mean something else.
+        outside: sections of which the file has none where this place, at its top level, is read.
     """
 
     path: str
-    words: MappingType[str, Scalar] = {}
+    words: Mapping[str, Scalar] = {}
     unless: str = ""
+    outside: tuple[str, ...] = ()
 
 
 class Config(NamedTuple):
@@ -118,8 +129,8 @@ class Config(NamedTuple):
     file: str
     image_size: tuple[Place, ...] = ()
     patch_size: tuple[Place, ...] = ()
-    facts: MappingType[str, tuple[Place, ...]] = {}
-    defaults: MappingType[str, Scalar] = {}
+    facts: Mapping[str, tuple[Place, ...]] = {}
+    defaults: Mapping[str, Scalar] = {}
 
 
 class Fact(NamedTuple):
@@ -137,9 +148,9 @@ class Fact(NamedTuple):
     paths: tuple[tuple[str, int], ...]
     label: str = ""
     change: str = ""
-    words: MappingType[str, Scalar] = {}
+    words: Mapping[str, Scalar] = {}
     present: bool = False
-    only: MappingType[str, Scalar] = {}
+    only: Mapping[str, Scalar] = {}
 
 
 class Configuration(NamedTuple):
@@ -150,8 +161,8 @@ class Configuration(NamedTuple):
         names: the configurations, each with the number of positions of its towers, in the order of the fingerprints.
     """
 
-    fingerprints: MappingType[str, str]
-    names: MappingType[str, tuple[int, ...]]
+    fingerprints: Mapping[str, str]
+    names: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -180,8 +191,15 @@ class Containers:
 
 
 @dataclass(frozen=True, eq=False)
-class Mapping:
-    """One mapping file, compiled. Fields are as in the schema."""
+class Format:
+    """One mapping file, compiled. Fields are as in the schema.
+
+    Attributes:
+        rules: those of all towers.
+        layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
+        layout_evidence: (hub) what tells each layout of a tower.
+        tower, between: (bridge) the tower, and the two layouts that the rules join.
+    """
 
     name: str
     kind: str
@@ -189,28 +207,29 @@ class Mapping:
     file: str
     reference: str = ""
     notes: tuple[str, ...] = ()
-    speaks: MappingType[str, tuple[str, ...]] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     detect: Evidence = field(default_factory=Evidence)
-    drop: tuple[Drop, ...] = ()
-    nowhere: tuple[Nowhere, ...] = ()
+    ignore: tuple[Ignored, ...] = ()
+    unsupported: tuple[Unsupported, ...] = ()
     refuse: tuple[Refusal, ...] = ()
-    accepts: tuple[Accept, ...] = ()
+    aliases: tuple[Alias, ...] = ()
     rules: tuple[Rule, ...] = ()
     variants: tuple[Variant, ...] = ()
     dtypes: tuple[tuple[Side, str], ...] = ()
     shapes: tuple[tuple[Side, tuple[int, ...]], ...] = ()
     config: Config | None = None
-    states: MappingType[str, Scalar] = field(default_factory=dict)
+    fixed: Mapping[str, Scalar] = field(default_factory=dict)
     tower: str = ""
     between: tuple[str, ...] = ()
-    spellings: MappingType[str, MappingType[str, Evidence]] = field(default_factory=dict)
+    layout_evidence: Mapping[str, Mapping[str, Evidence]] = field(default_factory=dict)
+    written_as: Mapping[str, str] = field(default_factory=dict)
     scalars: frozenset[str] = frozenset()
-    absent_means: MappingType[str, tuple[float | str, bool]] = field(default_factory=dict)
+    absent_means: Mapping[str, tuple[float | str, bool]] = field(default_factory=dict)
     file_only: frozenset[str] = frozenset()
-    positions: MappingType[str, Position] = field(default_factory=dict)
-    facts: MappingType[str, Fact] = field(default_factory=dict)
+    positions: Mapping[str, Position] = field(default_factory=dict)
+    facts: Mapping[str, Fact] = field(default_factory=dict)
     causal_masks: frozenset[str] = frozenset()
-    measures: MappingType[str, MappingType[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
+    measures: Mapping[str, Mapping[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
     configurations: tuple[Configuration, ...] = ()
     containers: Containers = field(default_factory=Containers)
 
@@ -226,14 +245,14 @@ class Mapping:
 
     @cached_property
     def ends_left_out(self) -> tuple[str, ...]:
-        """Texts of which one ends every key that `drop` or `nowhere` leaves out."""
-        sides = [*(entry.side for entry in self.drop), *(entry.side for entry in self.nowhere)]
+        """Texts of which one ends every key that `ignore` or `unsupported` leaves out."""
+        sides = [*(entry.side for entry in self.ignore), *(entry.side for entry in self.unsupported)]
         return tuple(end for side in sides for end in side.ends)
 
-    def dropped(self, key: str) -> tuple[str, str] | None:
+    def ignored(self, key: str) -> tuple[str, str] | None:
         """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""
-        for drop in self.drop:
-            values = drop.side.match(key)
+        for entry in self.ignore:
+            values = entry.side.match(key)
             if values is not None:
-                return drop.why, drop.same_as.write(values) if drop.same_as is not None else ""
+                return entry.why, entry.same_as.write(values) if entry.same_as is not None else ""
         return None

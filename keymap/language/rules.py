@@ -73,7 +73,7 @@ class Rule:
 
     Attributes:
         place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
-        group: the tower it belongs to, empty for `accepts`.
+        tower: the tower it belongs to, empty for `aliases`.
         source, targets: the sides; more than one target for tied weights.
         take: the rows [first, last) of axis 0 that are used at all, None for the end.
         before, join, then, cut, after: the further operations, in this order.
@@ -86,7 +86,7 @@ class Rule:
 
     place: str
     text: str
-    group: str
+    tower: str
     source: Side
     targets: tuple[Side, ...]
     take: tuple[int, int | None] | None = None
@@ -177,14 +177,14 @@ class Fault(NamedTuple):
     Attributes:
         text: what, in a sentence.
         sources: the source keys that it concerns.
-        group: the tower of the rule, empty where no rule of a tower is meant.
+        tower: the tower of the rule, empty where no rule of a tower is meant.
         fatal: True where not even a partial load is safe: two keys that become one.
         foreign: True where a whole tower is of another architecture.
     """
 
     text: str
     sources: tuple[str, ...] = ()
-    group: str = ""
+    tower: str = ""
     fatal: bool = False
     foreign: bool = False
 

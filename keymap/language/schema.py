@@ -9,19 +9,34 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from keymap.language.yaml_marks import Marked
-from keymap.paths import data_folder
+from keymap.paths import schema_path
 
 __all__ = ["known_right", "schema_faults"]
 
-_MOST = 100  # faults that are looked for
+_MAX_FAULTS = 100  # that are looked for
+_OLD_KINDS = {"respelling": "bridge"}
+_OLD_FIELDS = {  # each with what it is called today
+    "groups": "towers",
+    "accepts": "aliases",
+    "drop": "ignore",
+    "speaks": "layouts",
+    "spellings": "layouts",
+    "states": "fixed",
+    "nowhere": "unsupported",
+    "image": "between: {image: [...]}",
+    "text": "between: {text: [...]}",
+}
 _right: WeakValueDictionary[int, Marked] = WeakValueDictionary()
 
 
-@lru_cache(maxsize=1)
-def _validator() -> Any:
+@lru_cache(maxsize=8)
+def _validator(kind: str) -> Any:
+    """The validator of a kind of mapping; of the whole schema, for a kind that there is not."""
     from jsonschema import Draft202012Validator
 
-    schema = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(schema_path().read_text(encoding="utf-8"))
+    if kind in schema["$defs"]["kinds"]:
+        schema = {"$schema": schema["$schema"], "$ref": f"#/$defs/kinds/{kind}", "$defs": schema["$defs"]}
     return Draft202012Validator(schema)
 
 
@@ -36,9 +51,14 @@ def schema_faults(marked: Marked) -> list[str]:
         return []
     if not isinstance(marked.data, dict):
         return [f"{marked.file}:1:1: it holds no fields, as format: and groups:"]
-    errors = list(islice(_validator().iter_errors(marked.data), _MOST))
+    kind = marked.data.get("kind", "format")
+    faults = []
+    if kind in _OLD_KINDS:
+        faults.append(f"{marked.at(('kind',))}: kind {kind!r} is now called {_OLD_KINDS[kind]!r}")
+        kind = _OLD_KINDS[kind]
+    errors = list(islice(_validator(kind if isinstance(kind, str) else "").iter_errors(marked.data), _MAX_FAULTS))
     errors.sort(key=lambda error: list(map(str, error.absolute_path)))
-    faults = [fault for error in errors for fault in _told(marked, error)]
+    faults += [fault for error in errors for fault in _told(marked, error)]
     if not faults:
         known_right(marked)
     return faults
@@ -57,11 +77,19 @@ def _told(marked: Marked, error: Any) -> list[str]:
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = list(error.schema.get("properties", {}))
         out = []
-        for key in islice((key for key in error.instance if key not in known), _MOST):
+        for key in islice((key for key in error.instance if key not in known), _MAX_FAULTS):
+            today = _OLD_FIELDS.get(key, "")
+            if today.partition(":")[0] in known:
+                out.append(f"{marked.at((*where, key))}: {key!r} is now called {today!r}")
+                continue
             near = get_close_matches(key[:40], known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             out.append(f"{marked.at((*where, key))}: there is no field {key[:80]!r} here{hint}")
         return out
+    if error.validator == "required":
+        lacking = next((name for name in error.validator_value if f"'{name}'" in error.message), "")
+        if any(_OLD_FIELDS[key].partition(":")[0] == lacking for key in error.instance if key in _OLD_FIELDS):
+            return []  # it is there under its old name, which is a fault of its own
     if error.validator in ("anyOf", "oneOf") and error.context:
         branch = [e for e in error.context if e.validator not in ("type", "const")]
         if branch:

@@ -7,17 +7,17 @@ derived buffers and keys whose absence means a value. Equal fingerprints load in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping as MappingType
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from keymap.errors import some
 from keymap.language.apply import apply_rules
-from keymap.language.catalogue import Registry
-from keymap.language.format import Mapping
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.plan.to_hub import tower_of
-from keymap.source.detect import spelling
+from keymap.source.detect import tower_layout
 
 __all__ = ["Described", "Tower", "configurations_for", "describe", "in_words", "unlike"]
 
@@ -26,23 +26,23 @@ class Tower(NamedTuple):
     """One tower of a file or of a model.
 
     Attributes:
-        spelling: how its keys are spelled; ``canonical`` is the first of the hub's spellings that respellings lead to
+        layout: how its keys are named; ``canonical`` is the first of the hub's layouts that bridges lead to
             and back from.
         sizes: what its shapes tell, by the hub's words.
         fingerprint: of its canonical keys and shapes.
         uneven: its blocks differ in their shapes.
     """
 
-    spelling: str
+    layout: str
     canonical: str
-    sizes: MappingType[str, int]
+    sizes: Mapping[str, int]
     fingerprint: str
     uneven: bool
 
     def __str__(self) -> str:
         told = [f"{name} {size}" for name, size in self.sizes.items()]
         told += ["blocks of different sizes, as a pruned model has"] if self.uneven else []
-        return f"{self.spelling} ({', '.join(told)})" if told else self.spelling
+        return f"{self.layout} ({', '.join(told)})" if told else self.layout
 
     def like(self, other: Tower) -> bool:
         """Whether nothing but the number of positions is seen to differ."""
@@ -51,7 +51,7 @@ class Tower(NamedTuple):
         return self.canonical == other.canonical and all(sizes[k] == others[k] for k in shared) and not self.uneven
 
 
-Described = MappingType[str, Tower]  # by the tower's name
+Described = Mapping[str, Tower]  # by the tower's name
 
 
 def in_words(towers: Described) -> str:
@@ -59,23 +59,23 @@ def in_words(towers: Described) -> str:
     return "; ".join(f"{name} tower {tower}" for name, tower in towers.items()) or "no tower that the hub knows"
 
 
-def describe(known: Registry, layouts: MappingType[str, Layout]) -> Described:
+def describe(known: Catalogue, layouts: Mapping[str, Layout]) -> Described:
     """What these keys of the hub are."""
     hub = known.hub
     towers = {}
-    for name in hub.spellings:
-        here = spelling(hub, name, layouts)
+    for name in hub.layouts:
+        here = tower_layout(hub, name, layouts)
         if here is None:
             continue
         keys = {key: layout for key, layout in layouts.items() if tower_of(hub, key) == name}
         measured = {size: _measured(ways, keys) for size, ways in hub.measures.get(name, {}).items()}
         sizes = {size: length for size, length in measured.items() if length}
-        canonical, respelled = _canonical(known, name, here, keys)
-        towers[name] = Tower(here, canonical, sizes, _fingerprint(hub, respelled), _uneven(hub, name, keys))
+        canonical, bridged = _canonical(known, name, here, keys)
+        towers[name] = Tower(here, canonical, sizes, _fingerprint(hub, bridged), _uneven(hub, name, keys))
     return towers
 
 
-def unlike(known: Registry, title: str, file: Described, model: Described) -> str:
+def unlike(known: Catalogue, title: str, file: Described, model: Described) -> str:
     """One sentence for a file of another architecture or size than the model; empty where nothing seems to differ."""
     fits = configurations_for(known, file)
     alike = all(tower.like(model[name]) for name, tower in file.items() if name in model)
@@ -85,7 +85,7 @@ def unlike(known: Registry, title: str, file: Described, model: Described) -> st
     return f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; {names}"
 
 
-def _measured(ways: tuple[tuple[Side, int | None], ...], keys: MappingType[str, Layout]) -> int:
+def _measured(ways: tuple[tuple[Side, int | None], ...], keys: Mapping[str, Layout]) -> int:
     """The length of an axis, or how many keys match; of the first way that finds any."""
     for side, axis in ways:
         found = [layout for key, layout in keys.items() if side.match(key) is not None]
@@ -96,11 +96,9 @@ def _measured(ways: tuple[tuple[Side, int | None], ...], keys: MappingType[str, 
     return 0
 
 
-def _canonical(
-    known: Registry, tower: str, here: str, keys: MappingType[str, Layout]
-) -> tuple[str, MappingType[str, Layout]]:
-    """The first of the hub's spellings that a tower can be brought to and back from, and its keys there."""
-    for there in known.hub.spellings[tower]:
+def _canonical(known: Catalogue, tower: str, here: str, keys: Mapping[str, Layout]) -> tuple[str, Mapping[str, Layout]]:
+    """The first of the hub's layouts that a tower can be brought to and back from, and its keys there."""
+    for there in known.hub.layouts[tower]:
         steps = known.path(tower, here, there)
         if steps is None or known.path(tower, there, here) is None:
             continue
@@ -111,17 +109,17 @@ def _canonical(
     return here, keys
 
 
-def _fingerprint(hub: Mapping, keys: MappingType[str, Layout]) -> str:
+def _fingerprint(hub: Format, keys: Mapping[str, Layout]) -> str:
     left_out = {*hub.positions, *hub.scalars, *hub.absent_means}
     told = sorted(
         f"{key} {list(layout.shape)}"
         for key, layout in keys.items()
-        if key not in left_out and hub.dropped(key) is None
+        if key not in left_out and hub.ignored(key) is None
     )
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:10]
 
 
-def _uneven(hub: Mapping, tower: str, keys: MappingType[str, Layout]) -> bool:
+def _uneven(hub: Format, tower: str, keys: Mapping[str, Layout]) -> bool:
     """True where the blocks that a measure counts differ in their shapes."""
     shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
     counted = [side.prefix for ways in hub.measures.get(tower, {}).values() for side, axis in ways if axis is None]
@@ -132,7 +130,7 @@ def _uneven(hub: Mapping, tower: str, keys: MappingType[str, Layout]) -> bool:
     return any(len(found) > 1 for found in shapes.values())
 
 
-def configurations_for(known: Registry, told: Described) -> list[str]:
+def configurations_for(known: Catalogue, told: Described) -> list[str]:
     """Names of the recorded configurations that all towers told fit, those of equal positions first."""
     found = []
     for entry in known.configurations:

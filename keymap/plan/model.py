@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingType
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
-from keymap.language.format import Fact, Mapping, Scalar
+from keymap.language.format import Fact, Format, Scalar
 from keymap.language.layout import Layout, whole
 
 __all__ = ["ModelView", "has_memory", "modules_of", "view_model"]
@@ -26,16 +26,16 @@ class ModelView:
         model: itself.
         tensors: parameters and persistent buffers by key, in the model's own memory.
         facts: head counts and the like, and in words what else no weight tells.
-        grid: (h, w) of the image tower's patches, where the model tells it.
+        grids: (h, w) in patches, by the name of the fact that gives it.
     """
 
     model: nn.Module
-    tensors: MappingType[str, torch.Tensor]
-    facts: MappingType[str, Scalar]
-    grid: tuple[int, int] | None
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Scalar]
+    grids: Mapping[str, tuple[int, int]]
 
     @cached_property
-    def modules(self) -> MappingType[str, nn.Module]:
+    def modules(self) -> Mapping[str, nn.Module]:
         """Its modules by dotted path, each once."""
         return modules_of(self.model)
 
@@ -111,7 +111,7 @@ def _odd(tensor: torch.Tensor) -> str:
     return "is a view that negates or conjugates: clone it" if tensor.is_neg() or tensor.is_conj() else ""
 
 
-def view_model(model: nn.Module, hub: Mapping) -> ModelView:
+def view_model(model: nn.Module, hub: Format) -> ModelView:
     """Read a model's keys and facts; nothing of it is changed.
 
     Raises:
@@ -122,11 +122,13 @@ def view_model(model: nn.Module, hub: Mapping) -> ModelView:
     if odd:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(odd)}")
     facts: dict[str, Scalar] = {}
-    grid: tuple[int, int] | None = None
+    grids: dict[str, tuple[int, int]] = {}
+    of_grids = {position.grid_fact for position in hub.positions.values()}
     for name, fact in hub.facts.items():
         value = _told(fact, model)
-        if name == "image.grid":
-            grid = (value, value) if isinstance(value, int) else value
+        if name in of_grids:
+            if value is not None:
+                grids[name] = (value, value) if isinstance(value, int) else value
         elif isinstance(value, (str, int, float)):
             facts[name] = value
-    return ModelView(model, tensors, facts, grid)
+    return ModelView(model, tensors, facts, grids)

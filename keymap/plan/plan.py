@@ -7,7 +7,7 @@ could have been seen before, apart from the few values that `verify` reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping as MappingType
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     casts: tuple[str, ...] = ()
 
 
-def checked_facts(facts: object) -> MappingType[str, int]:
+def checked_facts(facts: object) -> Mapping[str, int]:
     """What the caller tells of a source or a target; empty for None.
 
     Raises:
@@ -51,7 +51,7 @@ def checked_facts(facts: object) -> MappingType[str, int]:
     """
     if facts is None:
         return {}
-    if isinstance(facts, MappingType) and all(
+    if isinstance(facts, Mapping) and all(
         isinstance(name, str) and type(value) is int and value > 0 for name, value in facts.items()
     ):
         return facts
@@ -65,7 +65,7 @@ class Request(NamedTuple):
     strict: bool = True
     towers: tuple[str, ...] | None = None
     source_grid: tuple[int, int] | None = None
-    facts: MappingType[str, int] = {}
+    facts: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Plan:
         file, container: the checkpoint.
         format, evidence: its format, and the keys that told it.
         wrapper, prefixes: what was taken off; ``other_wrappers`` were in the file too and not taken.
-        spellings: for each tower of the file the spellings that it went through.
+        layouts: for each tower of the file the layouts that it went through.
         entries: one for each tensor of the model that will be written.
         checks: values to be seen before anything is written.
         dropped: source keys without weights, and why.
@@ -97,13 +97,13 @@ class Plan:
     wrapper: str
     other_wrappers: tuple[str, ...]
     prefixes: tuple[str, ...]
-    spellings: MappingType[str, tuple[str, ...]]
+    layouts: Mapping[str, tuple[str, ...]]
     entries: tuple[Entry, ...]
     checks: tuple[Check, ...]
-    dropped: MappingType[str, str]
+    dropped: Mapping[str, str]
     missing_keys: tuple[str, ...]
     unexpected_keys: tuple[str, ...]
-    mismatched: MappingType[str, str]
+    mismatched: Mapping[str, str]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class Plan:
             "wrapper": self.wrapper,
             "other_wrappers": list(self.other_wrappers),
             "prefixes": list(self.prefixes),
-            "spellings": {tower: list(chain) for tower, chain in self.spellings.items()},
+            "layouts": {tower: list(chain) for tower, chain in self.layouts.items()},
             "loaded": self.loaded,
             "resized": self.resized,
             "filled": self.filled,
@@ -200,9 +200,9 @@ class Plan:
             )
         if self.prefixes:
             lines.append(f"  prefixes cut: {' '.join(self.prefixes)}")
-        for tower, chain in self.spellings.items():
+        for tower, chain in self.layouts.items():
             if len(chain) > 1:
-                lines.append(f"  {tower} tower respelled: {' -> '.join(chain)}")
+                lines.append(f"  {tower} tower bridged: {' -> '.join(chain)}")
         counts = ", ".join(f"{tower} {n}" for tower, n in self.loaded.items())
         lines.append(f"  loaded: {sum(self.loaded.values())} tensors ({counts})")
         lines += [f"  resized {key}: {how}" for key, how in self.resized.items()]

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping as MappingType
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
 
 from keymap.errors import SHOWN, DetectionError, PlanError, some
-from keymap.language.catalogue import Registry
-from keymap.language.format import Mapping, Position
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format, Position
 from keymap.language.layout import Layout, Piece, Shaped, join_runs, whole
 from keymap.language.rules import Check, Rule
 from keymap.plan.describe import describe, unlike
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, Plan, Request, dtype_name
 from keymap.plan.resize import Resize, ResizeError, plan_resize
-from keymap.plan.to_hub import Translated, incomplete, respell, to_hub, tower_of
+from keymap.plan.to_hub import Translated, bring_to_layouts, incomplete, to_hub, tower_of
 from keymap.source.config import differences, unverified
-from keymap.source.detect import is_other_spelling, spelling
+from keymap.source.detect import tower_layout, uses_aliases
 from keymap.source.open import Opened
 from keymap.source.unwrap import Unwrapped
 
@@ -51,7 +50,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
             f"{request.file}: the model's keys ({some(model.tensors)}) are not those of an OpenCLIP model; "
             f"pass the model inside a wrapper (model.module, model._orig_mod)"
         )
-    if is_other_spelling(hub, model.tensors):
+    if uses_aliases(hub, model.tensors):
         raise PlanError(
             f"{request.file}: the model is one tower alone ({some(model.tensors)}); pass the whole model, and "
             f"towers=('image',) or ('text',) where only that is meant"
@@ -65,7 +64,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
         if len(meant) < len(now.tensors):
             notes.append(f"{len(now.tensors) - len(meant)} tensors of other towers were not asked for")
         now.tensors = meant
-        now.faults = [fault for fault in now.faults if fault.group in (*asked, "") or fault.fatal]
+        now.faults = [fault for fault in now.faults if fault.tower in (*asked, "") or fault.fatal]
         now.unowned = [key for key in now.unowned if _tower_of_source(now.rules, key) in (*asked, "")]
     if not now.tensors:
         raise PlanError(
@@ -74,11 +73,11 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
         )
     in_file = Counter(tower_of(hub, key) for key in now.tensors)
     in_file.update(_tower_of_source(now.rules, key) for key in now.unowned)  # a tower may be there under other names
-    in_file.update(fault.group for fault in now.faults for _ in fault.sources if fault.foreign)
+    in_file.update(fault.tower for fault in now.faults for _ in fault.sources if fault.foreign)
     now.source_hub = now.tensors
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
-    wanted = {tower: [here] for tower in foreign if (here := spelling(hub, tower, model.tensors)) is not None}
-    respell(known, now, wanted)
+    wanted = {tower: [here] for tower in foreign if (here := tower_layout(hub, tower, model.tensors)) is not None}
+    bring_to_layouts(known, now, wanted)
     work = _Work(known, found.mapping, now, model, request, asked, towers_of_model)
     work.config_grid = opened.told.grid
     work.tensors = unwrapped.tensors
@@ -97,7 +96,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
         wrapper=unwrapped.wrapper,
         other_wrappers=unwrapped.others,
         prefixes=unwrapped.prefixes,
-        spellings={tower: tuple(chain) for tower, chain in now.spellings.items()},
+        layouts={tower: tuple(chain) for tower, chain in now.layouts.items()},
         entries=tuple(work.entries),
         checks=(*now.checks, *work.checks),
         dropped=now.dropped,
@@ -114,15 +113,15 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
 def _tower_of_source(rules: Sequence[Rule], key: str) -> str:
     """The tower that a source key without a rule seems to belong to: its first word is that of one tower only."""
     first = _FIRST_WORD.match(key)
-    towers = {rule.group for rule in rules if first and rule.source.prefix.startswith(first.group())}
+    towers = {rule.tower for rule in rules if first and rule.source.prefix.startswith(first.group())}
     return towers.pop() if len(towers) == 1 else ""
 
 
-def _towers(hub: Mapping) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(rule.group for rule in hub.rules))
+def _towers(hub: Format) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(rule.tower for rule in hub.rules))
 
 
-def _asked(request: Request, hub: Mapping) -> tuple[str, ...]:
+def _asked(request: Request, hub: Format) -> tuple[str, ...]:
     """The towers to load; no tower named means all, and keys that the hub does not know."""
     if request.towers is None:
         return (*_towers(hub), "")
@@ -137,20 +136,20 @@ class _Work:
 
     def __init__(
         self,
-        known: Registry,
-        mapping: Mapping,
+        known: Catalogue,
+        mapping: Format,
         now: Translated,
         model: ModelView,
         request: Request,
         asked: Sequence[str],
-        towers: MappingType[str, str],
+        towers: Mapping[str, str],
     ) -> None:
         self.known, self.hub, self.mapping, self.now = known, known.hub, mapping, now
         self.model, self.request, self.asked, self.towers = model, request, asked, towers
         self.targets = {k: t for k, t in model.tensors.items() if towers[k] in asked}
         self.places = {key: _storage(target) for key, target in self.targets.items()}
         self.config_grid: tuple[int, int] | None = None
-        self.tensors: MappingType[str, Shaped] = {}
+        self.tensors: Mapping[str, Shaped] = {}
         self.entries: list[Entry] = []
         self.checks: list[Check] = []
         self.missing: list[str] = []
@@ -204,7 +203,15 @@ class _Work:
         if grid is None and self.config_grid is not None and len(layout.shape) > position.lead:
             fits = layout.shape[position.lead] - prod(self.config_grid) in source_prefixes
             grid = self.config_grid if fits else None
-        return plan_resize(position, layout.shape, shape, source_prefixes, target_prefixes, grid, self.model.grid)
+        return plan_resize(
+            position,
+            layout.shape,
+            shape,
+            source_prefixes,
+            target_prefixes,
+            grid,
+            self.model.grids.get(position.grid_fact),
+        )
 
     def _prefixes(self, position: Position) -> list[int]:
         """How many rows may stand before the grid; prefix tokens may bring rows, or none."""
@@ -218,8 +225,8 @@ class _Work:
         return [0, total] if total else [0]
 
     def _origin(self, key: str) -> str:
-        """The hub key in the source's own spelling that becomes this key of the model."""
-        chain = self.now.spellings.get(tower_of(self.hub, key), [])
+        """The hub key in the source's own layout that becomes this key of the model."""
+        chain = self.now.layouts.get(tower_of(self.hub, key), [])
         for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
             for step in self.known.path(tower_of(self.hub, key), target, source) or []:
                 found = step.table.find(key)
@@ -245,7 +252,7 @@ class _Work:
             if key in written or key in self.mismatched:
                 continue
             tower = self.towers[key]
-            if self.hub.dropped(key) is not None:
+            if self.hub.ignored(key) is not None:
                 self.notes.append(f"{key}: derived by the model, left as it is")
             elif self.places[key] in storages:
                 self.notes.append(f"{key}: tied to a tensor that is loaded")
@@ -262,7 +269,7 @@ class _Work:
             if key in self.targets:
                 continue
             meaning = self.hub.absent_means.get(key)
-            derived = self.hub.dropped(key)
+            derived = self.hub.ignored(key)
             if derived is not None:
                 self.now.dropped.update(dict.fromkeys(layout.named(key), derived[0]))
             elif meaning is not None:
@@ -289,7 +296,7 @@ class _Work:
             return self.mapping.kind == "hub" or self.mapping.back.find(name) is None
         return self.mapping.back.find(name) is None
 
-    def judge(self, in_file: MappingType[str, int], unwrapped: Unwrapped) -> None:
+    def judge(self, in_file: Mapping[str, int], unwrapped: Unwrapped) -> None:
         """Refuse what must be refused.
 
         Raises:
@@ -298,7 +305,7 @@ class _Work:
         strict, name = self.request.strict, self.mapping.name
         if self.missing:
             lacking = incomplete(self.mapping, self.now.rules, self.now.source_keys)
-            self.now.faults += [fault for fault in lacking if fault.group in self.asked]
+            self.now.faults += [fault for fault in lacking if fault.tower in self.asked]
         faults = [f for f in self.now.faults if strict or f.fatal]
         told = [fault.text for fault in faults]
         got = Counter(entry.tower for entry in self.entries if not entry.filled)
@@ -318,8 +325,8 @@ class _Work:
                 told.append(f"and {len(self.mismatched) - listed_shapes} more keys of other shape")
             if told:
                 told[:0] = seen
-                absent = [t for t in self.hub.spellings if t not in in_file and self.request.towers is None]
-                there = [t for t in self.hub.spellings if t in in_file]
+                absent = [t for t in self.hub.layouts if t not in in_file and self.request.towers is None]
+                there = [t for t in self.hub.layouts if t in in_file]
                 if self.missing and absent and there:
                     has = ", ".join(map(repr, there))
                     told.append(f"the file holds no {' or '.join(absent)} tower: load with towers=({has},)")
@@ -329,7 +336,7 @@ class _Work:
                 raise PlanError(f"{held} does not fit the model; nothing was changed", told)
         else:
             for tower, count in in_file.items():
-                if tower in self.hub.spellings and got[tower] < FLOOR * count:
+                if tower in self.hub.layouts and got[tower] < FLOOR * count:
                     told.append(
                         f"only {got[tower]} of the {count} tensors of the {tower} tower in the file would load: "
                         f"{some(f'{k}: {w}' for k, w in self.mismatched.items()) or some(self.unexpected)}"

@@ -1,26 +1,25 @@
-"""Between a format's names and the hub's, and between the hub's spellings of a tower."""
+"""Between a format's names and the hub's, and between the hub's layouts of a tower."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping as MappingType
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
 from keymap.language.apply import apply_rules
-from keymap.language.catalogue import Registry
-from keymap.language.format import Mapping
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, RuleTable, Step
-from keymap.source.detect import Detection, holds, spelling
+from keymap.source.detect import Detection, holds, tower_layout
 
 _MOST = (
-    1000  # indices that a group is asked to be complete for, and keys of it that may lack before no more are looked for
+    1000  # indices that a tower is asked to be complete for, and keys of it that may lack before no more are looked for
 )
 _TOLD = 6
 
-__all__ = ["Translated", "from_hub", "incomplete", "respell", "to_hub", "tower_of"]
+__all__ = ["Translated", "bring_to_layouts", "from_hub", "incomplete", "to_hub", "tower_of"]
 
 
 @dataclass
@@ -31,31 +30,31 @@ class Translated:
         tensors: layouts by their new key.
         unowned: source keys that no rule owns.
         dropped: source keys that carry no weights, with the reason.
-        spellings: for each tower the chain of spellings that it went through.
+        layouts: for each tower the chain of layouts that it went through.
         rules: those of the source's format that held; ``source_keys`` what they were applied to.
-        source_hub: the tensors before any respelling.
+        source_hub: the tensors before any bridge.
     """
 
-    tensors: MappingType[str, Layout]
+    tensors: Mapping[str, Layout]
     unowned: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
-    spellings: dict[str, list[str]] = field(default_factory=dict)
+    layouts: dict[str, list[str]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    source_hub: MappingType[str, Layout] = field(default_factory=dict)
-    source_keys: MappingType[str, Layout] = field(default_factory=dict)
+    source_hub: Mapping[str, Layout] = field(default_factory=dict)
+    source_keys: Mapping[str, Layout] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
 
-def file_rules(mapping: Mapping, tensors: MappingType[str, Layout]) -> RuleTable:
+def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     """The rules that hold for these source keys: the mapping's own, and those of the variants that fit."""
     extra = [v.rules for v in mapping.variants if holds(v.when, tensors) is not None]
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
-def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
-    """A detected file under the hub's names, in the spelling that its format speaks."""
+def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
+    """A detected file under the hub's names, in the layouts of its format."""
     mapping = found.mapping
     table = file_rules(mapping, found.tensors)
     dropped: dict[str, str] = {}
@@ -66,14 +65,14 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
         if not key.endswith(mapping.ends_left_out):
             kept[key] = layout
             continue
-        derived = mapping.dropped(key) if mapping.kind != "hub" else None
+        derived = mapping.ignored(key) if mapping.kind != "hub" else None
         if derived is not None:
             why, twin = derived
             dropped.update(dict.fromkeys(layout.named(key), why))
             if twin in found.tensors:
                 checks.append(Check(key, layout, found.tensors[twin], f"it is left out as a copy of {twin}"))
             continue
-        lost = next((entry for entry in mapping.nowhere if entry.side.match(key) is not None), None)
+        lost = next((entry for entry in mapping.unsupported if entry.side.match(key) is not None), None)
         if lost is not None:
             placeless.setdefault((lost.tower, lost.why), []).extend(layout.named(key))
         else:
@@ -90,25 +89,25 @@ def to_hub(found: Detection, facts: MappingType[str, int]) -> Translated:
     return result
 
 
-def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[str]]) -> None:
-    """Bring each tower of ``now`` to one of the wanted spellings, where a path of respellings leads there.
+def bring_to_layouts(known: Catalogue, now: Translated, wanted: Mapping[str, Iterable[str]]) -> None:
+    """Bring each tower of ``now`` to one of the wanted layouts, where a path of bridges leads there.
 
     Args:
-        wanted: for a tower the spellings that the target has or reads; a tower that is not listed stays as it is.
+        wanted: for a tower the layouts that the target has or reads; a tower that is not listed stays as it is.
     """
-    for tower in known.hub.spellings:
-        here = spelling(known.hub, tower, now.tensors)
+    for tower in known.hub.layouts:
+        here = tower_layout(known.hub, tower, now.tensors)
         if here is None:
             continue
-        now.spellings[tower] = [here]
+        now.layouts[tower] = [here]
         targets = list(wanted.get(tower, ()))
         if not targets or here in targets:
             continue
         paths = [path for there in targets if (path := known.path(tower, here, there)) is not None]
         if not paths:
             text = (
-                f"the file's {tower} tower is spelled {here}, the target's {' or '.join(targets)}, and no "
-                f"respelling leads from one to the other: these are different architectures"
+                f"the file's {tower} tower has layout {here}, the target's has {' or '.join(targets)}, and no "
+                f"bridge leads from one to the other: these are different architectures"
             )
             now.faults.append(Fault(text, foreign=True))
             foreign = {key for key in now.tensors if tower_of(known.hub, key) == tower}
@@ -121,11 +120,11 @@ def respell(known: Registry, now: Translated, wanted: MappingType[str, Iterable[
             now.faults += applied.faults
             now.checks += applied.checks
             now.steps += applied.steps
-            now.spellings[tower].append(step.target)
+            now.layouts[tower].append(step.target)
 
 
-def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType[str, int]) -> None:
-    """Hub names (in a spelling that the format speaks) to the format's own."""
+def from_hub(hub: Format, mapping: Format, now: Translated, facts: Mapping[str, int]) -> None:
+    """Hub names (in the layouts of the format) to the format's own."""
     if mapping.kind == "hub":
         return
     extra = [v.rules for v in mapping.variants if holds(v.when_hub, now.tensors) is not None]
@@ -136,7 +135,7 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
     applied.left.update({key: layout for key, layout in now.tensors.items() if key not in held})
     now.tensors = applied.out
     for key, layout in applied.left.items():
-        derived = hub.dropped(key)
+        derived = hub.ignored(key)
         if derived is not None:
             now.dropped[key] = derived[0]
         elif key in hub.absent_means:
@@ -150,7 +149,7 @@ def from_hub(hub: Mapping, mapping: Mapping, now: Translated, facts: MappingType
     now.faults += incomplete(mapping, rules, now.tensors)
 
 
-def _homeless(hub: Mapping, back: RuleTable, key: str) -> bool:
+def _homeless(hub: Format, back: RuleTable, key: str) -> bool:
     """True for a name of the hub that no model has, where only an open-ended rule would take it along."""
     if key not in hub.file_only:
         return False
@@ -159,10 +158,10 @@ def _homeless(hub: Mapping, back: RuleTable, key: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 14)
-def tower_of(hub: Mapping, key: str) -> str:
+def tower_of(hub: Format, key: str) -> str:
     """The tower that a hub key belongs to: image, text, decoder, scale; empty for a key that is none of the hub's."""
     found = hub.table.find(key)
-    return found[0].group if found is not None else ""
+    return found[0].tower if found is not None else ""
 
 
 def _indexed(rule: Rule) -> str:
@@ -178,10 +177,10 @@ def _first(rule: Rule, name: str) -> int:
     return max([0, *(-slot.shift for slot in slots)])
 
 
-def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> list[Fault]:
+def incomplete(mapping: Format, rules: Iterable[Rule], keys: Iterable[str]) -> list[Fault]:
     """Groups of a format that are there in part, and what they lack.
 
-    A group is there whole, for every index that any of its rules counts, or not at all. Optional rules, `rest`
+    A tower is there whole, for every index that any of its rules counts, or not at all. Optional rules, `rest`
     rules and rules with open-ended words demand nothing.
     """
     checked = [r for r in rules if not r.rest and all(s.kind in ("int", "alts") for s in r.source.slots)]
@@ -200,8 +199,8 @@ def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> 
     out: list[Fault] = []
     if mapping.kind == "hub":
         return out
-    for group in dict.fromkeys(rule.group for rule in checked):
-        members = [rule for rule in checked if rule.group == group and not rule.optional]
+    for tower in dict.fromkeys(rule.tower for rule in checked):
+        members = [rule for rule in checked if rule.tower == tower and not rule.optional]
         if not any(present[id(rule)] for rule in members):
             continue
         lacking: list[str] = []
@@ -223,6 +222,6 @@ def incomplete(mapping: Mapping, rules: Iterable[Rule], keys: Iterable[str]) -> 
                     lacking.append(rule.source.write(values))
         if lacking:
             more = f" and {len(lacking) - _TOLD} more" if len(lacking) > _TOLD else ""
-            text = f"{mapping.name}: group {group} is there in part; it lacks {', '.join(lacking[:_TOLD])}{more}"
-            out.append(Fault(text, group=group))
+            text = f"{mapping.name}: tower {tower} is there in part; it lacks {', '.join(lacking[:_TOLD])}{more}"
+            out.append(Fault(text, tower=tower))
     return out

@@ -67,7 +67,7 @@ def read_index(file: SourceFile, open_one: Callable[[Path], Checkpoint]) -> Chec
         faults += [f"{brief(key)} of shard {name!r} is no tensor" for key in shard.tree.keys() - leaves.keys()]
         for key, value in leaves.items():
             if key not in expected:
-                stated = f"in {places[key]!r}" if key in places else "nowhere"
+                stated = f"in {places[key]!r}" if key in places else "unsupported"
                 faults.append(f"{brief(key)} is in shard {name!r}; the index has it {stated}")
             else:
                 tree[key] = value._replace(shift=base)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from collections.abc import Mapping as MappingType
+from collections.abc import Iterable, Iterator, Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keymap.language.format import Config, Fact, Mapping, Place, Scalar
+from keymap.language.format import Config, Fact, Format, Place, Scalar
 from keymap.read.shards import leads_out
 
 __all__ = ["Told", "differences", "read_config", "unverified"]
@@ -36,7 +35,7 @@ class Told(NamedTuple):
 
     image_size: _Size | None = None
     patch_size: _Size | None = None
-    facts: MappingType[str, tuple[Scalar, str]] = {}
+    facts: Mapping[str, tuple[Scalar, str]] = {}
     notes: tuple[str, ...] = ()
 
     @property
@@ -53,7 +52,7 @@ class Told(NamedTuple):
         return {**told, **{name: value for name, (value, _) in self.facts.items()}}
 
 
-def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, hub: Mapping) -> Told:
+def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Told:
     """What the format states, and what a configuration says: in the file's metadata, or beside the file.
 
     Args:
@@ -62,7 +61,7 @@ def read_config(file: Path, metadata: MappingType[str, str], mapping: Mapping, h
         mapping: the checkpoint's format.
         hub: whose own form of a configuration is read where the format has none, or none is there.
     """
-    stated: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.states.items()}
+    stated: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):
         if config is None:
@@ -98,7 +97,7 @@ def _read(data: Any, config: Config, where: str) -> Told | None:
     return Told(*sizes, facts)
 
 
-def _texts(file: Path, metadata: MappingType[str, str], name: str) -> Iterator[tuple[str, str]]:
+def _texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, str]]:
     """Configurations that go with a checkpoint, each with where it lies."""
     for key in (name, Path(name).stem):
         if len(metadata.get(key, "")) > _MAX_BYTES:
@@ -133,6 +132,8 @@ def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
         value = _at(data, place.path)
         if place.unless and _at(data, place.unless) is not None:
             continue
+        if any(_at(data, section) is not None for section in place.outside):
+            continue
         if _told(value):
             word = place.words.get(_text(value)) if place.words else value
             if word is not None:
@@ -161,7 +162,7 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _compared(hub: Mapping, towers: Iterable[str], model: MappingType[str, Scalar]) -> Iterator[tuple[str, Fact]]:
+def _compared(hub: Format, towers: Iterable[str], model: Mapping[str, Scalar]) -> Iterator[tuple[str, Fact]]:
     """The facts that matter for a model's towers, and that the model tells."""
     chosen = set(towers)
     for name, fact in hub.facts.items():
@@ -180,7 +181,7 @@ def _same(one: Scalar, other: Scalar) -> bool:
     return one == other
 
 
-def differences(hub: Mapping, towers: Iterable[str], told: Told, model: MappingType[str, Scalar]) -> tuple[str, ...]:
+def differences(hub: Format, towers: Iterable[str], told: Told, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """Where the source and the model say different things of what no weight tells, and what to change."""
     found: dict[str, str] = {}
     for name, fact in _compared(hub, towers, model):
@@ -197,7 +198,7 @@ def differences(hub: Mapping, towers: Iterable[str], told: Told, model: MappingT
     return tuple(found.values())
 
 
-def unverified(hub: Mapping, towers: Iterable[str], told: Told, model: MappingType[str, Scalar]) -> tuple[str, ...]:
+def unverified(hub: Format, towers: Iterable[str], told: Told, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """What no weight tells and the source does not say either."""
     labels = {fact.label: False for _, fact in _compared(hub, towers, model)}
     for name, fact in _compared(hub, towers, model):

@@ -1,23 +1,22 @@
-"""Which format a set of keys is, which spelling a tower has: evidence, read from names and ranks alone."""
+"""Which format a set of keys is, which layout a tower has: evidence, read from names and ranks alone."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from collections.abc import Mapping as MappingType
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
-from keymap.language.catalogue import Registry
-from keymap.language.format import Accept, Clue, Evidence, Mapping, Refusal
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
 
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 
-__all__ = ["Detection", "accept", "detect", "holds", "is_other_spelling", "refuse_in_words", "spelling"]
+__all__ = ["Detection", "apply_aliases", "detect", "holds", "refuse_in_words", "tower_layout", "uses_aliases"]
 
 
 class Detection(NamedTuple):
@@ -25,13 +24,13 @@ class Detection(NamedTuple):
 
     Attributes:
         mapping: the format.
-        tensors: layouts by key, after the format's `accepts`.
+        tensors: layouts by key, after the format's `aliases`.
         evidence: what told the format, in words.
-        faults, steps: of `accepts`.
+        faults, steps: of `aliases`.
     """
 
-    mapping: Mapping
-    tensors: MappingType[str, Layout]
+    mapping: Format
+    tensors: Mapping[str, Layout]
     evidence: tuple[str, ...]
     faults: tuple[Fault, ...]
     steps: tuple[Step, ...]
@@ -45,7 +44,7 @@ def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
         at += 1
 
 
-def _candidates(side: Side, tensors: MappingType[str, Shaped], names: Sequence[str]) -> Iterator[str]:
+def _candidates(side: Side, tensors: Mapping[str, Shaped], names: Sequence[str]) -> Iterator[str]:
     """The names that a side may match, told by how they begin."""
     for start in side.starts:
         if side.literal:
@@ -54,7 +53,7 @@ def _candidates(side: Side, tensors: MappingType[str, Shaped], names: Sequence[s
             yield from _beginning(start, names)
 
 
-def _witness(clue: Clue, tensors: MappingType[str, Shaped], names: Sequence[str]) -> str | None:
+def _witness(clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str]) -> str | None:
     """The first key, in order, that a clue matches."""
     for key in _candidates(clue.side, tensors, names):
         fits = clue.ndim is None or len(tensors[key].shape) == clue.ndim
@@ -63,9 +62,7 @@ def _witness(clue: Clue, tensors: MappingType[str, Shaped], names: Sequence[str]
     return None
 
 
-def holds(
-    evidence: Evidence, tensors: MappingType[str, Shaped], names: Sequence[str] | None = None
-) -> list[str] | None:
+def holds(evidence: Evidence, tensors: Mapping[str, Shaped], names: Sequence[str] | None = None) -> list[str] | None:
     """The keys that bear the evidence out, or None where it does not hold; ``names`` are the keys in order."""
     names = sorted(tensors) if names is None else names
     found: list[str] = []
@@ -82,7 +79,7 @@ def holds(
     return [*found, *some]
 
 
-def _refused(refusal: Refusal, tensors: MappingType[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
+def _refused(refusal: Refusal, tensors: Mapping[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
     """The keys that show a file to be of a kind that is refused; None for another file.
 
     ``names`` are the keys in order, ``keys`` all of them in one text.
@@ -97,7 +94,7 @@ def _refused(refusal: Refusal, tensors: MappingType[str, Shaped], names: Sequenc
 
 
 def refuse_in_words(
-    known: Registry, tensors: MappingType[str, Layout], wanted: str | None = None, file: str = "the state dict"
+    known: Catalogue, tensors: Mapping[str, Layout], wanted: str | None = None, file: str = "the state dict"
 ) -> None:
     """Refuse a file of a kind that a mapping says cannot be loaded.
 
@@ -112,7 +109,7 @@ def refuse_in_words(
                 raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
 
 
-def _may_own(block: Accept, names: Sequence[str]) -> bool:
+def _may_own(block: Alias, names: Sequence[str]) -> bool:
     """False where the texts of a block's rules show that it owns none of the keys, which are in order."""
     for rule in block.table.rules:
         words = [token for token in rule.source.tokens if isinstance(token, str)]
@@ -122,26 +119,26 @@ def _may_own(block: Accept, names: Sequence[str]) -> bool:
     return False
 
 
-def _applies(block: Accept, tensors: MappingType[str, Shaped], names: Sequence[str]) -> bool:
+def _applies(block: Alias, tensors: Mapping[str, Shaped], names: Sequence[str]) -> bool:
     return _may_own(block, names) and (block.when is None or holds(block.when, tensors, names) is not None)
 
 
-def is_other_spelling(mapping: Mapping, tensors: MappingType[str, Shaped]) -> bool:
+def uses_aliases(mapping: Format, tensors: Mapping[str, Shaped]) -> bool:
     """True where `accept` would give the keys other names."""
     names = sorted(tensors)
-    return any(_applies(block, tensors, names) for block in mapping.accepts)
+    return any(_applies(block, tensors, names) for block in mapping.aliases)
 
 
-def accept(
-    mapping: Mapping,
-    tensors: MappingType[str, Layout],
-    facts: MappingType[str, int],
+def apply_aliases(
+    mapping: Format,
+    tensors: Mapping[str, Layout],
+    facts: Mapping[str, int],
     names: Sequence[str] | None = None,
-) -> tuple[MappingType[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
-    """The tensors under the spelling that the format writes; ``names`` are their keys in order."""
+) -> tuple[Mapping[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
+    """The tensors under the keys that the format writes; ``names`` are their keys in order."""
     faults: list[Fault] = []
     steps: list[Step] = []
-    for block in mapping.accepts:
+    for block in mapping.aliases:
         names = sorted(tensors) if names is None else names
         if _applies(block, tensors, names):
             applied = apply_rules(block.table, tensors, facts, pass_others=True)
@@ -151,20 +148,20 @@ def accept(
     return tensors, tuple(faults), tuple(steps)
 
 
-def spelling(hub: Mapping, tower: str, tensors: MappingType[str, Shaped]) -> str | None:
-    """How the keys spell a tower; None where they hold nothing of it."""
+def tower_layout(hub: Format, tower: str, tensors: Mapping[str, Shaped]) -> str | None:
+    """The layout that the keys of a tower have; None where they hold nothing of it."""
     names = sorted(tensors)
-    for name, evidence in hub.spellings.get(tower, {}).items():
+    for name, evidence in hub.layout_evidence.get(tower, {}).items():
         if holds(evidence, tensors, names) is not None:
             return name
     return None
 
 
 def detect(
-    known: Registry,
-    tensors: MappingType[str, Layout],
+    known: Catalogue,
+    tensors: Mapping[str, Layout],
     wanted: str | None = None,
-    facts: MappingType[str, int] | None = None,
+    facts: Mapping[str, int] | None = None,
     file: str = "the state dict",
 ) -> Detection:
     """The one format that claims the keys, or the one that the caller names.
@@ -175,7 +172,7 @@ def detect(
     found: list[Detection] = []
     names = sorted(tensors)
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
-        accepted, faults, steps = accept(mapping, tensors, facts or {}, names)
+        accepted, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
         evidence = holds(mapping.detect, accepted, names if accepted is tensors else None)
         if evidence is not None or wanted is not None:
             said = tuple(evidence) if evidence is not None else ("named by the caller",)
@@ -190,7 +187,7 @@ def detect(
     raise DetectionError(f"{file}: no known format has these keys", _near(known, tensors))
 
 
-def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
+def _near(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
     """What the keys look like, for a file that nobody claims."""
     keys = list(tensors)
     shown = ", ".join(f"{key!r} {list(tensors[key].shape)}" for key in keys[:5])
@@ -199,7 +196,7 @@ def _near(known: Registry, tensors: MappingType[str, Layout]) -> list[str]:
     some = {key: tensors[key] for key in keys[:: len(keys) // _LOOKED_AT + 1]}  # all, where they are not too many
     for mapping in known.formats:
         table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
-        accepted, _, _ = accept(mapping, some, {})
+        accepted, _, _ = apply_aliases(mapping, some, {})
         scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
     best, name = max(scores, default=(0, ""))
     if best:

@@ -13,7 +13,7 @@ from keymap.read import LazyTensor, open_checkpoint
 from keymap.source.config import Told, read_config
 from keymap.source.detect import Detection, detect, refuse_in_words
 from keymap.source.folder import choose_file
-from keymap.source.registry import Registry, registry
+from keymap.source.registry import Catalogue, registry
 from keymap.source.unwrap import Unwrapped, parts_of, unwrap
 
 __all__ = ["Opened", "PathLike", "known_with", "layouts_of", "open_sources"]
@@ -33,7 +33,7 @@ class Opened(NamedTuple):
         notes: which file of a folder was taken, and why.
     """
 
-    known: Registry
+    known: Catalogue
     file: str
     container: str
     unwrapped: Unwrapped
@@ -43,7 +43,7 @@ class Opened(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
+def known_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
     """The registry, with a mapping file of the caller's if one is named, and the name to look for."""
     known = registry()
     if mapping is None:
@@ -61,7 +61,7 @@ def known_with(mapping: PathLike | None) -> tuple[Registry, str | None]:
     file = Path(name)
     if not os.path.isfile(file):
         raise MappingError(f"{name}: there is no such mapping file")
-    extended = Registry(dict(known.mappings), dict(known.files), dict(known.places))
+    extended = Catalogue(dict(known.mappings), dict(known.files), dict(known.places))
     return extended, extended.add([file])[0].name
 
 

@@ -10,10 +10,10 @@ from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 from keymap.errors import MappingError
-from keymap.language.catalogue import Registry
+from keymap.language.catalogue import Catalogue
 from keymap.paths import data_folder
 
-__all__ = ["Registry", "list_formats", "register_mappings", "registry"]
+__all__ = ["Catalogue", "list_formats", "register_mappings", "registry"]
 
 
 def _files(path: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-_known: list[Registry] = []
+_known: list[Catalogue] = []
 
 
 def _released(folder: Path) -> bool:
@@ -52,17 +52,17 @@ def _released(folder: Path) -> bool:
         return False
 
 
-def _refuse_claims(known: Registry, names: Iterable[str]) -> None:
+def _refuse_claims(known: Catalogue, names: Iterable[str]) -> None:
     """As `refuse_claims`, of a module that most processes never need."""
     from keymap.source.samples import refuse_claims
 
     refuse_claims(known, names)
 
 
-def registry() -> Registry:
+def registry() -> Catalogue:
     """The mappings known to this process; read at first use."""
     if not _known:
-        new = Registry()
+        new = Catalogue()
         own = data_folder("mappings")
         new.add(_files(own), released=_released(own))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
@@ -84,8 +84,8 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
         The names of the mappings added.
 
     Raises:
-        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, a respelling would
-            give two paths between spellings, or the evidence claims what another format's rules own, or the
+        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, a bridge would
+            give two paths between layouts, or the evidence claims what another format's rules own, or the
             other way round. Nothing is added then.
     """
     if not isinstance(path, (str, os.PathLike)):

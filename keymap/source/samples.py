@@ -6,8 +6,7 @@ shapes are as small as the views, joins and cuts allow; the axes of a view diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from collections.abc import Mapping as MappingType
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -15,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from keymap.errors import MappingError
-from keymap.language.catalogue import Registry
-from keymap.language.format import Clue, Evidence, Mapping
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule
 from keymap.language.view import Group
-from keymap.source.detect import accept, holds
+from keymap.source.detect import apply_aliases, holds
 
 __all__ = ["Sample", "claims", "refuse_claims", "samples"]
 
@@ -43,8 +42,8 @@ class Sample(NamedTuple):
     """
 
     name: str
-    shapes: MappingType[str, Shape]
-    facts: MappingType[str, int]
+    shapes: Mapping[str, Shape]
+    facts: Mapping[str, int]
 
 
 def _values(side: Side) -> Iterator[dict[str, str]]:
@@ -74,7 +73,7 @@ class _Shapes:
         """The axis of a group whose length may be chosen."""
         return next((name for name in group if not isinstance(self.rule.sizes.get(name), int)), None)
 
-    def shape(self, values: MappingType[str, str], rank: int) -> Shape:
+    def shape(self, values: Mapping[str, str], rank: int) -> Shape:
         """The shape of one key: its axes, stretched so that joins, views and cuts of the rule go through."""
         rule, join, cut, then = self.rule, self.rule.join, self.rule.cut, self.rule.then
         new = len(join.variables) - (join.kind != "stack") if join is not None else 0  # axes that the join adds
@@ -129,7 +128,7 @@ def _rank(key: str, evidence: Evidence) -> int:
 
 
 def _rule_keys(
-    mapping: Mapping, known: Registry, rules: Iterable[Rule], evidence: Evidence, facts: dict[str, int]
+    mapping: Format, known: Catalogue, rules: Iterable[Rule], evidence: Evidence, facts: dict[str, int]
 ) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     adding: list[tuple[str, Rule]] = []
@@ -155,7 +154,7 @@ def _rule_keys(
     return shapes
 
 
-def _borne_out(clue: Clue, shapes: MappingType[str, Shape]) -> bool:
+def _borne_out(clue: Clue, shapes: Mapping[str, Shape]) -> bool:
     return any(clue.side.match(key) is not None and clue.ndim in (None, len(s)) for key, s in shapes.items())
 
 
@@ -164,7 +163,7 @@ def _clue_keys(clue: Clue) -> dict[str, Shape]:
     return {clue.side.write(values): _PRIMES[:rank] for values in _values(clue.side)}
 
 
-def samples(mapping: Mapping, known: Registry) -> Iterator[Sample]:
+def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
     """Samples of a mapping: of its own rules, and of each variant.
 
     Where the rules tell no literal key that the evidence asks for (a prefix before ``(.+)``), the evidence's own
@@ -190,16 +189,16 @@ def samples(mapping: Mapping, known: Registry) -> Iterator[Sample]:
             yield Sample(f"{name}, by {clue}", {**shapes, **_clue_keys(clue)}, facts)
 
 
-def _towers(mapping: Mapping, layouts: MappingType[str, Layout]) -> Iterator[tuple[str, dict[str, Layout]]]:
+def _towers(mapping: Format, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, dict[str, Layout]]]:
     """All keys, and those of each tower on its own, as a file of one tower holds them."""
     yield "", dict(layouts)
-    owner = {key: found[0].group for key in layouts if (found := mapping.table.find(key)) is not None}
+    owner = {key: found[0].tower for key in layouts if (found := mapping.table.find(key)) is not None}
     groups = dict.fromkeys(owner.values())
     for group in groups if len(groups) > 1 else ():
         yield f" ({group} alone)", {key: layout for key, layout in layouts.items() if owner.get(key) == group}
 
 
-def claims(known: Registry, new: Iterable[str] | None = None) -> Iterator[str]:
+def claims(known: Catalogue, new: Iterable[str] | None = None) -> Iterator[str]:
     """Faults of evidence: a format that does not claim its own sample, or that claims another format's.
 
     Args:
@@ -214,13 +213,13 @@ def claims(known: Registry, new: Iterable[str] | None = None) -> Iterator[str]:
         for sample in samples(mapping, known):
             layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
             for tower, part in _towers(mapping, layouts):
-                own = holds(mapping.detect, accept(mapping, part, {})[0])
+                own = holds(mapping.detect, apply_aliases(mapping, part, {})[0])
                 if own is None:
                     if not tower:
                         yield f"{mapping.file}: its evidence does not claim its own keys ({sample.name})"
                     continue
                 for other in others:
-                    found = holds(other.detect, accept(other, part, {})[0])
+                    found = holds(other.detect, apply_aliases(other, part, {})[0])
                     if found is not None:
                         yield (
                             f"{mapping.file} and {other.file} both claim the keys of {sample.name}{tower}: "
@@ -229,7 +228,7 @@ def claims(known: Registry, new: Iterable[str] | None = None) -> Iterator[str]:
                         )
 
 
-def refuse_claims(known: Registry, new: Iterable[str]) -> None:
+def refuse_claims(known: Catalogue, new: Iterable[str]) -> None:
     """Refuse formats whose evidence does not keep them apart from the others.
 
     Raises:

@@ -459,7 +459,7 @@ TOKENS = [
     "99999999999999999999", "0x7f",
     "1:1:1", "2024-01-01", "!!python/name:os.system", "&a", "*a", "<<: {a: b}", "? ", "---", "\t", "\u202e", "\x00",
     "'", '"', "kind: hub",
-    "kind: respelling", "take: [0, 1]", "then: a -> a", "view: a b -> (a b)", "drop:", "nowhere:", "refuse:", "any:",
+    "kind: bridge", "take: [0, 1]", "then: a -> a", "view: a b -> (a b)", "ignore:", "unsupported:", "refuse:", "any:",
     "none:",
 ]  # fmt: skip
 

@@ -220,7 +220,7 @@ def to_bfloat16_void(flat: Mapping[str, NDArray[Any]]) -> Flat:
 
 
 def plain(flat: Mapping[str, NDArray[Any]]) -> Flat:
-    """Undo the spellings: no prefix, one key a block, float32."""
+    """Undo the layouts: no prefix, one key a block, float32."""
     found: Flat = {}
     for key, value in flat.items():
         if value.dtype == np.dtype("V2"):

@@ -1,0 +1,173 @@
+"""The fields of a mapping file that are no rules: settings of configurations, tables of the hub and of containers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from keymap.language.compile_rules import Compiler
+from keymap.language.format import Config, Configuration, Containers, Fact, Place, Position
+from keymap.language.pattern import Side
+from keymap.language.yaml_marks import Path as Where
+
+__all__ = [
+    "compile_absences",
+    "compile_config",
+    "compile_configurations",
+    "compile_containers",
+    "compile_facts",
+    "compile_measures",
+    "compile_positions",
+]
+
+Measures = Mapping[str, Mapping[str, tuple[tuple[Side, int | None], ...]]]
+
+
+def compile_positions(data: Mapping[str, Any]) -> dict[str, Position]:
+    """The hub's ``positions``, by key."""
+
+    def position(key: str, entry: Mapping[str, Any]) -> Position:
+        prefix = entry.get("prefix", 0)
+        grid = "h w" in entry["axes"]
+        lead = 1 if entry["axes"].startswith("1 ") else 0
+        apart = grid and "(" not in entry["axes"]
+        rows = tuple(prefix) if isinstance(prefix, list) else prefix
+        return Position(key, lead, grid, rows, apart, entry.get("grid", ""))
+
+    return {key: position(key, entry) for key, entry in data.get("positions", {}).items()}
+
+
+def compile_absences(compiler: Compiler) -> dict[str, tuple[float | str, bool]]:
+    """The hub's ``absent_means``: by key the value, and whether it is filled even where a format has a place for it."""
+    data = compiler.marked.data
+    absent = {
+        key: (value["value"], bool(value.get("always"))) if isinstance(value, dict) else (value, False)
+        for key, value in data.get("absent_means", {}).items()
+    }
+    for key in data.get("file_only", []):
+        if key not in absent:
+            compiler.fault(compiler.marked, ("file_only",), f"{key} needs an entry in absent_means: no model has it")
+    return absent
+
+
+def compile_facts(compiler: Compiler) -> dict[str, Fact]:
+    """The hub's ``facts``, those of the tables that it uses among them."""
+
+    def fact(name: str, data: Any) -> Fact:
+        entry: Mapping[str, Any] = {"model": data} if isinstance(data, list) else data
+        return Fact(
+            tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in entry["model"]),
+            entry.get("label", ""),
+            entry.get("change", ""),
+            compiler.words(entry, ("facts", name)),
+            entry.get("present", False),
+            entry.get("only", {}),
+        )
+
+    return {name: fact(name, value) for name, value in compiler.facts.items()}
+
+
+def compile_measures(compiler: Compiler) -> Measures:
+    """The hub's ``measures``: by tower and size the ways to measure it, ``key[0]`` or a pattern whose keys count."""
+
+    def ways(texts: list[str], where: Where) -> Iterator[tuple[Side, int | None]]:
+        for text in texts:
+            key, bracket, axis = text.partition("[")
+            side = compiler.side(key, where)
+            if side is not None:
+                yield side, int(axis[:-1]) if bracket else None
+
+    return {
+        tower: {size: tuple(ways(texts, ("measures", tower, size))) for size, texts in sizes.items()}
+        for tower, sizes in compiler.measures.items()
+    }
+
+
+def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Containers:
+    """What stands around a state dict: the tables of a ``kind: containers`` file."""
+
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(data.get(name, ()))
+
+    def named(name: str) -> tuple[tuple[Side, str], ...]:
+        sides = [(compiler.side(key, (name, key)), why) for key, why in data.get(name, {}).items()]
+        return tuple((side, why) for side, why in sides if side is not None)
+
+    return Containers(
+        texts("wrappers"),
+        texts("prefixes"),
+        texts("segments"),
+        texts("counters"),
+        texts("parts"),
+        texts("training_state"),
+        named("files"),
+        named("folders"),
+    )
+
+
+def compile_configurations(data: Mapping[str, Any]) -> tuple[Configuration, ...]:
+    """The recorded models of a ``kind: configurations`` file."""
+    return tuple(
+        Configuration(
+            {tower: value for tower, value in entry.items() if tower != "names"},
+            {name: tuple(rows) for name, rows in entry["names"].items()},
+        )
+        for entry in data.get("configurations", ())
+    )
+
+
+def compile_config(compiler: Compiler) -> Config | None:
+    """The ``config`` of a format, its own fields after those of the shared blocks that it uses."""
+    marked = compiler.marked
+    own: Mapping[str, Any] | None = marked.data.get("config")
+    if own is None:
+        return None
+    used = own.get("use", [])
+    blocks: list[tuple[Where, Mapping[str, Any]]] = []
+    for name in [used] if isinstance(used, str) else used:
+        if name in compiler.configs:
+            blocks.append((("config", "use"), compiler.configs[name]))
+        else:
+            compiler.unknown(marked, ("config", "use"), "config block", name, compiler.configs)
+    blocks.append((("config",), own))
+    joined: dict[str, Any] = {}
+    facts: dict[str, tuple[Place, ...]] = {}
+    defaults: dict[str, Any] = {}
+    for _, block in blocks:
+        joined |= block
+        defaults |= block.get("defaults", {})
+    sections: Mapping[str, list[str]] = joined.get("sections", {})
+    named = tuple(dict.fromkeys(path for paths in sections.values() for path in paths if path))
+    for where, block in blocks:
+        for fact, value in block.get("facts", {}).items():
+            at = (*where, "facts", fact) if where == ("config",) else where
+            starts = sections.get(fact.partition(".")[0], [""])
+            facts[fact] = tuple(_places(value, compiler, at, starts, named))
+    if "file" not in joined:
+        compiler.fault(marked, ("config",), "name the file, as `file: config.json`, or `use` a block that does")
+        return None
+    image, patch = (
+        tuple(_places(joined.get(name, []), compiler, ("config", name), [""], ()))
+        for name in ("image_size", "patch_size")
+    )
+    return Config(joined["file"], image, patch, facts, defaults)
+
+
+def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], named: tuple[str, ...]) -> Iterator[Place]:
+    """Where a configuration holds a value: each path in each of the sections in turn, ``/path`` from the top level.
+
+    Args:
+        value: a path, a place with words, or a list of them.
+        starts: sections of the fact's tower, "" for the top level.
+        named: all named sections; a file that has one of them says nothing of a tower at its top level.
+    """
+    for entry in value if isinstance(value, list) else [value]:
+        place: Mapping[str, Any] = {"path": entry} if isinstance(entry, str) else entry
+        words, unless = compiler.words(place, where), place.get("unless", "")
+        path = place["path"]
+        if path.startswith("/"):
+            yield Place(path[1:], words, unless)
+            continue
+        for start in starts:
+            inside = f"{start}.{path}" if start else path
+            yield Place(inside, words, unless, named if not start else ())
