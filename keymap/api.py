@@ -22,7 +22,7 @@ from keymap.plan.plan import Plan, Request, checked_facts
 from keymap.plan.planner import make_plan
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
-from keymap.source.open import Opened, PathLike, open_sources
+from keymap.source.open import PathLike, Source, open_sources
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
@@ -68,19 +68,19 @@ def _refuse_other(model: object) -> None:
         raise PlanError(f"the model is a {type(model).__name__}, no torch.nn.Module{hint}")
 
 
-def _plan(opened: Sequence[Opened], model: ModelView, request: Request) -> tuple[Plan, Opened]:
+def _plan(sources: Sequence[Source], model: ModelView, request: Request) -> tuple[Plan, Source]:
     """The plan of the one state dict that fits the model.
 
     Raises:
         PlanError: none fits, or several do.
     """
-    plans: list[tuple[Plan, Opened]] = []
+    plans: list[tuple[Plan, Source]] = []
     errors: list[tuple[str, KeymapError]] = []
-    for one in opened:
+    for one in sources:
         try:
             plans.append((make_plan(one, model, request), one))
         except KeymapError as error:
-            if len(opened) == 1:
+            if len(sources) == 1:
                 raise
             errors.append((one.unwrapped.wrapper, error))
     if len(plans) == 1:
@@ -91,7 +91,7 @@ def _plan(opened: Sequence[Opened], model: ModelView, request: Request) -> tuple
     faults = [
         f"wrapper={name!r}: {fault}" for name, error in errors for fault in (error.faults or (error.summary,))[:3]
     ]
-    raise PlanError(f"{request.file}: none of the {len(opened)} state dicts in it fits the model", faults)
+    raise PlanError(f"{request.file}: none of the {len(sources)} state dicts in it fits the model", faults)
 
 
 @_uncollected()
@@ -144,8 +144,8 @@ def load_checkpoint(
     found = open_sources(checkpoint_path, weights_only, mapping, wrapper)
     hub = found[0].known.hub
     view = view_model(model, hub)
-    plan, opened = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
-    tensors = opened.unwrapped.tensors
+    plan, source = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
+    tensors = source.unwrapped.tensors
     if assign:
         refuse_unassignable(view, plan, hub.causal_masks, target_device)
     else:
@@ -206,27 +206,27 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    opened, *others = open_sources(path, weights_only, None, wrapper)
-    unwrapped, found = opened.unwrapped, opened.found
+    source, *others = open_sources(path, weights_only, None, wrapper)
+    unwrapped, found = source.unwrapped, source.found
     tensors = {key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()}
     evidence: tuple[str, ...] = ()
-    if opened.refusal is not None:
-        evidence = (opened.refusal.summary, *opened.refusal.faults)
+    if source.refusal is not None:
+        evidence = (source.refusal.summary, *source.refusal.faults)
     towers: Described = {}
     if found is not None:
-        evidence, towers = found.evidence, describe(opened.known, to_hub(found, {}).tensors)
+        evidence, towers = found.evidence, describe(source.known, to_hub(found, {}).tensors)
     return Inspection(
-        opened.file,
-        opened.container,
+        source.file,
+        source.container,
         found.mapping.name if found is not None else None,
         evidence,
         unwrapped.wrapper,
         tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
         unwrapped.prefixes,
         towers,
-        configurations_for(opened.known, towers),
+        configurations_for(source.known, towers),
         tensors,
         dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
-        {**opened.told.to_dict(), **dict.fromkeys(opened.told.notes, "")},
-        (*opened.notes, *unwrapped.notes),
+        {**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
+        (*source.notes, *unwrapped.notes),
     )

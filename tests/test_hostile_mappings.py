@@ -78,7 +78,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "a digit that is none, looked up": (rules("'a(b|c)': 'd<²:x>'"), "write <1+1>"),
     "a row that is none": (rules("a: {to: b, add: 'c[²]', oneway: true}"), "write a key, or key[0]"),
     "evidence without end": (HEAD.replace("[x]", f"[{', '.join(lines('x#', 9000))}]") + GOOD, "more than 1000 rules"),
-    "drops without end": (rules("a: b", more="ignore:\n" + "\n".join(lines("  d#: why", 5000)) + "\n"), "more than 1000"),
+    "ignored keys without end": (
+        rules("a: b", more="ignore:\n" + "\n".join(lines("  d#: why", 5000)) + "\n"),
+        "more than 1000",
+    ),
     "variants without end": (
         rules("a: b", more="variants:\n" + "\n".join(lines(
             "  - {when: {all: [x]}, when_hub: {all: [y]}, towers: {image: {c#: d}}}", 900))),

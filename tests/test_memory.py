@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import keymap
 from keymap.language.apply import apply_rules
 from keymap.language.layout import Layout, whole
-from keymap.language.rules import Part, Rule, RuleTable
+from keymap.language.rules import Join, Rule, RuleTable
 from keymap.load import execute as load
 from keymap.load.copying import copy_pieces
 
@@ -123,7 +123,7 @@ def joined(kind: str, members: dict[str, torch.Tensor], **options) -> tuple[Layo
     from keymap.language.pattern_syntax import parse_source, parse_target
 
     source = parse_source("(x0|x1|x2)")
-    part = Part(kind, options.pop("axis", 0), ("1",), ("x0", "x1", "x2"), **options)
+    part = Join(kind, options.pop("axis", 0), ("1",), ("x0", "x1", "x2"), **options)
     rule = Rule("test", "test", "", source, (parse_target([("out", 0)], source),), join=part)
     layouts = {key: whole(key, tuple(t.shape), t.dtype) for key, t in members.items()}
     return apply_rules(RuleTable((rule,)), layouts, {}).out["out"], members

@@ -44,12 +44,12 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED, unpickle.MAX_PARTS]
     assert row("the code of a TorchScript archive") == [torchscript.MAX_CODE >> 20, torchscript.MAX_CLASSES]
     assert row("an index of shards") == [shards.MAX_INDEX >> 20, shards.MAX_SHARDS]
-    assert row("a folder") == [folder._MOST]
+    assert row("a folder") == [folder._MAX_ENTRIES]
     assert row("a configuration") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
-    mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MOST, effort.keys]
-    blocks = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["properties"]
-    mapping += [effort.opened, blocks["aliases"]["maxItems"]]
+    mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MAX_RULES]
+    fields = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["$defs"]["fields"]
+    mapping += [effort.keys, effort.opened, fields["aliases"]["maxItems"]]
     assert row("a mapping") == mapping
     assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
     assert row("a pattern") == [pattern_syntax._MOST_TEXT, pattern_syntax._MOST_READINGS]

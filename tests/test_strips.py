@@ -60,7 +60,7 @@ def small(monkeypatch):
 )
 @pytest.mark.parametrize("order", [o for o in permutations(range(3)) if o[-1] != 2], ids=str)
 def test_axes_in_any_order_arrive_as_torch_would_put_them(order, most, room, rows, wide, dtype, small, tmp_path):
-    for name, value in {"_MOST": most, "_room": lambda: room, "_ROWS": rows, "_WIDE": wide}.items():
+    for name, value in {"_MAX_STRIP": most, "_room": lambda: room, "_ROWS": rows, "_WIDE": wide}.items():
         small.setattr(strips, name, value)
     shape = (5, 4, 7)
     source = values(shape, dtype)
@@ -89,7 +89,7 @@ def test_a_part_of_a_tensor_becomes_a_part_of_another(seed, small, tmp_path):
     pieces = place(turned, larger, 0, 2)
     wanted, target = torch.zeros(larger, dtype=second), torch.zeros(larger, dtype=second)
     copy_pieces(pieces, source, wanted)
-    small.setattr(strips, "_MOST", rng.choice([40, 300, 1 << 20]))
+    small.setattr(strips, "_MAX_STRIP", rng.choice([40, 300, 1 << 20]))
     room = rng.choice([330, 700, 1 << 20])
     small.setattr(strips, "_room", lambda: room)
     small.setattr(strips, "_WIDE", rng.choice([1, 60, 1 << 20]))

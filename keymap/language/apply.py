@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from keymap.language.layout import Layout, Piece, cut, place, renamed, whole
-from keymap.language.rules import Check, Fault, Part, Rule, RuleError, RuleTable, Sizes, Step
+from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable, Sizes, Step
 
 __all__ = ["Applied", "apply_rules"]
 
@@ -34,14 +34,14 @@ def _sizes(rule: Rule, facts: Mapping[str, int]) -> Sizes:
     return {name: facts.get(size, size) if isinstance(size, str) else size for name, size in rule.sizes.items()}
 
 
-def _in_order(part: Part, found: Iterable[tuple[str, ...]]) -> list[tuple[str | None, ...]]:
+def _in_order(join: Join, found: Iterable[tuple[str, ...]]) -> list[tuple[str | None, ...]]:
     """Every member that a join needs, in order: the indices' product with the alternatives."""
     keys = list(found)
     product: list[tuple[str | None, ...]] = [()]
-    for i in range(len(part.variables)):
+    for i in range(len(join.variables)):
         column: list[str | None]
-        if i == len(part.variables) - 1 and part.members:
-            column = list(part.members)
+        if i == len(join.variables) - 1 and join.members:
+            column = list(join.members)
         else:
             there = sorted({int(key[i]) for key in keys})
             gap = next((n for n, index in enumerate(there) if n != index), None)
@@ -70,16 +70,16 @@ def _common_dtype(members: list[Layout]) -> torch.dtype:
     return common
 
 
-def _joined(part: Part, members: list[Layout]) -> Layout:
+def _joined(join: Join, members: list[Layout]) -> Layout:
     """The members of a join, in order, as one tensor."""
     shapes = {m.shape for m in members}
     first = members[0]
     dtype = _common_dtype(members)
-    if part.kind == "rows":
+    if join.kind == "rows":
         if len(shapes) > 1:
             raise RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
         total = first.shape[0] if first.shape else 0
-        covered = [(start, total if stop is None else stop) for start, stop in part.ranges]
+        covered = [(start, total if stop is None else stop) for start, stop in join.ranges]
         ends = [0, *(stop for _, stop in covered)]
         if ends[-1] != total or any(a != b or a >= c for (a, c), b in zip(covered, ends, strict=False)):
             raise RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
@@ -87,22 +87,22 @@ def _joined(part: Part, members: list[Layout]) -> Layout:
         for member, (start, stop) in zip(members, covered, strict=True):
             pieces += place(cut(member, 0, start, stop), first.shape, 0, start)
         return Layout(first.shape, dtype, tuple(pieces))
-    if part.kind == "stack":
+    if join.kind == "stack":
         if len(shapes) > 1:
             raise RuleError(f"a stack needs equal shapes, got {_list(m.shape for m in members)}")
-        members = [m._replace(shape=(*m.shape[: part.axis], 1, *m.shape[part.axis :])) for m in members]
-    axis = part.axis
+        members = [m._replace(shape=(*m.shape[: join.axis], 1, *m.shape[join.axis :])) for m in members]
+    axis = join.axis
     if axis >= len(members[0].shape):
         raise RuleError(f"there is no axis {axis} in {list(first.shape)}")
     others = {(*m.shape[:axis], *m.shape[axis + 1 :]) for m in members}
     if len(others) > 1 or len({len(m.shape) for m in members}) > 1:
         raise RuleError(f"members differ in more than axis {axis}: {_list(m.shape for m in members)}")
     total = sum(m.shape[axis] for m in members)
-    if part.kind == "concat":
-        want = [b - a for a, b in part.bounds(total)]
+    if join.kind == "concat":
+        want = [b - a for a, b in join.bounds(total)]
         got = [m.shape[axis] for m in members]
         if want != got:
-            said = "equal parts" if not part.lengths else f"parts {part.told}"
+            said = "equal parts" if not join.lengths else f"parts {join.told}"
             raise RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
     shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
     joined: list[Piece] = []
@@ -117,17 +117,17 @@ def _list(shapes: Iterable[tuple[int, ...]]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 
-def _join_all(rule: Rule, part: Part, members: Mapping[tuple[str, ...], Layout]) -> Layout:
+def _join_all(rule: Rule, join: Join, members: Mapping[tuple[str, ...], Layout]) -> Layout:
     """Join over the alternatives first, then over each index, the last one first."""
-    rows = _in_order(part, members)
+    rows = _in_order(join, members)
     absent = [row for row in rows if None not in row and row not in members]
     if absent:
         raise RuleError(f"the join lacks {len(absent)} of {len(rows)} members")
     model = next(iter(members.values()))
     made_up = whole(None, model.shape, model.dtype)
     level = [(row, made_up if None in row else members[tuple(cell or "" for cell in row)]) for row in rows]
-    for depth in range(len(part.variables), 0, -1):
-        now = part if depth == len(part.variables) else Part("stack", 0, part.variables)
+    for depth in range(len(join.variables), 0, -1):
+        now = join if depth == len(join.variables) else Join("stack", 0, join.variables)
         merged: dict[tuple[str | None, ...], list[Layout]] = {}
         for row, layout in level:
             merged.setdefault(row[:-1], []).append(layout)
@@ -135,35 +135,35 @@ def _join_all(rule: Rule, part: Part, members: Mapping[tuple[str, ...], Layout])
     return level[0][1]
 
 
-def _cut_all(part: Part, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+def _cut_all(join: Join, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
     """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
 
     def slices(
         at: int, axis: int, now: Layout, values: dict[str, str]
     ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
-        last = at == len(part.variables) - 1
+        last = at == len(join.variables) - 1
         if axis >= len(now.shape) or not now.shape[axis]:
             raise RuleError(f"there is nothing to cut on axis {axis} of {list(now.shape)}")
-        if part.kind == "stack" and now.shape[axis] > _MOST_SLICES:
+        if join.kind == "stack" and now.shape[axis] > _MOST_SLICES:
             raise RuleError(f"axis {axis} of {list(now.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
-        if last and part.members and part.kind == "concat":
-            for member, (start, stop) in zip(part.members, part.bounds(now.shape[axis]), strict=True):
+        if last and join.members and join.kind == "concat":
+            for member, (start, stop) in zip(join.members, join.bounds(now.shape[axis]), strict=True):
                 taken = cut(now, axis, start, stop)
-                yield {**values, part.variables[at]: member or ""}, taken, member is None
+                yield {**values, join.variables[at]: member or ""}, taken, member is None
             return
-        names = part.members if last and part.members else tuple(str(n) for n in range(now.shape[axis]))
+        names = join.members if last and join.members else tuple(str(n) for n in range(now.shape[axis]))
         if len(names) != now.shape[axis]:
             raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
         for number, name in enumerate(names):
             taken = cut(now, axis, number, number + 1)
             taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
-            step = {**values, part.variables[at]: name or ""}
+            step = {**values, join.variables[at]: name or ""}
             if last:
                 yield step, taken, name is None
             else:
-                yield from slices(at + 1, 0 if at + 2 < len(part.variables) else part.axis, taken, step)
+                yield from slices(at + 1, 0 if at + 2 < len(join.variables) else join.axis, taken, step)
 
-    yield from slices(0, 0 if len(part.variables) > 1 else part.axis, layout, {})
+    yield from slices(0, 0 if len(join.variables) > 1 else join.axis, layout, {})
 
 
 def _taken(layout: Layout, start: int, stop: int | None) -> Layout:

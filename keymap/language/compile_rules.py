@@ -15,7 +15,7 @@ from keymap.language.format import (
 )
 from keymap.language.pattern import Effort, PatternError, Side
 from keymap.language.pattern_syntax import parse_source, parse_target
-from keymap.language.rules import Part, Rule
+from keymap.language.rules import Join, Rule
 from keymap.language.schema import schema_faults
 from keymap.language.view import View, ViewError, parse_view
 from keymap.language.yaml_marks import Marked
@@ -23,7 +23,7 @@ from keymap.language.yaml_marks import Path as Where
 
 __all__ = ["Compiler"]
 
-_MOST = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
+_MAX_RULES = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
 _MOST_NESTED = 8  # tables within tables
 
 
@@ -72,8 +72,8 @@ class Compiler:
     def count(self, marked: Marked, where: Where) -> None:
         """One more rule or pattern. Raises MappingError where there are too many."""
         self.entries += 1
-        if self.entries > _MOST:
-            what = f"{marked.at(where)}: with this the file has more than {_MOST} rules and patterns; use alternatives"
+        if self.entries > _MAX_RULES:
+            what = f"{marked.at(where)}: the file has more than {_MAX_RULES} rules and patterns; use alternatives"
             raise MappingError(f"{self.marked.file}: the mapping is too large", [*self.faults, what])
 
     def side(self, text: str, where: Where) -> Side | None:
@@ -261,7 +261,7 @@ class Compiler:
 
     def _join(
         self, kind: str, options: dict[str, Any], source: Side, lost: tuple[str, ...], before: View | None
-    ) -> Part:
+    ) -> Join:
         slots = {name: slot for slot in source.slots for name in slot.names}
         if any(slots[name].kind not in ("int", "alts") or slots[name].base for name in lost):
             raise PatternError(f"{kind} counts its members by (\\d+) or (a|b) groups only")
@@ -285,9 +285,9 @@ class Compiler:
         if ranges and len(ranges) != len(members):
             raise PatternError(f"rows: one range for each of {len(members)} members")
         axis = 0 if kind == "rows" else _axis(options[kind], before)
-        return Part(kind, axis, tuple(ordered), members, lengths, ranges)
+        return Join(kind, axis, tuple(ordered), members, lengths, ranges)
 
-    def _cut(self, kind: str, options: dict[str, Any], target: Side, gained: tuple[str, ...]) -> Part:
+    def _cut(self, kind: str, options: dict[str, Any], target: Side, gained: tuple[str, ...]) -> Join:
         if len(gained) > 1:
             raise PatternError(f"{kind} writes one group of the target's own, here are {len(gained)}")
         axis = int(options.get("axis", 0))
@@ -295,12 +295,12 @@ class Compiler:
             name = options["unstack"]
             if gained != (name,):
                 raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
-            return Part("stack", axis, gained)
+            return Join("stack", axis, gained)
         options_of = next(slot for slot in target.slots if slot.names == gained).options
         lengths = tuple(int(n) for n in options["split"])
         if len(lengths) != len(options_of):
             raise PatternError(f"split {list(lengths)}: one number for each of {len(options_of)} alternatives")
-        return Part("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
+        return Join("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
 
 
 def _axis(axis: int | str, before: View | None) -> int:

@@ -17,7 +17,7 @@ import torch
 
 __all__ = ["Layout", "Piece", "Shaped", "cut", "join_runs", "permute", "place", "renamed", "row_major", "whole"]
 
-_MOST = 20_000  # pieces of one tensor; where axes do not follow each other, a tensor falls apart into its elements
+_MAX_PIECES = 20_000  # of one tensor; where axes do not follow each other, it falls apart into its elements
 
 _ONE = (1,)
 _tuple = tuple.__new__
@@ -199,9 +199,9 @@ def _flatten(spread: _Spread, strides: Sequence[int], shift: int = 0) -> Piece:
 
 def _few(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     """All pieces; raises ValueError where there are too many to go on with."""
-    found = tuple(islice(pieces, _MOST + 1))
-    if len(found) > _MOST:
-        raise ValueError(f"the tensor falls apart into more than {_MOST} pieces: its axes do not follow each other")
+    found = tuple(islice(pieces, _MAX_PIECES + 1))
+    if len(found) > _MAX_PIECES:
+        raise ValueError(f"the tensor falls apart into more than {_MAX_PIECES} pieces: its axes are not in order")
     return found
 
 

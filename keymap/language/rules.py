@@ -17,7 +17,7 @@ from keymap.language.layout import Layout
 from keymap.language.pattern import Side, Slot
 from keymap.language.view import View
 
-__all__ = ["Check", "Fault", "Part", "Rule", "RuleError", "RuleTable", "Sizes", "Step"]
+__all__ = ["Check", "Fault", "Join", "Rule", "RuleError", "RuleTable", "Sizes", "Step"]
 
 Sizes = Mapping[str, int | str]
 
@@ -26,7 +26,7 @@ class RuleError(ValueError):
     """A rule does not fit the tensors that it was given."""
 
 
-class Part(NamedTuple):
+class Join(NamedTuple):
     """How several tensors make one, and the other way round.
 
     Attributes:
@@ -91,9 +91,9 @@ class Rule:
     targets: tuple[Side, ...]
     take: tuple[int, int | None] | None = None
     before: View | None = None
-    join: Part | None = None
+    join: Join | None = None
     then: View | None = None
-    cut: Part | None = None
+    cut: Join | None = None
     after: View | None = None
     optional: bool = False
     oneway: bool = False

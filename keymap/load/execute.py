@@ -82,15 +82,15 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
     try:
         for file in files:
             file.unchanged()
-        work = _sort(plan, tensors, targets)
+        ways = _sort(plan, tensors, targets)
         made, room = dict[str, torch.Tensor](), _MADE_FIRST
-        for entry in work.others:
+        for entry in ways.others:
             room -= prod(entry.shape) * entry.dtype.itemsize
             if room >= 0:
                 made[entry.key] = value_of(entry, tensors)
         half = True
-        _write(tensors, targets, work)
-        for entry in work.others:
+        _write(tensors, targets, ways)
+        for entry in ways.others:
             value = made.pop(entry.key) if entry.key in made else value_of(entry, tensors)
             with torch.no_grad():
                 targets[entry.key].copy_(value)
@@ -108,7 +108,7 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
 
 
 @dataclass
-class _Work:
+class _Ways:
     """A plan by the ways in which it is carried out.
 
     Attributes:
@@ -124,30 +124,30 @@ class _Work:
     others: list[Entry] = field(default_factory=list)
 
 
-def _sort(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> _Work:
+def _sort(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> _Ways:
     """Which way each piece of a plan takes."""
-    work = _Work()
+    ways = _Ways()
     pieces: dict[str | None, list[tuple[str, Piece]]] = {}
     for entry in plan.entries:
         target = targets[entry.key]
         if not _simple(entry, target):
-            work.others.append(entry)
+            ways.others.append(entry)
             continue
         for piece in entry.layout.pieces:
             run = run_of(piece, tensors[piece.source], target) if piece.source is not None else None
             if run is not None:
-                work.runs.append(run)
+                ways.runs.append(run)
                 continue
             strips = strips_of(piece, tensors[piece.source], target) if piece.source is not None else []
-            work.strips += strips
+            ways.strips += strips
             if not strips:
                 pieces.setdefault(piece.source, []).append((entry.key, piece))
     for source in sorted(pieces, key=lambda key: -1 if key is None else tensors[key].position):
-        work.by_source[source] = pieces[source]
-    return work
+        ways.by_source[source] = pieces[source]
+    return ways
 
 
-def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], work: _Work) -> None:
+def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], ways: _Ways) -> None:
     """Carry out all that takes no temporary; at the end, however it comes, no thread writes any more."""
     inference = torch.is_inference_mode_enabled()
     scratch = Scratch()
@@ -157,21 +157,21 @@ def _write(tensors: Tensors, targets: Mapping[str, torch.Tensor], work: _Work) -
             for strip in part:
                 carry(strip, scratch)
 
-    written = [run.target for run in work.runs] + [strip.target for strip in work.strips if not strip.first]
+    written = [run.target for run in ways.runs] + [strip.target for strip in ways.strips if not strip.first]
     increment_version(written)  # autograd does not see that they are written to
     pool = ThreadPoolExecutor(torch.get_num_threads())
     under_way: list[Future[None]] = []
     try:
-        under_way += [pool.submit(carried, part) for part in parts(work.strips)]
-        for batch in batches(work.runs):
+        under_way += [pool.submit(carried, part) for part in parts(ways.strips)]
+        for batch in batches(ways.runs):
             if len(under_way) >= _AHEAD:  # of many tiny tensors the places take more memory than themselves
                 under_way[-_AHEAD].result()
             under_way.append(pool.submit(read, batch))
-        for sources in _neighbours(work.by_source, tensors):
+        for sources in _neighbours(ways.by_source, tensors):
             for source in sources:
                 tensor = None if source is None else tensors[source].read()
                 with torch.no_grad():
-                    for key, piece in work.by_source[source]:
+                    for key, piece in ways.by_source[source]:
                         copy_pieces([piece], tensor, targets[key].detach())
             _give_back(sources, tensors)
         for done in under_way:

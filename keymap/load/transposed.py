@@ -21,7 +21,7 @@ from keymap.read import LazyTensor, SourceFile
 
 __all__ = ["Scratch", "Strip", "carry", "parts", "strips_of"]
 
-_MOST = 1 << 24  # bytes of a strip
+_MAX_STRIP = 1 << 24  # bytes of a strip
 _ROOM = 3 << 20  # bytes of a thread's own memory, and of all threads' together eight times as many
 _ROWS = 256  # at a time: of each a line of the cache is held while a column is written
 _WIDE = 1 << 10  # bytes of a row that is read to a place of its own
@@ -94,7 +94,7 @@ def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Stri
         return []
     size, length = lazy.dtype.itemsize, piece.shape[axis]
     start = block.start + piece.source_offset * size
-    rows = max(1, _MOST // (strides[axis] * size))
+    rows = max(1, _MAX_STRIP // (strides[axis] * size))
     return [
         Strip(block.file, start, lazy.dtype, piece, target, axis, span, first, min(first + rows, length))
         for first in range(0, length, rows)
@@ -108,7 +108,7 @@ def parts(strips: Iterable[Strip]) -> Iterator[list[Strip]]:
     for strip in sorted(strips, key=lambda s: (id(s.file), s.start, s.first)):
         part.append(strip)
         size += strip.nbytes
-        if size >= _MOST // 2:
+        if size >= _MAX_STRIP // 2:
             yield part
             part, size = [], 0
     if part:

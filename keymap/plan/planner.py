@@ -24,7 +24,7 @@ from keymap.plan.resize import Resize, ResizeError, plan_resize
 from keymap.plan.to_hub import Translated, bring_to_layouts, incomplete, to_hub, tower_of
 from keymap.source.config import differences, unverified
 from keymap.source.detect import tower_layout, uses_aliases
-from keymap.source.open import Opened
+from keymap.source.open import Source
 from keymap.source.unwrap import Unwrapped
 
 __all__ = ["make_plan"]
@@ -33,16 +33,16 @@ _FIRST_WORD = re.compile(r"[^./]+[./]")
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
 
 
-def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
+def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     """Plan the load of a checkpoint into a model.
 
     Raises:
         DetectionError: no format claims the checkpoint.
         PlanError: with every fault of the load: keys, shapes, dtypes, a tower that would stay empty.
     """
-    known, found, unwrapped = opened.known, opened.found, opened.unwrapped
+    known, found, unwrapped = source.known, source.found, source.unwrapped
     if found is None:
-        raise opened.refusal or DetectionError(f"{request.file}: no known format has these keys")
+        raise source.refusal or DetectionError(f"{request.file}: no known format has these keys")
     hub = known.hub
     towers_of_model = {key: tower_of(hub, key) for key in model.tensors}
     if not any(towers_of_model.values()):
@@ -58,7 +58,7 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     now = to_hub(found, facts)
     asked = _asked(request, hub)
-    notes = [*opened.notes, *opened.told.notes]
+    notes = [*source.notes, *source.settings.notes]
     if request.towers is not None:
         meant = {key: layout for key, layout in now.tensors.items() if tower_of(hub, key) in asked}
         if len(meant) < len(now.tensors):
@@ -78,18 +78,18 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
     foreign = {tower_of(hub, key) for key in now.tensors if key not in model.tensors}
     wanted = {tower: [here] for tower in foreign if (here := tower_layout(hub, tower, model.tensors)) is not None}
     bring_to_layouts(known, now, wanted)
-    work = _Work(known, found.mapping, now, model, request, asked, towers_of_model)
-    work.config_grid = opened.told.grid
-    work.tensors = unwrapped.tensors
-    work.match()
-    work.ties()
-    work.absent()
-    work.judge(in_file, unwrapped)
+    matching = _Matching(known, found.mapping, now, model, request, asked, towers_of_model)
+    matching.config_grid = source.settings.grid
+    matching.tensors = unwrapped.tensors
+    matching.match()
+    matching.ties()
+    matching.absent()
+    matching.judge(in_file, unwrapped)
     notes += unwrapped.notes
-    towers = dict.fromkeys(entry.tower for entry in work.entries if not entry.filled)
+    towers = dict.fromkeys(entry.tower for entry in matching.entries if not entry.filled)
     return Plan(
         file=request.file,
-        container=opened.container,
+        container=source.container,
         format=found.mapping.name,
         title=found.mapping.title,
         evidence=found.evidence,
@@ -97,15 +97,15 @@ def make_plan(opened: Opened, model: ModelView, request: Request) -> Plan:
         other_wrappers=unwrapped.others,
         prefixes=unwrapped.prefixes,
         layouts={tower: tuple(chain) for tower, chain in now.layouts.items()},
-        entries=tuple(work.entries),
-        checks=(*now.checks, *work.checks),
+        entries=tuple(matching.entries),
+        checks=(*now.checks, *matching.checks),
         dropped=now.dropped,
-        missing_keys=tuple(work.missing),
-        unexpected_keys=tuple(work.unexpected),
-        mismatched=work.mismatched,
-        notes=(*notes, *work.notes),
-        warnings=differences(hub, towers, opened.told, model.facts),
-        unverified=unverified(hub, towers, opened.told, model.facts),
+        missing_keys=tuple(matching.missing),
+        unexpected_keys=tuple(matching.unexpected),
+        mismatched=matching.mismatched,
+        notes=(*notes, *matching.notes),
+        warnings=differences(hub, towers, source.settings, model.facts),
+        unverified=unverified(hub, towers, source.settings, model.facts),
         steps=tuple(now.steps),
     )
 
@@ -131,7 +131,7 @@ def _asked(request: Request, hub: Format) -> tuple[str, ...]:
     return request.towers
 
 
-class _Work:
+class _Matching:
     """The matching of translated tensors with a model's, step by step."""
 
     def __init__(

@@ -14,7 +14,7 @@ from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, RuleTable, Step
 from keymap.source.detect import Detection, holds, tower_layout
 
-_MOST = (
+_MAX_INDICES = (
     1000  # indices that a tower is asked to be complete for, and keys of it that may lack before no more are looked for
 )
 _TOLD = 6
@@ -210,13 +210,13 @@ def incomplete(mapping: Format, rules: Iterable[Rule], keys: Iterable[str]) -> l
                 lacking.append(str(rule.source))
             names = [n for slot in rule.source.slots if slot.kind == "int" for n in slot.names]
             if len(names) == 1:
-                last = min(max((int(index[0]) for index in indices), default=-1), _MOST)
+                last = min(max((int(index[0]) for index in indices), default=-1), _MAX_INDICES)
                 indices = [(str(n),) for n in range(_first(rule, names[0]), last + 1)]
             choices = [[value for value, _ in slot.options] for slot in rule.source.slots if slot.kind == "alts"]
             others = [slot.names[0] for slot in rule.source.slots if slot.kind == "alts"]
             for index, chosen in product(indices, product(*choices)):
                 values = dict(zip([*names, *others], [*index, *chosen], strict=True))
-                if len(lacking) > _MOST:
+                if len(lacking) > _MAX_INDICES:
                     break
                 if tuple(values[name] for name in rule.source.variables) not in present[id(rule)]:
                     lacking.append(rule.source.write(values))

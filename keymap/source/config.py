@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from keymap.language.format import Config, Fact, Format, Place, Scalar
 from keymap.read.shards import leads_out
 
-__all__ = ["Told", "differences", "read_config", "unverified"]
+__all__ = ["Settings", "differences", "read_config", "unverified"]
 
 _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
@@ -24,7 +24,7 @@ _MAX_NUMBER = 1 << 53
 _Size = tuple[int, int]
 
 
-class Told(NamedTuple):
+class Settings(NamedTuple):
     """What a source tells of itself beside its weights.
 
     Attributes:
@@ -52,7 +52,7 @@ class Told(NamedTuple):
         return {**told, **{name: value for name, (value, _) in self.facts.items()}}
 
 
-def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Told:
+def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Settings:
     """What the format states, and what a configuration says: in the file's metadata, or beside the file.
 
     Args:
@@ -75,10 +75,10 @@ def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: F
             told = _read(data, config, where)
             if told is not None:
                 return told._replace(facts={**stated, **told.facts}, notes=tuple(notes))
-    return Told(facts=stated, notes=tuple(dict.fromkeys(notes)))
+    return Settings(facts=stated, notes=tuple(dict.fromkeys(notes)))
 
 
-def _read(data: Any, config: Config, where: str) -> Told | None:
+def _read(data: Any, config: Config, where: str) -> Settings | None:
     """What a configuration says; None where it is some other JSON: it tells nothing, and has none of the sections."""
     found = {name: _first(data, places) for name, places in config.facts.items()}
     sizes = _size(data, config.image_size), _size(data, config.patch_size)
@@ -94,7 +94,7 @@ def _read(data: Any, config: Config, where: str) -> Told | None:
             facts[name] = (value[0], f"{where}: {value[1]}")
         elif name in config.defaults and not means_other:
             facts[name] = (config.defaults[name], f"{where}, which leaves it to the default")
-    return Told(*sizes, facts)
+    return Settings(*sizes, facts)
 
 
 def _texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, str]]:
@@ -181,13 +181,13 @@ def _same(one: Scalar, other: Scalar) -> bool:
     return one == other
 
 
-def differences(hub: Format, towers: Iterable[str], told: Told, model: Mapping[str, Scalar]) -> tuple[str, ...]:
+def differences(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """Where the source and the model say different things of what no weight tells, and what to change."""
     found: dict[str, str] = {}
     for name, fact in _compared(hub, towers, model):
-        if name not in told.facts:
+        if name not in settings.facts:
             continue
-        value, where = told.facts[name]
+        value, where = settings.facts[name]
         there, here = _word(fact, value), _word(fact, model[name])
         if not _same(there, here):
             found.setdefault(
@@ -198,9 +198,9 @@ def differences(hub: Format, towers: Iterable[str], told: Told, model: Mapping[s
     return tuple(found.values())
 
 
-def unverified(hub: Format, towers: Iterable[str], told: Told, model: Mapping[str, Scalar]) -> tuple[str, ...]:
+def unverified(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """What no weight tells and the source does not say either."""
     labels = {fact.label: False for _, fact in _compared(hub, towers, model)}
     for name, fact in _compared(hub, towers, model):
-        labels[fact.label] |= name in told.facts
+        labels[fact.label] |= name in settings.facts
     return tuple(label for label, known in labels.items() if not known)

@@ -15,7 +15,7 @@ from keymap.read.shards import leads_out
 
 __all__ = ["choose_file"]
 
-_MOST = 10_000  # entries of a folder that are looked at
+_MAX_ENTRIES = 10_000  # entries of a folder that are looked at
 
 
 def _entries(folder: Path) -> Iterator[str]:
@@ -25,10 +25,10 @@ def _entries(folder: Path) -> Iterator[str]:
     def held(place: str) -> list[os.DirEntry[str]]:
         nonlocal seen
         with os.scandir(place) as entries:
-            found = sorted(islice(entries, _MOST + 1), key=lambda entry: entry.name)
+            found = sorted(islice(entries, _MAX_ENTRIES + 1), key=lambda entry: entry.name)
         seen += len(found)
-        if seen > _MOST:
-            raise CheckpointError(f"{folder}: holds more than {_MOST} entries; name the checkpoint file itself")
+        if seen > _MAX_ENTRIES:
+            raise CheckpointError(f"{folder}: holds more than {_MAX_ENTRIES} entries; name the checkpoint file itself")
         return [entry for entry in found if entry.name.isprintable()]
 
     for item in held(os.fspath(folder)):

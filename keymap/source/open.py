@@ -10,18 +10,18 @@ from typing import NamedTuple
 from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.layout import Layout, whole
 from keymap.read import LazyTensor, open_checkpoint
-from keymap.source.config import Told, read_config
+from keymap.source.config import Settings, read_config
 from keymap.source.detect import Detection, detect, refuse_in_words
 from keymap.source.folder import choose_file
 from keymap.source.registry import Catalogue, registry
 from keymap.source.unwrap import Unwrapped, parts_of, unwrap
 
-__all__ = ["Opened", "PathLike", "known_with", "layouts_of", "open_sources"]
+__all__ = ["PathLike", "Source", "known_with", "layouts_of", "open_sources"]
 
 PathLike = str | os.PathLike[str]
 
 
-class Opened(NamedTuple):
+class Source(NamedTuple):
     """One state dict of a checkpoint.
 
     Attributes:
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
         file, container: the file that was read.
         unwrapped: its tensors.
         found: its format; None where no format claims it, for the reasons in ``refusal``.
-        told: what its configuration says.
+        settings: what its configuration says.
         notes: which file of a folder was taken, and why.
     """
 
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
     unwrapped: Unwrapped
     found: Detection | None
     refusal: DetectionError | None
-    told: Told
+    settings: Settings
     notes: tuple[str, ...] = ()
 
 
@@ -71,7 +71,7 @@ def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
 
 def open_sources(
     path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None
-) -> tuple[Opened, ...]:
+) -> tuple[Source, ...]:
     """The state dicts of a checkpoint that may be meant.
 
     One, as a rule; several where no format claims the keys as they are, and formats claim parts of them (a teacher
@@ -92,15 +92,15 @@ def open_sources(
     checkpoint = open_checkpoint(place, weights_only)
     file = str(checkpoint.path)
 
-    def opened(unwrapped: Unwrapped) -> Opened:
+    def opened(unwrapped: Unwrapped) -> Source:
         layouts = layouts_of(unwrapped.tensors)
         try:
             refuse_in_words(known, layouts, wanted, file)
             found = detect(known, layouts, wanted, file=file)
         except DetectionError as error:
-            return Opened(known, file, checkpoint.container, unwrapped, None, error, Told(), notes)
-        told = read_config(checkpoint.path, checkpoint.metadata, found.mapping, known.hub)
-        return Opened(known, file, checkpoint.container, unwrapped, found, None, told, notes)
+            return Source(known, file, checkpoint.container, unwrapped, None, error, Settings(), notes)
+        settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, known.hub)
+        return Source(known, file, checkpoint.container, unwrapped, found, None, settings, notes)
 
     first = opened(unwrap(checkpoint.tree, known.containers, file, wrapper))
     if first.found is not None:
