@@ -10,9 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)  # so that `from peers import openclip` works in every import mode
+HERE = Path(__file__).parent
+ROOMS = ("api", "formats", "language", "load", "plan", "project", "read", "refusals", "source")
+for folder in (HERE, *(HERE / room for room in ROOMS)):  # so that `from peers import openclip` works in every test
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,9 +26,9 @@ from keymap.source.detect import apply_aliases, detect, holds
 from keymap.source.registry import Catalogue, registry
 from keymap.source.samples import claims, refuse_claims, samples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KNOWN = registry()
-LISTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "key_lists.json.gz").read_bytes()))
+LISTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "key_lists.json.gz").read_bytes()))
 
 # The owner of every list; None where no shipped file owns it yet: then detection refuses.
 # Every list whose name begins with open_clip is the hub's.

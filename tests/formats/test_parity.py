@@ -286,7 +286,7 @@ def test_big_vision_npz_loads(form, head, compressed, sizes, tmp_path, proves):
 
 
 def test_the_file_of_the_real_big_vision_model_gives_its_recorded_outputs():
-    folder = Path(__file__).parent / "data" / "big_vision"
+    folder = Path(__file__).parents[1] / "data" / "big_vision"
     with np.load(folder / "siglip_ref.npz") as reference:
         ref = {key: torch.from_numpy(reference[key]) for key in reference.files}
     size = {"embed_dim": 48, "image_mlp": 2.0, "text_width": 48, "text_heads": 3, "text_depth": 2, "text_mlp": 2.0}

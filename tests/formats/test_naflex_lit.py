@@ -29,7 +29,7 @@ import keymap
 LIMIT, CLEAR = 2e-5, 1e-3
 EQUAL = {**SQUARE, "patch": 4, "image_size": 16}  # a patch has 4 * 4 * 3 = 48 values: the kernel is square, too
 SIZES = {"distinct": {}, "square": EQUAL, "a table of 4x4": {"image_size": 56}}
-DATA = Path(__file__).parent / "data" / "big_vision"
+DATA = Path(__file__).parents[1] / "data" / "big_vision"
 HEADS = {"image.heads": 3, "text.heads": 4}
 State = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript,
 from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
 from keymap.source import config, folder, unwrap
 
-PAGE = (Path(__file__).parents[1] / "docs" / "safety.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "safety.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## Names that a pickle may use")[2].partition("## Limits")[0]
 LIMITS = PAGE.partition("## Limits")[2].partition("## How")[0]
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import keymap
 from keymap.source.registry import registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

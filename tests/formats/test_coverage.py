@@ -22,7 +22,7 @@ import keymap
 from keymap.plan.to_hub import tower_of
 from keymap.source.registry import registry
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import make_coverage
 import record_configurations
@@ -311,7 +311,7 @@ def test_no_page_is_made_of_a_run_that_failed_or_was_not(run, tmp_path, capsys):
 def test_what_tests_that_passed_have_stated_is_written_at_the_end_of_a_run(tmp_path):
     """By workers of pytest-xdist; equal statements once; nothing of a test that fails."""
     for name in ("conftest.py", "proofs.py"):
-        (tmp_path / name).write_bytes((Path(__file__).parent / name).read_bytes())
+        (tmp_path / name).write_bytes((Path(__file__).parents[1] / name).read_bytes())
     (tmp_path / "test_it.py").write_text(
         "from types import SimpleNamespace as N\n"
         "import pytest\n"
@@ -323,7 +323,7 @@ def test_what_tests_that_passed_have_stated_is_written_at_the_end_of_a_run(tmp_p
     )
     file = tmp_path / "made" / "proofs.json"
     command = [sys.executable, "-m", "pytest", "-n", "1", "--proofs", str(file), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 2 passed" in done.stdout
     told = json.loads(file.read_text(encoding="utf-8"))

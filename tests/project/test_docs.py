@@ -17,7 +17,7 @@ from keymap.plan.plan import Plan
 from keymap.results import Inspection, Report
 from keymap.source import registry
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     file
     for folder in (ROOT, ROOT / "docs", ROOT / "docs" / "formats")

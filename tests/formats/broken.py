@@ -16,7 +16,7 @@ import pytest
 import keymap
 from keymap.source.registry import Catalogue
 
-MAPPINGS = Path(__file__).parents[1] / "mappings"
+MAPPINGS = Path(__file__).parents[2] / "mappings"
 LIMIT, CLEAR = 2e-5, 1e-3  # what the intact copy may differ from its peer; what a broken one must differ, at least
 Edits = list[tuple[str, str]]
 
