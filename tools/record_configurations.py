@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +30,7 @@ HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json
 format: open_clip_configurations
 kind: configurations
 title: The configurations that OpenCLIP ships, by the fingerprints of their towers
-reference: open_clip/model_configs
+reference: open_clip/model_configs (open_clip_torch {version})
 configurations:
 """
 
@@ -52,7 +53,7 @@ def text(groups: Iterable[tuple[Prints, Mapping[str, Sequence[int]]]]) -> str:
         told = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
         rows = ", ".join(f"{name}: [{', '.join(map(str, numbers))}]" for name, numbers in names.items())
         lines.append(f"  - {{{told}, names: {{{rows}}}}}\n")
-    return HEAD + "".join(lines)
+    return HEAD.format(version=version("open_clip_torch")) + "".join(lines)
 
 
 def recorded() -> str:
