@@ -1,20 +1,26 @@
 """transformers' text encoders load into OpenCLIP's Hugging Face text tower, as their owners save them.
 
-The projection to the embedding is OpenCLIP's own; the tower's last hidden states are the peer's.
-"""
+The projection to the embedding is OpenCLIP's own; the tower's last hidden states are the peer's."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from broken import Case, rule_tests
+from checks import (
+    SIZES,
+    assert_parity,
+)
 from peers import hf_text, openclip
-from peers.common import SQUARE, assert_unchanged, bits, max_diff, same_bits
-from safetensors.torch import save_file
+from peers.common import SQUARE, assert_unchanged, bits, same_bits
 
 import keymap
 
-LIMIT = 2e-5
-SIZES = {"distinct": {}, "square": SQUARE}
+pytestmark = pytest.mark.formats("hf_bert", "hf_mt5", "hf_m2m100")
+
+
 FORMATS = {
     "bert": "hf_bert",
     "roberta": "hf_bert",
@@ -22,18 +28,12 @@ FORMATS = {
     "mt5": "hf_mt5",
     "m2m_100": "hf_m2m100",
 }
+
+
 FORMS = {"model.safetensors": hf_text.disk_keys, "whole state dict of older versions": hf_text.old_keys}
+
+
 PROJECTION = ["text.proj.0.weight", "text.proj.2.weight"]
-
-
-@pytest.fixture
-def file(tmp_path):
-    def save(tensors, name="model.safetensors"):
-        path = tmp_path / name
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path)
-        return path
-
-    return save
 
 
 def target(name, **arguments):
@@ -41,11 +41,9 @@ def target(name, **arguments):
 
 
 @torch.no_grad()
-def assert_parity(model, peer):
+def assert_text_parity(model, peer):
     ids = hf_text.ids(peer)
-    expected = hf_text.features(peer, model.text, ids)
-    assert max_diff(model.encode_text(ids), expected) <= LIMIT
-    assert float(expected.abs().max()) > 0.01
+    assert_parity(model, ids=ids, peer_text=hf_text.features(peer, model.text, ids))
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
@@ -65,7 +63,7 @@ def test_an_encoder_loads(name, form, sizes, file, proves):
     poolers = {key for key in keys if ".pooler." in f".{key}"}
     assert set(result.unexpected_keys) == poolers  # mean_pooler: the tower has none
     assert bool(poolers) == (name in hf_text.WITH_POOLER)
-    assert_parity(model, peer)
+    assert_text_parity(model, peer)
     own = hf_text.encoder(peer).state_dict()  # what OpenCLIP's text tower keeps of the model
     expected = {f"text.transformer.{key}": value for key, value in own.items() if not key.startswith("pooler.")}
     state = model.state_dict()
@@ -78,12 +76,23 @@ def test_an_encoder_loads(name, form, sizes, file, proves):
     proves("parity", result.report.plan)
 
 
+@pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["distinct", "square"])
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "XLMRobertaForMaskedLM", "M2M100ForConditionalGeneration"])
+def test_an_encoder_below_a_linear_projection_computes_the_same(name, sizes, file, proves):
+    peer = hf_text.model(name, **sizes)
+    model = openclip.hf_text(family=hf_text.CLASSES[name], proj="linear", seed=5, **sizes)
+    result = keymap.load_checkpoint(model, file(hf_text.disk_keys(peer)), towers=("text",), strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["text.proj.weight"], [])
+    assert_text_parity(model, peer)
+    proves("parity", result.report.plan)
+
+
 @pytest.mark.parametrize("name", hf_text.WITH_POOLER)
 def test_a_pooler_is_taken_where_the_tower_has_one(name, file):
     peer, model = hf_text.model(name), target(name, pooler="cls_pooler")
     result = keymap.load_checkpoint(model, file(hf_text.disk_keys(peer)), towers=("text",), strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (PROJECTION, [])
-    assert_parity(model, peer)
+    assert_text_parity(model, peer)
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM"])
@@ -101,7 +110,7 @@ def test_a_tower_without_projection_loads_strictly(name, file):
     peer, model = hf_text.model(name, **size), target(name, proj=None, **size)
     result = keymap.load_checkpoint(model, file(hf_text.disk_keys(peer)), towers=("text",))
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert_parity(model, peer)
+    assert_text_parity(model, peer)
 
 
 def test_the_first_berts_named_their_norms_otherwise(file):
@@ -116,7 +125,7 @@ def test_the_first_berts_named_their_norms_otherwise(file):
     model = target("BertForPreTraining", pooler="cls_pooler")
     result = keymap.load_checkpoint(model, file(keys), towers=("text",), strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (PROJECTION, [])
-    assert_parity(model, peer)
+    assert_text_parity(model, peer)
 
 
 @pytest.mark.parametrize("name", ["MT5ForConditionalGeneration", "M2M100ForConditionalGeneration"])
@@ -125,7 +134,7 @@ def test_a_file_may_hold_the_embedding_under_the_name_of_the_encoder_alone(name,
     keys = {k: v for k, v in hf_text.old_keys(peer).items() if not k.endswith("shared.weight")}
     result = keymap.load_checkpoint(model, file(keys), towers=("text",), strict=False)
     assert result.missing_keys == PROJECTION
-    assert_parity(model, peer)
+    assert_text_parity(model, peer)
 
 
 @pytest.mark.parametrize("name", ["MT5ForConditionalGeneration", "M2M100ForConditionalGeneration"])
@@ -208,3 +217,88 @@ def test_the_encoder_of_a_translation_model_comes_back_without_its_decoder():
     kept = {k: v for k, v in state.items() if not k.startswith("decoder.")}
     assert set(back) == set(kept)
     assert [k for k in kept if not same_bits(back[k], kept[k])] == []
+
+
+# --- broken rules ---
+
+
+WHOLE = {  # models whose files hold more than the encoder
+    "hf_bert": "RobertaForMaskedLM",
+    "hf_mt5": "MT5ForConditionalGeneration",
+    "hf_m2m100": "M2M100ForConditionalGeneration",
+}
+
+
+@torch.no_grad()
+def square(form: str) -> Case:
+    name = WHOLE[form]
+    peer, model = hf_text.model(name, **SQUARE), target(name, proj=None, **SQUARE)
+    ids = hf_text.ids(peer)
+    outputs = [None, hf_text.features(peer, model.text, ids)]
+    return Case(form, hf_text.old_keys(peer), model, outputs, ids=ids, towers=("text",))
+
+
+CASES = {form: partial(square, form) for form in WHOLE}
+
+
+ROWS = r"""
+hf_bert: the dense layers of a block exchanged: differs
+- attention.output.(dense|LayerNorm).(weight|bias): attention.output.\1.\2
++ attention.output.LayerNorm.(weight|bias): attention.output.LayerNorm.\1
++ attention.output.dense.(weight|bias): intermediate.dense.\1
+- intermediate.dense.(weight|bias): intermediate.dense.\1
++ intermediate.dense.(weight|bias): attention.output.dense.\1
+hf_bert: query and key swapped: differs
+- attention.self.(query|key|value).(weight|bias): attention.self.\1.\2
++ attention.self.(query|key|value).(weight|bias): attention.self.<1:qkv>.\2
+hf_bert: words and positions exchanged: refused
+- (word_embeddings|position_embeddings|token_type_embeddings).weight: \1.weight
++ (word_embeddings|position_embeddings|token_type_embeddings).weight: <1:embedding>.weight
+hf_bert: the head of the language model not left out: refused
+- (cls|lm_head).(.+): the head
++ (cls|lm_tail).(.+): the head
+hf_mt5: q and k swapped: differs
+- text.transformer.block.\1.layer.0.SelfAttention.\2.weight
++ text.transformer.block.\1.layer.0.SelfAttention.<2:qkv>.weight
+hf_mt5: the norms of a block exchanged: differs
+- text.transformer.block.\1.layer.\2.layer_norm.weight
++ text.transformer.block.\1.layer.<2:turned>.layer_norm.weight
+hf_mt5: the gate and what it gates exchanged: differs
+- text.transformer.block.\1.layer.1.DenseReluDense.\2.weight
++ text.transformer.block.\1.layer.1.DenseReluDense.<2:gate>.weight
+hf_mt5: the encoder's copy of the embedding compared with the last norm: refused
+- same_as: shared.weight
++ same_as: encoder.final_layer_norm.weight
+hf_m2m100: the norms of a layer exchanged: differs
+- text.transformer.layers.\1.\2_layer_norm.\3
++ text.transformer.layers.\1.<2:norm>_layer_norm.\3
+hf_m2m100: q and k swapped: differs
+- text.transformer.layers.\1.self_attn.\2_proj.\3
++ text.transformer.layers.\1.self_attn.<2:qkv>_proj.\3
+hf_m2m100: fc1 and fc2 swapped: differs
+- text.transformer.layers.\1.fc\2.\3
++ text.transformer.layers.\1.fc<2:turned>.\3
+hf_m2m100: the table of positions not left out: refused
+- (encoder|decoder).embed_positions.weights: sin
++ (encoder|decoder).embed_position.weights: sin
+"""
+
+
+EMBEDDINGS = """\
+  embedding:
+    word_embeddings: position_embeddings
+    position_embeddings: word_embeddings
+    token_type_embeddings: token_type_embeddings
+"""
+LOOKUPS = {  # that the rows use
+    "hf_bert": "  qkv: {query: key, key: query, value: value}\n" + EMBEDDINGS,
+    "hf_mt5": "  turned: {0: 1, 1: 0}\n  qkv: {q: k, k: q, v: v, o: o}\n  gate: {wi_0: wi_1, wi_1: wi_0, wo: wo}\n",
+    "hf_m2m100": (
+        "  turned: {1: 2, 2: 1}\n  qkv: {q: k, k: q, v: v, out: out}\n  norm: {self_attn: final, final: self_attn}\n"
+    ),
+}
+
+
+REFUSALS = (keymap.PlanError, keymap.VerifyError)
+
+test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, LOOKUPS, REFUSALS)

@@ -1,9 +1,4 @@
-"""NaFlex of three owners and LiT load, and compute what their owners' code computes; SigLIP and NaFlex into each other.
-
-As in test_parity: real weights of a peer, all random, in the file that its owner writes; then forward passes at most
-2e-5 apart, for sizes that all differ and for sizes where matrices are square; then every bit against a conversion
-written by hand.
-"""
+"""NaFlex of three owners loads and computes the same; files of SigLIP and of NaFlex load into each other's models."""
 
 from __future__ import annotations
 
@@ -11,80 +6,47 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peers import big_vision, by_hand, hf, lit, naflex, openai, openclip, timm_towers
-from peers.common import SQUARE, assert_unchanged, bits, images, max_diff, same_bits, tokens
-from safetensors.torch import save_file
+from broken import Case, rule_tests
+from checks import (
+    CLEAR,
+    EQUAL,
+    HEADS,
+    LIMIT,
+    State,
+    assert_bits,
+    assert_goes_to_the_hub_and_back,
+    assert_parity,
+    assert_resized,
+    assert_same,
+    complete,
+    pictures,
+    refused,
+    resized,
+    sizes_of,
+)
+from peers import big_vision, by_hand, hf, naflex, openai, openclip, timm_towers
+from peers.common import SQUARE, Size, images, max_diff, same_bits, tokens
 from timm.models.naflexvit import checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 import keymap
 
-LIMIT, CLEAR = 2e-5, 1e-3
-EQUAL = {**SQUARE, "patch": 4, "image_size": 16}  # a patch has 4 * 4 * 3 = 48 values: the kernel is square, too
-SIZES = {"distinct": {}, "square": EQUAL, "a table of 4x4": {"image_size": 56}}
+pytestmark = pytest.mark.formats(
+    "hf_siglip2_naflex", "big_vision_naflex", "map_trunk_naflex", "native_vit_naflex_token"
+)
+
+
+sizes = sizes_of({"distinct": {}, "square": EQUAL, "a table of 4x4": {"image_size": 56}})
+
+
 DATA = Path(__file__).parents[1] / "data" / "big_vision"
-HEADS = {"image.heads": 3, "text.heads": 4}
-State = dict[str, Tensor]
-
-
-@pytest.fixture(params=SIZES, ids=list(SIZES))
-def sizes(request):
-    return SIZES[request.param]
-
-
-@pytest.fixture
-def file(tmp_path) -> Callable[..., Path]:
-    def save(state: Mapping[str, Tensor], name: str = "model.safetensors") -> Path:
-        save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, tmp_path / name)
-        return tmp_path / name
-
-    return save
-
-
-@pytest.fixture
-def npz(tmp_path) -> Callable[..., Path]:
-    def save(flat: big_vision.Flat, compressed: bool = False) -> Path:
-        big_vision.save(flat, tmp_path / "model.npz", compressed)
-        return tmp_path / "model.npz"
-
-    return save
-
-
-@torch.no_grad()
-def assert_parity(model, image, want_image, ids=None, want_text=None, limit=LIMIT):
-    got = [(model.encode_image(image), want_image)]
-    got += [] if ids is None else [(model.encode_text(ids), want_text)]
-    for ours, theirs in got:
-        assert max_diff(ours, theirs) <= limit
-        assert float(theirs.abs().max()) > 0.01
-
-
-def assert_bits(model: nn.Module, expected: Mapping[str, Tensor], towers: tuple[str, ...] = ("",)) -> None:
-    """Every tensor of the model (or of those whose keys begin so) holds these values."""
-    state = {k: v for k, v in model.state_dict().items() if k.startswith(towers)}
-    assert set(expected) == set(state)
-    wrong = [k for k, v in expected.items() if not same_bits(v.detach().reshape(state[k].shape).contiguous(), state[k])]
-    assert wrong == []
-
-
-def refused(model, path, *words, error=keymap.PlanError, **options):
-    before = bits(model)
-    with pytest.raises(error) as caught:
-        keymap.load_checkpoint(model, path, **options)
-    told = str(caught.value)
-    assert [word for word in words if word not in told] == [], told
-    assert_unchanged(model, before)
-
-
-def pictures(sizes) -> Tensor:
-    return images(sizes.get("image_size", 28))
 
 
 def cut(image: Tensor, sizes) -> dict[str, Tensor]:
@@ -99,7 +61,7 @@ def mixed(sizes) -> dict[str, Tensor]:
     return naflex.naflex_batch([torch.randn(3, h * patch, w * patch, generator=generator) for h, w in grids], patch)
 
 
-# --- by hand ---
+# --- conversions by hand ---
 
 
 def side(rows: int) -> int:
@@ -176,23 +138,6 @@ def token_by_hand(state: Mapping[str, Tensor]) -> State:
     return found | {new + part: state[old + part] for old, new in names.items() for part in ("weight", "bias")}
 
 
-def lit_by_hand(flat: big_vision.Flat, zero_row: bool) -> State:
-    """LiT -> timm's ViT with class token; zero_row: the model's positions have a row for the class token."""
-    table = torch.from_numpy(flat["img/pos_embedding"])
-    pool = big_vision.init()  # big_vision's own conversion wants a MAP head, a text head and a bias, whatever they hold
-    rest = {k: v for k, v in pool.items() if k.startswith(("img/MAPHead_0/", "txt/head/")) or k == "b"}
-    found = by_hand.big_vision(rest | flat)
-    found = {k: v for k, v in found.items() if ".attn_pool." not in k and k != "logit_bias"}
-    if "img/head/kernel" in flat:
-        found["visual.trunk.head.weight"] = torch.from_numpy(flat["img/head/kernel"]).T
-        found["visual.trunk.head.bias"] = torch.from_numpy(flat["img/head/bias"])
-    rows = [torch.zeros_like(table[:, :1]), table] if zero_row else [table]
-    return found | {
-        "visual.trunk.cls_token": torch.from_numpy(flat["img/cls"]),
-        "visual.trunk.pos_embed": torch.cat(rows, 1),
-    }
-
-
 # --- transformers' Siglip2Model ---
 
 
@@ -264,7 +209,33 @@ def test_a_folder_of_siglip2_tells_an_activation_that_differs(tmp_path):
     assert any("activation of the image tower" in str(warning.message) for warning in told)
 
 
+@pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["distinct", "square"])
+def test_siglip2_with_an_identity_as_text_head_goes_into_a_model_without_text_projection(sizes, file, proves):
+    """As SigLIP's release for many languages is; SigLIP 2 has the same text tower."""
+    width = Size(**sizes).image_width
+    peer = naflex.siglip2(**{**sizes, "text_width": width})
+    head = peer.text_model.head
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(width))
+        head.bias.zero_()
+    model = openclip.siglip(projection=False, seed=5, **sizes)
+    keys = hf.disk_keys(peer)
+    plan = complete(keymap.load_checkpoint(model, file(keys)), "hf_siglip2_naflex")
+    assert {"text_model.head.weight", "text_model.head.bias"} <= set(plan.dropped)
+    ids, pixels = tokens(eos=None), images()
+    batch = naflex.naflex_batch(list(pixels), Size(**sizes).patch)
+    with torch.no_grad():
+        assert max_diff(model.encode_text(ids), hf.text_features(peer, ids)) <= LIMIT
+        assert max_diff(model.encode_image(pixels), naflex.image_features(peer, batch)) <= LIMIT
+    proves("parity", plan)
+    expected = by_hand._hf_text(keys, "text.")
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("text.")}
+    assert set(expected) == set(state) and all(same_bits(v.contiguous(), state[k]) for k, v in expected.items())
+    proves("bit-equal", plan, ("text",))
+
+
 # --- big_vision's NaFlex ---
+
 
 FORMS = {
     "plain": lambda flat: flat,
@@ -387,19 +358,7 @@ def test_timms_own_naflexvit_loads_into_both(sizes, file, proves):
         proves("parity", result.report.plan)
 
 
-# --- positions at another grid: resized last, in the model's spelling ---
-
-
-def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, h, w, d) at another grid."""
-    picture = table.permute(0, 3, 1, 2).contiguous()
-    return interpolate(picture, size=grid, mode="bicubic", antialias=True, align_corners=False).permute(0, 2, 3, 1)
-
-
-def assert_resized(result, model, key, want):
-    assert set(result.report.plan.resized) == {key}
-    assert max_diff(model.state_dict()[key], want) <= 1e-5
-    assert max_diff(want, torch.zeros_like(want)) > 0.1
+# --- positions at another grid: resized last, in the model's layout ---
 
 
 GRIDS = [(2, 2), (3, 3), (2, 5), (4, 2), (6, 7)]
@@ -475,6 +434,7 @@ def test_a_lost_tensor_is_named(file):
 
 
 # --- OpenCLIP's ViT into a NaFlexVit with class token ---
+
 
 SPELLED = {"hf_clip": ("native_vit",), "timm": ("clip_trunk", "native_vit"), "open_clip": ("native_vit",)}
 
@@ -593,35 +553,22 @@ def test_a_clip_file_of_another_grid_is_resized_for_a_naflexvit(file):
 # --- there and back ---
 
 
-def tensors(flat: big_vision.Flat) -> State:
-    return {k: torch.from_numpy(v) for k, v in flat.items()}
-
-
 ROUND = {
     "transformers": ("hf_siglip2_naflex", lambda **s: naflex.siglip2_keys(naflex.siglip2(**s))),
     "transformers, image": (
         "hf_siglip2_naflex",
         lambda **s: naflex.siglip2_keys(naflex.siglip2(tower="image", **s), 4),
     ),
-    "big_vision": ("big_vision_naflex", lambda **s: tensors(naflex.init(**s))),
-    "LiT": ("big_vision_lit", lambda **s: tensors(lit.init(**s))),
-    "LiT without head": ("big_vision_lit", lambda **s: tensors(lit.init(head=False, **s))),
+    "big_vision": ("big_vision_naflex", lambda **s: {k: torch.from_numpy(v) for k, v in naflex.init(**s).items()}),
     "timm": ("timm", lambda **s: naflex.map_vit(**s).state_dict()),
     "timm, class token": ("timm", lambda **s: naflex.token_vit(**s).state_dict()),
 }
 
 
-def assert_same(got, want):
-    assert set(got) == set(want)
-    assert [k for k in want if not same_bits(got[k].contiguous(), want[k].contiguous())] == []
-
-
 @pytest.mark.parametrize("name", ROUND)
 def test_a_state_dict_goes_to_the_hub_and_back(name, sizes):
     form, make = ROUND[name]
-    state = make(**sizes)
-    hub = keymap.convert_state_dict(state, to="open_clip", mapping=form)
-    assert_same(keymap.convert_state_dict(hub, to=form, mapping="open_clip", facts=HEADS), state)
+    assert_goes_to_the_hub_and_back(form, make(**sizes))
 
 
 @pytest.mark.parametrize("way", [("hf_siglip2_naflex", "hf_siglip"), ("big_vision_naflex", "big_vision_siglip")])
@@ -640,117 +587,164 @@ def test_naflex_and_siglip_files_become_each_other_and_come_home(way, sizes):
     assert (fixed == "hf_siglip") == (set(written) == set(state))
 
 
-# --- LiT ---
+# --- broken rules ---
 
 
-@pytest.mark.parametrize("no_embed_class", [False, True], ids=["a row for the class", "none"])
-@pytest.mark.parametrize("head", [True, False], ids=["img/head", "no head"])
-@pytest.mark.parametrize("form", FORMS)
-def test_lit_loads_with_big_visions_own_text_tower(form, head, no_embed_class, sizes, npz, proves):
-    flat = FORMS[form](lit.init(head=head, **sizes))
-    model = lit.model(head=head, no_embed_class=no_embed_class, seed=5, **sizes)
-    result = keymap.load_checkpoint(model, npz(flat, compressed=head))
-    assert result == {} and result.missing_keys == []
-    assert result.report.plan.format == "big_vision_lit"
-    image, ids = pictures(sizes), tokens(eos=None)
-    want = lit.forward(flat, image, ids)
-    assert_parity(model, image, want[0], ids, want[1])
-    assert_bits(model, lit_by_hand(big_vision.plain(flat), zero_row=not no_embed_class))
-    if not no_embed_class:
-        assert not model.visual.trunk.pos_embed[0, 0].any()
-    proves("parity", result.report.plan)
-    proves("bit-equal", result.report.plan)
+def big_vision_naflex() -> Case:
+    image, ids = images(16), tokens(eos=None)
+    flat = naflex.init(**EQUAL)
+    state = {key: torch.from_numpy(value) for key, value in flat.items()}
+    outputs = [*naflex.forward(flat, image, ids), state["t"], state["b"]]
+    return Case("big_vision_naflex", state, naflex.model(seed=5, **EQUAL), outputs, image, ids)
 
 
-@pytest.mark.parametrize("form", ["plain", "params/", "scanned"])
-@pytest.mark.parametrize("head", [True, False])
-def test_lit_of_the_older_code_has_a_position_for_its_class_token(head, form, sizes, npz):
-    flat = FORMS[form](lit.init(head=head, old=True, **sizes))
-    model = lit.model(head=head, seed=5, **sizes)
-    keymap.load_checkpoint(model, npz(flat))
-    image, ids = pictures(sizes), tokens(eos=None)
-    want = lit.forward(flat, image, ids)
-    assert_parity(model, image, want[0], ids, want[1])
-    assert model.visual.trunk.pos_embed[0, 0].any()
-    refused(lit.model(head=head, no_embed_class=True, **sizes), npz(flat), "1 rows before its grid", "place for 0")
+def class_token() -> Case:
+    peer, image, ids = hf.clip(**EQUAL), images(16), tokens()
+    outputs = [hf.image_features(peer, image), hf.text_features(peer, ids), peer.logit_scale]
+    return Case("native_vit_naflex_token", hf.disk_keys(peer), naflex.token_model(seed=5, **EQUAL), outputs, image, ids)
 
 
-def test_lit_of_the_code_between_keeps_positions_in_the_encoder(npz):
-    flat = lit.init()
-    flat["img/Transformer/pos_embedding"] = flat.pop("img/pos_embedding")
-    model = lit.model(seed=5)
-    keymap.load_checkpoint(model, npz(flat))
-    flat["img/pos_embedding"] = flat.pop("img/Transformer/pos_embedding")
-    assert_bits(model, lit_by_hand(flat, zero_row=True))
+def siglip(form: str, target, flexible: bool) -> Case:
+    """A file of SigLIP, or of SigLIP 2 NaFlex where ``flexible``, for this model."""
+    image, ids = images(16), tokens(eos=None)
+    peer = (naflex.siglip2 if flexible else hf.siglip)(**EQUAL)
+    state = naflex.siglip2_keys(peer) if flexible else hf.disk_keys(peer)
+    pixels = naflex.naflex_batch(list(image), 4) if flexible else image
+    features = (naflex if flexible else hf).image_features(peer, pixels)
+    outputs = [features, hf.text_features(peer, ids), peer.logit_scale, peer.logit_bias]
+    return Case(form, state, target(seed=5, **EQUAL), outputs, image, ids)
 
 
-def test_lit_may_have_a_bias_and_a_model_that_has_one_gets_zero_where_the_file_has_none(npz):
-    model = lit.model(seed=5, logit_bias=True)
-    result = keymap.load_checkpoint(model, npz(lit.init()))
-    assert "logit_bias" in result.report.plan.filled and model.logit_bias.item() == 0
-    keymap.load_checkpoint(model, npz(lit.init() | {"b": np.array([-7.5], np.float32)}))
-    assert model.logit_bias.item() == -7.5
+CASES = {
+    "hf_siglip2_naflex": lambda: siglip("hf_siglip2_naflex", naflex.model, flexible=True),
+    "big_vision_naflex": big_vision_naflex,
+    "map_trunk_naflex": lambda: siglip("map_trunk_naflex", naflex.model, flexible=False),
+    "map_trunk_naflex, the other way": lambda: siglip("map_trunk_naflex", openclip.siglip, flexible=True),
+    "native_vit_naflex_token": class_token,
+}
 
 
-@pytest.mark.parametrize("prefix", ["", "params/"])
-def test_lit_with_bert_says_so_and_its_image_tower_loads(prefix, npz):
-    flat = lit.init(text="bert")
-    path = npz(big_vision.with_prefix(flat, prefix))
-    model = lit.model(seed=5)
-    refused(model, path, "txt/BertEncoder_0/", "BERT", "load with towers=('image',)")
-    refused(model, path, "BERT", towers=("text",))
-    before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    result = keymap.load_checkpoint(model, path, towers=("image",))
-    assert set(result.report.plan.loaded) == {"image"}
-    assert_parity(model, images(), lit.forward(flat, images(), None)[0])
-    assert all(same_bits(v, model.state_dict()[k]) for k, v in before.items())
+ROWS = r"""
+hf_siglip2_naflex: the kernel transposed: differs
+- vision_model.embeddings.patch_embedding.(weight|bias): visual.trunk.embeds.proj.\1
++ vision_model.embeddings.patch_embedding.weight: {to: visual.trunk.embeds.proj.weight, view: a b -> b a}
++ vision_model.embeddings.patch_embedding.bias: visual.trunk.embeds.proj.bias
+hf_siglip2_naflex: the kernel read channels first: differs
+- vision_model.embeddings.patch_embedding.(weight|bias): visual.trunk.embeds.proj.\1
++ vision_model.embeddings.patch_embedding.weight:
++   {to: visual.trunk.embeds.proj.weight, view: o (c p) -> o (p c), sizes: {c: 3}}
++ vision_model.embeddings.patch_embedding.bias: visual.trunk.embeds.proj.bias
+hf_siglip2_naflex: rows and columns of the table exchanged: differs
+- view: (h w) d -> 1 h w d
++ view: (h w) d -> 1 w h d
+hf_siglip2_naflex: the table left flat: refused
+- {to: visual.trunk.embeds.pos_embed, view: (h w) d -> 1 h w d, sizes: {h: w}}
++ visual.trunk.embeds.pos_embed
+hf_siglip2_naflex: q taken from the end of the pool's projection: differs
+- (q|kv).\1, split: [1, 2]}
++ (kv|q).\1, split: [2, 1]}
+hf_siglip2_naflex: the layers of the pool's MLP swapped: differs
+- layernorm.(weight|bias): norm.\1
+- mlp.fc(1|2).(weight|bias): mlp.fc\1.\2
++ layernorm.(weight|bias): norm.\1
++ mlp.fc(1|2).(weight|bias): mlp.fc<1:other>.\2
+hf_siglip2_naflex: the norms of the tower and of its pool exchanged: differs
+- vision_model.post_layernorm.(weight|bias): visual.trunk.norm.\1
++ vision_model.head.layernorm.(weight|bias): visual.trunk.norm.\1
++ vision_model.post_layernorm.(weight|bias): visual.trunk.attn_pool.norm.\1
+- attention.out_proj.(weight|bias): proj.\1
+- layernorm.(weight|bias): norm.\1
++ attention.out_proj.(weight|bias): proj.\1
+hf_siglip2_naflex: the output of the pool transposed: differs
+- attention.out_proj.(weight|bias): proj.\1
++ attention.out_proj.weight: {to: proj.weight, view: a b -> b a}
++ attention.out_proj.bias: proj.bias
+hf_siglip2_naflex: q and k swapped: differs
+- self_attn.(q|k|v)_proj.(weight|bias): {to: attn.qkv.\2
++ self_attn.(k|q|v)_proj.(weight|bias): {to: attn.qkv.\2
+hf_siglip2_naflex: the text head transposed: differs
+- text_model.head.(weight|bias): text.text_projection.\1
++ text_model.head.weight: {to: text.text_projection.weight, view: a b -> b a}
++ text_model.head.bias: text.text_projection.bias
+hf_siglip2_naflex: scale and bias exchanged: differs
+- logit_(scale|bias): logit_\1
++ logit_(scale|bias): logit_<1:turned>
+big_vision_naflex: the kernel not transposed: differs
+- {to: visual.trunk.embeds.proj.weight, view: i o -> o i}
++ visual.trunk.embeds.proj.weight
+big_vision_naflex: rows and columns of the table exchanged: differs
+- view: h w d -> 1 h w d
++ view: h w d -> 1 w h d
+big_vision_naflex: the table without its leading axis: refused
+- {to: visual.trunk.embeds.pos_embed, view: h w d -> 1 h w d}
++ visual.trunk.embeds.pos_embed
+big_vision_naflex: k and v of the MAP head swapped: differs
+- (key|value)/kernel: {to: kv.weight
++ (value|key)/kernel: {to: kv.weight
+big_vision_naflex: heads inside out: differs
+- attn.qkv.weight, view: d h k -> (h k) d
++ attn.qkv.weight, view: d h k -> (k h) d
+big_vision_naflex: t and b exchanged: differs
+- t: logit_scale
+- b: logit_bias
++ t: logit_bias
++ b: logit_scale
+map_trunk_naflex: the kernel in the order of the convolution: differs
+- view: o c ph pw -> o (ph pw c)
++ view: o c ph pw -> o (c ph pw)
+map_trunk_naflex: the kernel read as width, height: differs
+- view: o c ph pw -> o (ph pw c)
++ view: o c ph pw -> o (pw ph c)
+map_trunk_naflex: rows and columns of the table exchanged: differs
+- view: 1 (h w) d -> 1 h w d
++ view: 1 (w h) d -> 1 h w d
+map_trunk_naflex: the kernel's channels told wrongly: refused
+- sizes: {c: 3, ph: pw}
++ sizes: {c: 4, ph: pw}
+map_trunk_naflex, the other way: the kernel in the order of the convolution: differs
+- view: o c ph pw -> o (ph pw c)
++ view: o c ph pw -> o (c ph pw)
+map_trunk_naflex, the other way: rows and columns of the table exchanged: differs
+- view: 1 (h w) d -> 1 h w d
++ view: 1 (w h) d -> 1 h w d
+map_trunk_naflex, the other way: the patch not told to be square: refused
+- sizes: {c: 3, ph: pw}
++ sizes: {c: 3}
+native_vit_naflex_token: the position of the class token forgotten: differs
+- {to: visual.trunk.embeds.cls_token, view: d -> 1 1 d, add: 'visual.positional_embedding[0]', oneway: true}
++ {to: visual.trunk.embeds.cls_token, view: d -> 1 1 d}
+native_vit_naflex_token: the position of the first patch added: differs
+- add: 'visual.positional_embedding[0]'
++ add: 'visual.positional_embedding[1]'
+native_vit_naflex_token: the last position left out instead of the first: differs
+- take: [1, null]
++ take: [0, 16]
+native_vit_naflex_token: all positions taken: refused
+- take: [1, null]
++ take: [0, null]
+native_vit_naflex_token: rows and columns of the table exchanged: differs
+- view: (h w) d -> 1 h w d
++ view: (w h) d -> 1 h w d
+native_vit_naflex_token: the kernel in the order of the convolution: differs
+- view: o c ph pw -> o (ph pw c)
++ view: o c ph pw -> o (c ph pw)
+native_vit_naflex_token: the projection not transposed: differs
+- visual.head.proj.weight, view: in out -> out in,
++ visual.head.proj.weight,
+native_vit_naflex_token: the norms before and after exchanged: differs
+- visual.ln_pre.(weight|bias): {to: visual.trunk.norm_pre.\1, optional: true}
++ visual.ln_pre.(weight|bias): {to: visual.trunk.norm.\1, optional: true}
+- visual.ln_post.(weight|bias): visual.trunk.norm.\1
++ visual.ln_post.(weight|bias): visual.trunk.norm_pre.\1
+native_vit_naflex_token: fc1 and fc2 swapped: differs
+- mlp.c_fc.(weight|bias): mlp.fc1.\1
+- mlp.c_proj.(weight|bias): mlp.fc2.\1
++ mlp.c_fc.(weight|bias): mlp.fc2.\1
++ mlp.c_proj.(weight|bias): mlp.fc1.\1
+"""
 
 
-def test_lit_with_a_text_tower_of_unknown_names_is_refused_with_these_names_and_its_image_tower_loads(npz):
-    flat = lit.init(text="none") | {"txt/Stranger_0/kernel": np.ones((3, 5), np.float32)}
-    model = lit.model(seed=5)
-    refused(model, npz(flat), "txt/Stranger_0/kernel")
-    keymap.load_checkpoint(model, npz(flat), towers=("image",))
-    assert_parity(model, images(), lit.forward(flat, images(), None)[0])
+LOOKUPS = "  other: {1: 2, 2: 1}\n  turned: {scale: bias, bias: scale}\n"  # that the rows use
 
 
-def test_the_image_half_of_lit_alone_loads(npz):
-    flat = lit.init(text="none")
-    model = lit.model(seed=5)
-    keymap.load_checkpoint(model, npz(flat), towers=("image",))
-    assert_parity(model, images(), lit.forward(flat, images(), None)[0])
-    refused(model, npz(flat), "the file holds no text tower: load with towers=('image',)")
-
-
-def test_lit_is_refused_where_head_or_architecture_differ(npz):
-    refused(lit.model(head=True, image_width=48, embed_dim=48), npz(lit.init(head=False)), "visual.trunk.head.weight")
-    refused(lit.model(head=False), npz(lit.init(head=True, embed_dim=48)), "img/head/kernel")
-    for target in (openclip.clip, openclip.clip_trunk):
-        refused(target(seed=5), npz(lit.init()), "img/embedding/bias", towers=("image",))
-    refused(openclip.siglip(seed=5), npz(lit.init()), "clip_trunk", towers=("image",))
-
-
-def test_lit_positions_are_resized_and_the_row_for_the_class_token_stays(npz):
-    for old in (False, True):
-        flat = lit.init(image_size=56, old=old)
-        model = lit.model(seed=5, image_size=42)
-        result = keymap.load_checkpoint(model, npz(flat))
-        table = torch.from_numpy(flat["img/Transformer/posembed_input/pos_embedding" if old else "img/pos_embedding"])
-        first = table[:, :1] if old else torch.zeros(1, 1, table.shape[2])
-        grid = resized(table[:, -16:].reshape(1, 4, 4, -1), (3, 3)).flatten(1, 2)
-        assert_resized(result, model, "visual.trunk.pos_embed", torch.cat([first, grid], 1))
-
-
-# --- CLIPPO ---
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("prefix", ["", "params/"])
-def test_clippo_is_refused_in_words(prefix, strict, npz):
-    """One ViT with MAP pool and head for images and for text that is drawn as an image; no txt/ at all."""
-    tower = {k: v for k, v in big_vision.init().items() if k.startswith("img/") or k == "t"}
-    head = {"img/head/kernel": np.ones((48, 24), np.float32), "img/head/bias": np.ones(24, np.float32)}
-    path = npz(big_vision.with_prefix({**tower, **head}, prefix))
-    refused(openclip.siglip(seed=5), path, "CLIPPO", "one tower", error=keymap.DetectionError, strict=strict)
-    refused(openclip.siglip(seed=5), path, "CLIPPO", error=keymap.DetectionError, towers=("image",))
-    keymap.load_checkpoint(openclip.siglip(seed=5), npz(tower), towers=("image",))  # the image half of SigLIP is none
+test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, LOOKUPS)
