@@ -221,7 +221,7 @@ def layouts(keys):
     return found
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(row, marks=pytest.mark.formats(ROWS[row][0])) for row in ROWS])
 def test_a_key_list_has_its_one_owner(name):
     owner, keys = ROWS[name]
     tensors = layouts(keys)

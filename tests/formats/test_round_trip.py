@@ -24,6 +24,16 @@ KNOWN = registry()
 SAMPLES = {s.name: (m, s) for m in KNOWN.mappings.values() if m.rules for s in samples(m, KNOWN)}
 
 
+def of_formats(forms):
+    """The names of a table as parameters, each marked with its format."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.formats(form)) for name, form in forms.items()]
+    )
+
+
+EACH_SAMPLE = of_formats({name: mapping.name for name, (mapping, _) in SAMPLES.items()})
+
+
 def randoms(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
@@ -56,7 +66,7 @@ def assert_checks_hold(checks: list[Check], tensors):
             )
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@EACH_SAMPLE
 def test_a_sample_goes_there_and_back_bit_for_bit(name):
     mapping, sample = SAMPLES[name]
     tensors = randoms(sample.shapes)
@@ -85,7 +95,7 @@ def test_a_sample_goes_there_and_back_bit_for_bit(name):
     assert [k for k in result if not same_bits(result[k], tensors[k])] == []
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@EACH_SAMPLE
 def test_a_sample_shows_every_rule(name):
     mapping, sample = SAMPLES[name]
     table = file_rules(mapping, layouts(randoms(sample.shapes)))
@@ -93,7 +103,7 @@ def test_a_sample_shows_every_rule(name):
     assert owners == {id(rule) for rule in table.rules}
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@EACH_SAMPLE
 def test_accepts_let_the_written_form_pass(name):
     mapping, sample = SAMPLES[name]
     before = layouts(randoms(sample.shapes))
@@ -105,7 +115,7 @@ def test_accepts_let_the_written_form_pass(name):
 BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "bridge" and not any(r.oneway for r in m.rules)]
 
 
-@pytest.mark.parametrize("name", BOTH_WAYS)
+@of_formats({name: SAMPLES[name][0].name for name in BOTH_WAYS})
 def test_a_respelling_goes_back_and_there_again(name):
     """From the second spelling: what the first half of the file proves, starting at the other end."""
     mapping, sample = SAMPLES[name]
@@ -176,7 +186,7 @@ def there_and_back(state, form, over="open_clip", facts=None, via=None):
 
 @pytest.mark.parametrize("square", [False, True], ids=["distinct", "square"])
 @pytest.mark.parametrize("over", ["open_clip", "open_clip_flat"])
-@pytest.mark.parametrize("name", PEERS)
+@of_formats({name: form for name, (form, _) in PEERS.items()})
 def test_a_real_state_dict_goes_to_the_hub_and_back(name, over, square):
     form, make = PEERS[name]
     state = make(**(SQUARE if square else {}))
@@ -217,7 +227,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("square", [False, True], ids=["distinct", "square"])
-@pytest.mark.parametrize("name", OWN)
+@of_formats({name: form for name, (_, form, _) in OWN.items()})
 def test_a_model_of_open_clip_goes_to_a_format_and_comes_home(name, square):
     make, form, home = OWN[name]
     state = make(**(SQUARE if square and make is not openclip.resnet else {})).state_dict()
