@@ -1,4 +1,4 @@
-"""The public API: what it returns, what it leaves alone, what it says."""
+"""The public functions: what they return, which objects they leave unchanged, and their messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_for_npz_the_result_equals_an_empty_dict_and_the_attributes_answer(tmp_p
     assert result.missing_keys == [] and result.unexpected_keys == []
 
 
-def test_a_plan_tells_pieces_and_explains_a_key(hf_file):
+def test_a_plan_lists_pieces_and_explains_a_key(hf_file):
     model = openclip.clip()
     before = bits(model)
     plan = keymap.plan_load(model, hf_file)
@@ -80,7 +80,7 @@ def test_every_element_of_the_model_is_covered_exactly_once(hf_file):
 # --- inspection ---
 
 
-def test_inspect_tells_format_wrapper_prefixes_and_tensors(tmp_path):
+def test_inspect_reports_format_wrapper_prefixes_and_tensors(tmp_path):
     state = {f"module.{k}": v for k, v in hf.disk_keys(hf.clip()).items()}
     torch.save({"epoch": 3, "model": state}, tmp_path / "run.pt")
     found = keymap.inspect_checkpoint(tmp_path / "run.pt")
@@ -92,7 +92,7 @@ def test_inspect_tells_format_wrapper_prefixes_and_tensors(tmp_path):
     assert "hf_clip" in str(found)
 
 
-def test_inspect_tells_of_an_unknown_file_what_it_holds(tmp_path):
+def test_inspect_summarises_an_unknown_file(tmp_path):
     save_file({"some.key": torch.zeros(3, 5)}, tmp_path / "x.safetensors")
     found = keymap.inspect_checkpoint(tmp_path / "x.safetensors")
     assert found.format is None
@@ -112,7 +112,7 @@ def test_inspect_reads_the_configuration_beside_the_file(hf_file):
 # --- choosing ---
 
 
-def test_a_wrapper_is_chosen_and_the_others_are_told(tmp_path):
+def test_a_wrapper_is_chosen_and_the_others_are_reported(tmp_path):
     raw, ema = openclip.clip(seed=1), openclip.clip(seed=2)
     torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "run.pt")
     model = openclip.clip(seed=3)
@@ -278,7 +278,7 @@ def test_convert_finds_a_lost_tensor_without_a_model():
         keymap.convert_state_dict(state, "open_clip")
 
 
-def test_convert_refuses_what_the_target_cannot_hold():
+def test_convert_refuses_tensors_that_the_target_format_has_no_key_for():
     with pytest.raises(keymap.PlanError, match="no place in hf_siglip"):
         keymap.convert_state_dict(openclip.clip().state_dict(), "hf_siglip")
 
@@ -405,7 +405,7 @@ def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel
 
 
 @pytest.mark.parametrize("facts", ["x", {"image.heads": "3"}, {"image.heads": -3}, {"image.heads": 0}, {3: 3}])
-def test_facts_that_are_no_facts_are_refused_wherever_they_are_told(facts, hf_file):
+def test_malformed_facts_are_refused_by_every_function(facts, hf_file):
     state = openclip.siglip().state_dict()
     with pytest.raises(keymap.PlanError, match="give names and positive numbers"):
         keymap.convert_state_dict(state, "big_vision_siglip", facts=facts)
@@ -415,7 +415,7 @@ def test_facts_that_are_no_facts_are_refused_wherever_they_are_told(facts, hf_fi
 
 @pytest.mark.parametrize("call", [keymap.inspect_checkpoint, keymap.register_mappings])
 @pytest.mark.parametrize("path", [None, 5, b"x"])
-def test_a_path_that_is_none_is_refused(call, path):
+def test_a_path_without_a_file_is_refused(call, path):
     with pytest.raises(keymap.KeymapError, match="give the path"):
         call(path)
 
@@ -446,7 +446,7 @@ towers:
 
 
 def test_an_edited_mapping_file_is_read_anew(tmp_path):
-    """The first version transposes the projection, wrongly; it is square, so nothing but its values tells."""
+    """The first version transposes the projection, wrongly; it is square, so only its values show that."""
     file, path = tmp_path / "edited.yaml", tmp_path / "edited.safetensors"
     source = openclip.clip(seed=1, **SQUARE).state_dict()
     save_file({f"my.{k}": v.contiguous() for k, v in source.items()}, path)
@@ -473,7 +473,7 @@ def test_an_edited_mapping_file_is_read_anew(tmp_path):
         known.mappings, known.files, known.places = before
 
 
-def test_a_dry_run_reads_what_the_caller_trusts(tmp_path):
+def test_a_dry_run_reads_pickles_with_weights_only_false(tmp_path):
     torch.save(openclip.clip(seed=1), tmp_path / "module.pt")
     with pytest.raises(keymap.UnsafeCheckpointError):
         keymap.plan_load(openclip.clip(), tmp_path / "module.pt")

@@ -106,7 +106,7 @@ def test_lit_may_have_a_bias_and_a_model_that_has_one_gets_zero_where_the_file_h
 
 
 @pytest.mark.parametrize("prefix", ["", "params/"])
-def test_lit_with_bert_says_so_and_its_image_tower_loads(prefix, npz):
+def test_lit_with_bert_is_refused_by_name_and_its_image_tower_loads(prefix, npz):
     flat = lit.init(text="bert")
     path = npz(big_vision.with_prefix(flat, prefix))
     model = lit.model(seed=5)

@@ -136,7 +136,7 @@ def test_cn_clip_and_transformers_hold_one_model(file):
     assert_bits(one, two.state_dict())
 
 
-def test_a_folder_of_hf_chinese_clip_tells_an_activation_that_differs(tmp_path):
+def test_the_configuration_of_a_folder_shows_an_activation_that_differs(tmp_path):
     relatives.hf_chinese_clip().save_pretrained(tmp_path)
     with pytest.warns(keymap.ConfigurationWarning, match="quick_gelu"):
         keymap.load_checkpoint(openclip.hf_text(**BERT, seed=5), tmp_path)

@@ -33,7 +33,7 @@ CELLS = [(name, form) for name in NAMES for form, answer in sources.of(name).ite
 
 
 def cell(name, form):
-    """A cell as a parameter; slow but where its configuration stands for a layout, or is the format's first."""
+    """A cell as a parameter; slow, unless its configuration represents a layout or is the format's first."""
     first = next(configuration for configuration, other in CELLS if other == form)
     few = name in layouts.MODELS or name == first
     return pytest.param(name, form, marks=() if few else pytest.mark.slow)
@@ -274,7 +274,7 @@ WORDS_OF = {  # proofs -> the cell of ViT-B-16 and hf_clip
 
 
 @pytest.mark.parametrize("name", WORDS_OF)
-def test_a_cell_says_what_is_proved_of_its_weakest_tower(name):
+def test_a_cell_shows_the_weakest_proof_of_its_towers(name):
     proofs, word = WORDS_OF[name]
     assert make_coverage.read_cells(make_coverage.page(proofs))["ViT-B-16", "hf_clip"] == word
 
@@ -317,7 +317,7 @@ def test_no_page_is_made_of_a_run_that_failed_or_was_not(run, tmp_path, capsys):
     assert "make test" in capsys.readouterr().out
 
 
-def test_what_tests_that_passed_have_stated_is_written_at_the_end_of_a_run(tmp_path):
+def test_the_proofs_of_tests_that_passed_are_written_at_the_end_of_a_run(tmp_path):
     """By workers of pytest-xdist; equal statements once; nothing of a test that fails."""
     for name in ("conftest.py", "proofs.py"):
         (tmp_path / name).write_bytes((Path(__file__).parents[1] / name).read_bytes())

@@ -125,7 +125,7 @@ def test_an_eva_clip_file_with_a_flat_text_tower_loads(pt):
 
 
 @pytest.mark.parametrize("part", ["freqs_cos", "freqs_sin"])
-def test_a_rotary_table_that_is_no_copy_is_not_dropped(part, pt):
+def test_a_rotary_table_that_differs_from_its_copies_is_refused(part, pt):
     source = eva_clip.state_dict("EVA02")
     source[f"visual.blocks.1.attn.rope.{part}"][3, 2] += 1e-3
     key = f"visual.blocks.1.attn.rope.{part}"

@@ -27,7 +27,7 @@ TARGETS = {"flat": openclip.clip, "custom": openclip.custom, "timm trunk": openc
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "clip written by 4 with position_ids", "metaclip2"])
-def test_hf_clip_loads_into_every_spelling(target, quick_gelu, kind, sizes, file, proves):
+def test_hf_clip_loads_into_every_layout(target, quick_gelu, kind, sizes, file, proves):
     peer = (hf.metaclip2 if kind == "metaclip2" else hf.clip)(quick_gelu=quick_gelu, **sizes)
     keys = hf.disk_keys(peer, 4, position_ids=True) if "position_ids" in kind else hf.disk_keys(peer)
     text_cfg = {"pool_type": "eos", "eos_id": 2} if kind == "metaclip2" else {}

@@ -48,7 +48,7 @@ def test_hf_siglip_i18n_loads_into_a_model_without_text_projection(sizes, file, 
     proves("bit-equal", result.report.plan)
 
 
-def test_hf_siglip_head_that_is_no_identity_is_refused_where_the_model_has_none(file):
+def test_a_text_head_that_differs_from_the_identity_is_refused_by_a_model_without_one(file):
     keys = hf.disk_keys(hf.siglip(eye_head=True))
     keys["text_model.head.weight"][1, 0] = 1e-3
     model = openclip.siglip(projection=False, seed=5)

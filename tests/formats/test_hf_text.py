@@ -138,7 +138,7 @@ def test_a_file_may_hold_the_embedding_under_the_name_of_the_encoder_alone(name,
 
 
 @pytest.mark.parametrize("name", ["MT5ForConditionalGeneration", "M2M100ForConditionalGeneration"])
-def test_an_embedding_of_the_encoder_that_is_no_copy_is_refused(name, file):
+def test_an_encoder_embedding_that_differs_from_the_shared_one_is_refused(name, file):
     model = target(name)
     keys = hf_text.old_keys(hf_text.model(name))
     key = next(k for k in keys if k.endswith("encoder.embed_tokens.weight"))

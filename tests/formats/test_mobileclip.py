@@ -45,7 +45,7 @@ def mobile_images(name: str) -> Tensor:
 
 @pytest.fixture
 def quiet():
-    """Apple's and timm's MobileCLIP-B differ in what no weight holds, and small models have fewer heads: told."""
+    """Silence the warnings: Apple's and timm's MobileCLIP-B differ in settings, and small models have fewer heads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", keymap.ConfigurationWarning)
         yield
@@ -133,7 +133,7 @@ def test_a_reparameterised_mobileclip_is_refused_in_words(name, part, strict, pt
 
 
 def test_a_reparameterised_model_of_open_clip_loads_its_own_file(pt):
-    """Only Apple's files are meant: OpenCLIP's own names load into a model that is fused alike."""
+    """Only Apple's files are refused: OpenCLIP's own load into a model that is fused alike."""
     from timm.utils import reparameterize_model
 
     source, model = (
@@ -144,7 +144,7 @@ def test_a_reparameterised_model_of_open_clip_loads_its_own_file(pt):
     assert_bits(model, source.state_dict())
 
 
-def test_what_differs_between_apples_and_timms_mobileclip_b_is_told(pt):
+def test_the_differences_of_apples_and_timms_mobileclip_b_give_a_warning(pt):
     source, _ = mobileclip.small("mobileclip_b")
     with pytest.warns(keymap.ConfigurationWarning, match=r"eps of the image tower's norms: 1e-05 in the source"):
         keymap.load_checkpoint(mobileclip.model("mobileclip_b", seed=5), pt(source))

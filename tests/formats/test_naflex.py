@@ -187,7 +187,7 @@ def test_a_lone_image_tower_of_siglip2_loads(written_by, target, file):
 
 @pytest.mark.parametrize("written_by", [4, 5])
 def test_a_lone_text_tower_of_siglip2_is_read_as_siglips(written_by, file):
-    """Equal keys, equal shapes: nothing tells them apart, so one format owns both."""
+    """Equal keys and equal shapes, so one format owns both."""
     peer, model = naflex.siglip2(tower="text"), naflex.model(seed=5)
     result = keymap.load_checkpoint(model, file(naflex.siglip2_keys(peer, written_by)), towers=("text",))
     assert result.report.plan.format == "hf_siglip"
@@ -196,7 +196,7 @@ def test_a_lone_text_tower_of_siglip2_is_read_as_siglips(written_by, file):
         assert max_diff(model.encode_text(ids), hf.text_features(peer, ids)) <= LIMIT
 
 
-def test_a_folder_of_siglip2_tells_an_activation_that_differs(tmp_path):
+def test_the_configuration_of_a_siglip2_folder_shows_an_activation_that_differs(tmp_path):
     peer = naflex.siglip2()
     peer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip2"
@@ -393,7 +393,7 @@ def test_a_naflex_table_that_is_not_square_loads_into_its_like_and_is_resized_fo
     assert_resized(result, other, "visual.trunk.embeds.pos_embed", resized(table, (3, 2)))
 
 
-def test_grids_that_are_not_square_do_not_go_between_the_two_spellings(file, npz):
+def test_grids_that_are_not_square_do_not_convert_between_the_two_layouts(file, npz):
     refused(openclip.siglip(seed=5, image_size=(28, 70)), npz(naflex.init(image_size=(28, 70))), "h is 2, declared 5")
     rows = openclip.siglip(seed=1, image_size=(28, 70)).state_dict()
     refused(naflex.model(seed=5, image_size=(28, 70)), file(rows), "visual.trunk.pos_embed", "length of axis h, w")
@@ -492,7 +492,7 @@ def test_a_timm_clip_tower_equals_timms_own_conversion_to_naflexvit(sizes, file)
     assert_bits(model, {f"visual.trunk.{k}": v for k, v in theirs.items()} | head, ("visual.",))
 
 
-def test_what_differs_from_clip_is_the_eps_of_the_norms_and_not_the_positions(tmp_path):
+def test_the_difference_from_clip_is_the_eps_of_the_norms(tmp_path):
     """timm's NaFlexVit has eps 1e-6, CLIP 1e-5. Small variances show it: here the last norm sees little."""
     peer = hf.clip()
     with torch.no_grad():  # outputs of the last block that vary little, so that eps counts

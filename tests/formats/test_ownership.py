@@ -1,8 +1,8 @@
-"""Every key list has one right owner, or none yet; and no module of the interpreter knows a format.
+"""Every key list belongs to exactly one format; and no module of keymap/ names a format.
 
 ``data/key_lists.json.gz`` holds the key lists of real models (transformers, timm, big_vision, Apple's MobileCLIP,
 OpenCLIP's 28 layouts and its Hugging Face text towers) with ``{i}`` for an index and the number of axes where it
-is known. Here every ``{i}`` becomes 0 and 1, which is all that evidence asks for.
+is known. Here every ``{i}`` becomes 0 and 1, which is enough for evidence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 KNOWN = registry()
 LISTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "key_lists.json.gz").read_bytes()))
 
-# The owner of every list; None where no shipped file owns it yet: then detection refuses.
+# The format of every list; None where no format has these keys: then detection refuses.
 # Every list whose name begins with open_clip is the hub's.
 OWNERS = {
     "hf_CLIPModel": "hf_clip",
@@ -395,7 +395,7 @@ def test_a_mapping_compiles_without_the_others():
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "mappings").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_mapping_can_be_read_at_a_sitting(file):
+def test_a_mapping_is_short_and_names_its_schema(file):
     lines = file.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 120
     assert lines[0] == "# yaml-language-server: $schema=../schemas/mapping.schema.json"

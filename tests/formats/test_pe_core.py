@@ -103,7 +103,7 @@ def test_a_pe_core_file_in_wrappers_loads(around, pt):
     assert_bits(model, perception_by_hand(source))
 
 
-def test_layer_scales_of_a_pe_core_file_are_loaded_where_the_model_has_them_and_told_elsewhere(pt):
+def test_layer_scales_of_a_pe_core_file_convert_and_are_refused_where_the_model_has_none(pt):
     source = perception.state_dict()
     scales = {f"visual.transformer.resblocks.{i}.ls_{n}.gamma": torch.randn(48) for i in (0, 1) for n in (1, 2)}
     held = keymap.convert_state_dict({**source, **scales}, to="open_clip")

@@ -1,4 +1,4 @@
-"""The peer factories themselves: random everywhere, sensitive to every tensor, the function they claim."""
+"""The peer models: random everywhere, sensitive to every tensor, and equal to the library that they are taken from."""
 
 import numpy as np
 import pytest
@@ -201,7 +201,7 @@ def test_the_default_sizes_all_differ():
         ("pure_bf16", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_precision_means_what_open_clip_means(precision, projection, norm):
+def test_precision_has_the_values_of_open_clip(precision, projection, norm):
     state = openclip.clip(precision=precision).state_dict()
     assert (state["visual.proj"].dtype, state["ln_final.weight"].dtype) == (projection, norm)
 
@@ -234,7 +234,7 @@ def test_max_diff_is_infinite_where_it_must_be():
     assert max_diff(torch.tensor([inf]), torch.tensor([-inf])) == inf
 
 
-def test_tokens_end_where_they_are_told():
+def test_random_tokens_end_with_the_end_token():
     clip, meta, full = tokens(), tokens(eos=2), tokens(eos=None)
     assert len({int(row.argmax()) for row in clip}) == len(clip)
     assert ((clip == 98).sum(1) == 1).all()
@@ -324,7 +324,7 @@ def test_flax_names_the_keys_as_big_vision_does():
     assert all(len(np.unique(v)) > 0.9 * v.size for v in ours.values())
 
 
-def test_spellings_of_an_npz():
+def test_an_npz_loads_under_every_form_of_its_keys():
     flat = big_vision.init()
     scanned = big_vision.scan(big_vision.with_prefix(flat), ("img",))
     block = "encoderblock/MultiHeadDotProductAttention_0/query/kernel"

@@ -1,6 +1,6 @@
-"""Every mapping there and back again, bit for bit: first on keys made from the YAML alone, then on real models.
+"""Every mapping there and back, bit for bit: on keys made from the YAML alone, then on real models.
 
-A new file in mappings/ gets the first half for nothing.
+A new file in mappings/ needs no row for the first half.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "bridge" and not an
 
 
 @of_formats({name: SAMPLES[name][0].name for name in BOTH_WAYS})
-def test_a_respelling_goes_back_and_there_again(name):
-    """From the second spelling: what the first half of the file proves, starting at the other end."""
+def test_a_bridge_goes_back_and_there_again(name):
+    """As the first test of this file, from the second layout."""
     mapping, sample = SAMPLES[name]
     table = RuleTable(mapping.rules)
     there = apply_rules(table, layouts(randoms(sample.shapes)), sample.facts)
@@ -131,7 +131,7 @@ def test_a_respelling_goes_back_and_there_again(name):
     assert all(same_bits(result[key], tensors[key]) for key in tensors)
 
 
-def test_keys_that_a_respelling_does_not_know_pass():
+def test_keys_that_a_bridge_does_not_know_pass_unchanged():
     for mapping in KNOWN.mappings.values():
         if mapping.kind == "bridge":
             done = apply_rules(RuleTable(mapping.rules), layouts({"x.y": torch.ones(2)}), {}, pass_others=True)

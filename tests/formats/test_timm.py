@@ -108,7 +108,7 @@ def inside(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in layouts.MODELS if inside(name)])
 def test_a_tower_of_timm_computes_the_same(name, file, proves):
-    """Of towers whose projection stands in the trunk; `test_timm_towers` has the others."""
+    """Towers whose projection is in the trunk; `test_a_tower_of_timm_loads` has the others."""
     peer, model = layouts.MODELS[name](seed=1).visual.trunk, layouts.MODELS[name](seed=2)
     plan = complete(keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",)), "timm")
     size = model.visual.image_size

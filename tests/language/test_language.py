@@ -253,7 +253,7 @@ def test_concat_by_order_option():
     check(rules, {"q": q, "k": k, "v": v}, {"w": torch.cat([v, q, k])})
 
 
-def test_concat_of_unequal_parts_needs_to_be_told():
+def test_concat_of_unequal_parts_needs_parts():
     tensors = {"q": t(4, 3), "k": t(2, 3), "v": t(2, 3)}
     whole_ = torch.cat([tensors["q"], tensors["k"], tensors["v"]])
     table = RuleTable(compiled("(q|k|v): {to: w, concat: 0}").rules)
@@ -408,7 +408,7 @@ def test_add_a_key_and_a_row_of_a_key(sizes):
     assert list(back.left) == ["token", "sum"]  # no way back for these two
 
 
-def test_add_of_what_is_not_there_is_an_error():
+def test_add_of_a_key_that_is_missing_is_an_error():
     table = RuleTable(compiled("x: {to: sum, add: y, oneway: true}").rules)
     assert "it adds 'y', which is not there" in faults(table, {"x": t(2)})[0]
 
@@ -677,7 +677,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_is_told(name):
+def test_shapes_that_do_not_fit_are_reported(name):
     rules, shapes = MISFITS[name]
     layouts = {key: whole(key, shape, torch.float32) for key, shape in shapes.items()}
     (fault,) = apply_rules(RuleTable(compiled(rules).rules), layouts, {}).faults
@@ -703,7 +703,7 @@ def _by_hand(table: RuleTable, key: str):
 
 
 @pytest.mark.parametrize("name", sorted(m.name for m in registry().mappings.values() if m.rules))
-def test_what_one_key_tells_of_those_that_differ_in_numbers_is_what_the_rules_say(name):
+def test_keys_that_differ_only_in_numbers_are_owned_alike(name):
     mapping, rng = registry().mappings[name], random.Random(name)
     numbers = ["0", "1", "2", "7", "10", "23", "007", "00", "123456789", "1234567890"]
     for rules in (mapping.rules, RuleTable(mapping.rules).inverse().rules):

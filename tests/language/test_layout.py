@@ -15,7 +15,7 @@ from keymap.load.copying import copy_pieces, materialise
 
 
 def source(shape, dtype=torch.float32):
-    """A layout of one source, and the tensor that it stands for: every element another number."""
+    """A layout of one source, and the tensor that it describes: every element another number."""
     return whole("x", shape, dtype), {"x": torch.arange(prod(shape), dtype=dtype).reshape(shape)}
 
 
@@ -270,7 +270,7 @@ BINDINGS = [  # (view, shape, sizes, axis lengths)
 
 
 @pytest.mark.parametrize(("text", "shape", "sizes", "bound"), BINDINGS, ids=str)
-def test_what_binds_an_axis(text, shape, sizes, bound):
+def test_lengths_of_axes_are_inferred_from(text, shape, sizes, bound):
     assert parse_view(text).bind(shape, sizes) == bound
 
 
@@ -289,14 +289,14 @@ UNBOUND = [
 
 
 @pytest.mark.parametrize(("text", "shape", "sizes", "words"), UNBOUND, ids=str)
-def test_what_does_not_bind_is_an_error_never_one(text, shape, sizes, words):
+def test_an_axis_whose_length_cannot_be_inferred_is_an_error(text, shape, sizes, words):
     with pytest.raises(ViewError) as caught:
         parse_view(text).bind(shape, sizes)
     assert words in str(caught.value)
 
 
 def test_no_axis_length_is_guessed_from_a_square():
-    """Of every view with two unknown axes in one group, none binds without being told."""
+    """Of every view with two unknown axes in one group, none binds without a given length."""
     for one, two in combinations("abc", 2):
         view = parse_view(f"({one} {two}) z -> z {one} {two}")
         with pytest.raises(ViewError, match="nothing tells"):

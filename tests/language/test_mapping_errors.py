@@ -1,4 +1,4 @@
-"""What is wrong in a mapping file is told with ``file:line:column`` and in words that help; all of it at once."""
+"""Every fault of a mapping file is reported with ``file:line:column`` and a message that helps; all of them at once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_what_is_no_good_yaml(name):
+def test_malformed_yaml_is_refused(name):
     check(*YAML[name])
 
 
@@ -133,7 +133,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_the_schema_refuses(name):
+def test_the_schema_refuses(name):
     check(*FIELDS[name])
 
 
@@ -192,7 +192,7 @@ def test_patterns_outside_the_subset_say_what_to_write(pattern):
         ("variants:\n  - when: {all: ['a*']}\n    when_hub: {any: [y]}\n    towers: {image: {c: d}}\n", "10:18"),
     ],
 )
-def test_a_pattern_is_checked_wherever_it_stands(where, place):
+def test_a_pattern_is_checked_in_every_field(where, place):
     check(rules("m: n", more=where), place, "'*' at character 2 of 'a*'")
 
 
@@ -387,7 +387,7 @@ def test_two_rules_for_one_key(name):
 @pytest.mark.parametrize(
     ("evidence", "column"), [("any: ['(.+)']", 16), ("all: [a, '(.+)']", 19), ("any: [a], none: ['(.+)']", 27)]
 )
-def test_everything_is_no_evidence(evidence, column):
+def test_evidence_that_matches_every_key_is_refused(evidence, column):
     text = rules("a: b").replace("any: [x]", evidence)
     check(text, f"5:{column}", "(.+) matches every file: it is no evidence")
 
@@ -397,7 +397,7 @@ def test_a_file_only_name_needs_its_meaning():
     check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means: no model has it")
 
 
-def test_all_faults_of_a_file_are_told_at_once():
+def test_all_faults_of_a_file_are_reported_at_once():
     text = rules(r"a\.b: c", "d: {to: e, view: a b -> a}", "(f|g): h").replace("[x]", "['x*']")
     faults = told(text)
     assert [fault.split(": ")[0] for fault in faults] == ["f.yaml:5:16", "f.yaml:8:5", "f.yaml:9:5", "f.yaml:10:5"]
@@ -460,12 +460,12 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_what_only_all_files_together_show(name, tmp_path):
+def test_faults_that_only_all_files_together_show(name, tmp_path):
     file, text, words = TOGETHER[name]
     assert words in refused(tmp_path, file, text)
 
 
-def test_a_cycle_of_respellings_by_way_of_a_third_spelling(tmp_path):
+def test_bridges_that_form_a_cycle_are_refused(tmp_path):
     known = Catalogue(dict(registry().mappings), dict(registry().files))
     for one, two in (("clip_trunk", "naflex"), ("native_vit", "naflex")):
         text = RESPELLING.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")

@@ -1,13 +1,13 @@
-"""Key patterns: what they match, that writing undoes matching, that `overlap` misses nothing, that none can hang."""
+"""Key patterns: what they match, writing as the inverse of matching, overlaps, and time linear in the key's length."""
 
 from __future__ import annotations
 
 import random
-import time
 from functools import cache
 from itertools import product
 
 import pytest
+from bounds import ends
 
 from keymap.language.overlap import overlap
 from keymap.language.pattern import PatternError, Side
@@ -41,7 +41,7 @@ MATCHES = {  # pattern: (what it matches, with the captures; what it does not)
 
 
 @pytest.mark.parametrize("pattern", MATCHES)
-def test_what_a_pattern_matches(pattern):
+def test_a_pattern_matches_these_keys(pattern):
     side = parse_source(pattern)
     right, wrong = MATCHES[pattern]
     for key, captures in right.items():
@@ -65,7 +65,7 @@ TARGETS = {  # (source, target): {source key: target key}; what the target side 
 
 
 @pytest.mark.parametrize("pair", TARGETS, ids=str)
-def test_what_a_target_writes_and_reads_back(pair):
+def test_a_target_writes_and_reads_these_keys(pair):
     source = parse_source(pair[0])
     there = target(pair[1], source, {"mlp": {"fc1": "up", "fc2": "down", "fc3": "unused"}})
     right, wrong = TARGETS[pair]
@@ -158,7 +158,7 @@ def test_matching_and_writing_undo_each_other():
             assert values is None or side.write(values) == key
 
 
-def test_targets_read_what_they_write():
+def test_targets_read_the_keys_that_they_write():
     rng = random.Random(3)
     source = parse_source(r"(\d+).(0|1|2).(a|b).([^.]+)")
     lookups = {"t": {"a": "b", "b": "a"}}
@@ -232,7 +232,7 @@ def test_overlap_knows_where_a_shifted_index_begins(shift):
     assert overlap(folded, shifted) is not None
 
 
-# --- time ---
+# --- long keys ---
 
 HOSTILE = {
     r"(\w+).(\w+).(\w+).end": "a.",
@@ -247,23 +247,14 @@ HOSTILE = {
 @pytest.mark.parametrize("pattern", HOSTILE)
 @pytest.mark.parametrize("end", ["", "!", ".", "\n"])
 def test_a_long_key_takes_linear_time(pattern, end):
-    """A megabyte at most a few times as long as half of it, and nowhere near a second."""
-    side, took = parse_source(pattern), {}
-    for size in (1 << 19, 1 << 20):
-        key = HOSTILE[pattern] * (size // len(HOSTILE[pattern])) + end
-        best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            side.match(key)
-            best = min(best, time.perf_counter() - start)
-        took[size] = best
-    assert took[1 << 20] < 0.5
-    assert took[1 << 20] < 5 * took[1 << 19] + 0.01
+    """A key of a megabyte; going back over it again and again would take hours."""
+    side = parse_source(pattern)
+    with ends():
+        side.match(HOSTILE[pattern] * ((1 << 20) // len(HOSTILE[pattern])) + end)
 
 
 def test_many_groups_do_not_multiply():
     side = parse_source(".".join([r"(\w+)"] * 40) + ".end")
-    start = time.perf_counter()
-    assert side.match(".".join(["a" * 1000] * 40) + ".enx") is None
-    assert side.match("a" * 200_000) is None
-    assert time.perf_counter() - start < 0.5
+    with ends():
+        assert side.match(".".join(["a" * 1000] * 40) + ".enx") is None
+        assert side.match("a" * 200_000) is None

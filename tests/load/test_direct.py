@@ -1,4 +1,4 @@
-"""Bytes that go from the file into the model as they are: which they are, how they are read, and what torch is told."""
+"""Bytes that go from the file into the model unchanged: which they are, how they are read, how torch is notified."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_more_than_bytes_is_no_run(name, tmp_path):
+def test_tensors_that_are_not_plain_bytes_are_not_read_as_one_run(name, tmp_path):
     dtype, make, strides = OTHERS[name]
     _, lazies = written(tmp_path, dtype)
     piece = Piece("x", (200,), 0, strides, 0, (1,))
     assert run_of(piece, lazies["t3"], make(500)) is None
 
 
-def test_a_file_that_ends_early_is_told_and_ends_no_process(tmp_path):
+def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_path):
     _, lazies = written(tmp_path)
     run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.empty(4096))
     os.truncate(run.file.path, run.start + 99)
@@ -96,7 +96,7 @@ def test_a_file_that_ends_early_is_told_and_ends_no_process(tmp_path):
         read(batch)
 
 
-def test_what_was_opened_is_read_whatever_lies_at_its_path_now(tmp_path):
+def test_an_open_file_is_read_although_its_path_was_replaced(tmp_path):
     tensors, lazies = written(tmp_path)
     run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
     (tmp_path / "b").write_bytes(b"x" * run.file.size)
@@ -147,7 +147,7 @@ def _state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / "a.safetensors", state
 
 
-def test_autograd_is_told_that_parameters_were_written_to(tmp_path):
+def test_autograd_notices_that_parameters_were_written_to(tmp_path):
     """A backward pass over values that are gone would be silently wrong."""
     path, _ = _state(tmp_path)
     model = openclip.clip(seed=2)

@@ -1,4 +1,4 @@
-"""Conversion costs no temporaries: the load is copies between views of the file and views of the model."""
+"""A load makes no temporary copies: it copies between views of the file and views of the model."""
 
 from __future__ import annotations
 

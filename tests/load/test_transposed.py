@@ -1,4 +1,4 @@
-"""Large pieces whose axes change places: read by rows, whatever the sizes of rows, strips and memory are."""
+"""Large pieces whose axes change places are read by rows, for all sizes of rows, strips and memory."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_piece_is_left_to_torch_where(name, tmp_path, monkeypatch):
     assert strips_of(piece, lazy_of(torch.randn(300, 300), tmp_path), target) == []
 
 
-def test_a_file_that_ends_early_is_told_and_ends_no_process(tmp_path):
+def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_path):
     lazy = lazy_of(torch.randn(300, 300), tmp_path)
     (strip,) = strips_of(Piece("x", (300, 300), 0, (1, 300), 0, (300, 1)), lazy, torch.empty(300, 300))
     os.truncate(strip.file.path, strip.start + 5000)

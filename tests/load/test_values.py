@@ -1,4 +1,4 @@
-"""What must never be silently wrong: values that a join, a cast, a tie or a hook could spoil."""
+"""Values that a join, a cast, tied weights or a hook could spoil silently."""
 
 from __future__ import annotations
 

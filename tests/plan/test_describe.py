@@ -1,4 +1,4 @@
-"""One sentence for a file of another architecture: what it is, what the model is, which configuration fits."""
+"""The sentence for a file of another architecture: what the file is, what the model is, which configurations fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_inspect_names_the_configurations_that_fit_a_file(name, tmp_path):
         assert bool(plan.resized) == (other != fits)
 
 
-def test_configurations_of_other_positions_come_last_and_say_so(tmp_path):
+def test_configurations_with_other_positions_come_last_with_a_remark(tmp_path):
     path = full_size.sparse_file(tmp_path / "model.safetensors", full_size.model("ViT-L-14-336").state_dict())
     found = keymap.inspect_checkpoint(path).configurations
     exact = [name for name in found if "resized" not in name]
@@ -47,7 +47,7 @@ def test_configurations_of_other_positions_come_last_and_say_so(tmp_path):
     assert "ViT-L-14 (positions resized)" in found
 
 
-def test_sizes_are_told_in_words_and_as_data(tmp_path):
+def test_sizes_are_reported_in_words_and_as_data(tmp_path):
     save_file(hf.disk_keys(hf.clip()), tmp_path / "model.safetensors")
     found = keymap.inspect_checkpoint(tmp_path / "model.safetensors")
     image = {"width": 48, "layers": 2, "patch": 14, "positions": 5, "embedding": 24}
@@ -67,7 +67,7 @@ def test_a_transformers_file_fits_the_same_configurations_as_open_clip_s_own(tmp
     assert found.configurations[:2] == ["ViT-B-32", "ViT-B-32-quickgelu"]
 
 
-def test_the_record_of_configurations_tells_them_apart():
+def test_the_record_of_configurations_distinguishes_them():
     """Names under one entry share every shape but positions; of two entries no model fits the other."""
     prints = [tuple(entry.fingerprints.items()) for entry in KNOWN.configurations]
     assert len(set(prints)) == len(prints)
@@ -125,7 +125,7 @@ def test_a_lone_tower_of_another_size(tmp_path):
     assert "text tower" not in told(error)
 
 
-def test_a_pruned_tower_is_told_as_such(tmp_path):
+def test_a_pruned_tower_is_named_as_pruned(tmp_path):
     """Blocks of different widths, as TinyCLIP's automatic pruning leaves them."""
     state = {key: value.contiguous() for key, value in openclip.clip().state_dict().items()}
     for part in ("c_fc.weight", "c_fc.bias"):
@@ -139,7 +139,7 @@ def test_a_pruned_tower_is_told_as_such(tmp_path):
     assert "blocks of different sizes, as a pruned model has" in told(error)
 
 
-def test_a_key_that_is_missing_is_no_other_architecture(tmp_path):
+def test_a_missing_key_is_reported_as_missing_and_not_as_another_architecture(tmp_path):
     state = {key: value.contiguous() for key, value in openclip.clip().state_dict().items() if key != "visual.proj"}
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(keymap.PlanError) as error:
@@ -150,7 +150,7 @@ def test_a_key_that_is_missing_is_no_other_architecture(tmp_path):
 # --- fingerprints ---
 
 
-def test_spellings_of_one_tower_have_one_fingerprint():
+def test_all_layouts_of_one_tower_have_one_fingerprint():
     prints = [
         describe(KNOWN, view_model(model, KNOWN.hub).layouts())
         for model in (openclip.clip(), openclip.custom(), openclip.clip_trunk())

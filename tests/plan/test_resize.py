@@ -1,7 +1,7 @@
-"""Position embeddings at other sizes: the values of open_clip where it has a way, of plain torch elsewhere.
+"""Position embeddings at other sizes: the values of open_clip where it resizes too, of plain torch elsewhere.
 
-Every tower that counts positions, any grid (h, w) to any grid, text of any length, every float dtype; what is
-doubtful is refused in words, and what was resized is told.
+Every tower with positions, any grid (h, w) to any grid, text of any length, every float dtype. Doubtful resizes are
+refused, and the report lists the others.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def test_the_same_grid_is_copied_as_it_is(tower, grid, st):
 
 @pytest.mark.parametrize("grid", [(2, 4), (1, 3)], ids=str)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_grid_that_is_not_square_has_to_be_told(tower, grid, st):
+def test_a_grid_that_is_not_square_needs_source_grid(tower, grid, st):
     """Even into a model of that grid: the same rows could be another one."""
     build, _, _ = TOWERS[tower]
     refuses(build(grid, 2), st(state_of(build(grid, 1))), "source_grid=(h, w)", f"({grid[0]}, {grid[1]})")
@@ -192,7 +192,7 @@ def test_a_grid_that_is_not_square_has_to_be_told(tower, grid, st):
 
 @pytest.mark.parametrize("target", [(4, 4), (2, 5), (1, 4), (5, 2)], ids=str)
 @pytest.mark.parametrize("tower", UNAMBIGUOUS)
-def test_a_square_grid_need_not_be_told(tower, target, st):
+def test_a_square_grid_needs_no_source_grid(tower, target, st):
     build, key, prefix = TOWERS[tower]
     source, model = state_of(build((3, 3), 1)), build(target, 2)
     result = keymap.load_checkpoint(model, st(source))
@@ -217,7 +217,7 @@ def test_modified_resnet_attention_pool(step, st):
 
 
 @pytest.mark.parametrize("target", [(4, 4), (3, 2)], ids=str)
-def test_other_formats_are_resized_in_the_spelling_of_the_model(target, st):
+def test_other_formats_are_resized_in_the_layout_of_the_model(target, st):
     keys = hf.disk_keys(hf.clip())
     table = keys["vision_model.embeddings.position_embedding.weight"]
     expected = by_hand(table, 1, (2, 2), target)
@@ -330,7 +330,7 @@ def test_assign_resizes_too(st):
 # --- prefix rows ---
 
 
-def test_a_class_token_without_a_row_gets_a_row_of_zeros_and_it_is_told(st):
+def test_a_class_token_without_a_position_gets_zeros_and_the_report_lists_it(st):
     """The file was trained without a position for its class token: the model's own row must add nothing."""
     source, model = state_of(no_embed_class((2, 2), 1)), trunk((2, 2), 2)
     key = "visual.trunk.pos_embed"
@@ -398,7 +398,7 @@ def test_a_source_grid_that_does_not_fit(tower, grid, strict, st):
     [(2,), (2, 2, 2), (0, 4), (-1, -4), (2.0, 2.0), ("2", "2"), "22", 4, True],
     ids=repr,
 )
-def test_a_source_grid_that_is_none(grid, strict, st):
+def test_a_malformed_source_grid_is_refused(grid, strict, st):
     path, model = st(state_of(native((2, 2), 1))), native((4, 4), 2)
     before = bits(model)
     with pytest.raises(keymap.KeymapError, match=r"source_grid=.*\(h, w\)"):
@@ -437,7 +437,7 @@ def test_the_advice_for_two_readings_names_grids_that_are_accepted(st):
     assert "(2, 2)" in message and "(3, 3)" in message
 
 
-def test_a_configuration_beside_the_file_tells_the_grid(st, tmp_path):
+def test_the_grid_is_read_from_the_configuration_beside_the_file(st, tmp_path):
     config = {"model_cfg": {"vision_cfg": {"image_size": [28, 56], "patch_size": 14}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     source, model = state_of(native((2, 4), 1)), native((4, 2), 2)
@@ -463,7 +463,7 @@ def test_source_grid_goes_before_the_configuration(st, tmp_path):
     assert_only(model, source, **{key: by_hand(source[key], 1, (2, 4), (4, 4))})
 
 
-def test_a_grid_told_for_nothing_does_not_matter_to_a_text_tower(st):
+def test_source_grid_is_ignored_for_a_text_tower(st):
     source, model = state_of(openclip.clip(seed=1)), openclip.clip(seed=2, context_length=20)
     before = state_of(model)
     keymap.load_checkpoint(model, st(source), towers=("text",), source_grid=(2, 4))

@@ -1,7 +1,7 @@
-"""Towers: picked out of a full checkpoint, or saved alone; each goes to the tower that it is and to no other.
+"""Towers: picked out of a full checkpoint, or saved alone; each loads into the right tower and no other.
 
-`transformer.resblocks.*` and `positional_embedding` are names of both towers, so every row runs with towers of equal
-widths, depths and positions as well, where no shape could tell an image tower in the text tower's place.
+`transformer.resblocks.*` and `positional_embedding` are keys of both towers, so every row also runs with towers of
+equal widths, depths and positions, where shapes cannot show that an image tower was loaded as a text tower.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def test_a_lone_tower_behind_a_prefix(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("target", [openclip.clip, openclip.custom])
-def test_a_lone_text_tower_goes_into_both_spellings(target, tmp_path):
+def test_a_lone_text_tower_loads_into_both_layouts(target, tmp_path):
     source, model = openclip.custom(seed=1), target(seed=2)
     keymap.load_checkpoint(model, saved(source.text.state_dict(), tmp_path), towers=("text",))
     wanted = {key.removeprefix("text."): value for key, value in source.state_dict().items() if of(key) == "text"}
@@ -155,7 +155,7 @@ IMAGE_KEYS = ["class_embedding", "ln_pre.weight", "ln_post.bias"]
 @pytest.mark.parametrize("mapping", [None, "open_clip"])
 @pytest.mark.parametrize("kept", IMAGE_KEYS)
 def test_an_image_tower_without_its_stem_is_still_an_image_tower(kept, mapping, tmp_path):
-    """What was frozen is not always saved; one key that only image towers have tells the rest."""
+    """A frozen part is not always saved; one key that only image towers have identifies the rest."""
     source = openclip.custom(seed=5, **ALIKE).visual.state_dict()
     part = {k: v.contiguous() for k, v in source.items() if "." not in k or k.startswith("transformer.") or k == kept}
     part = {k: v for k, v in part.items() if k == kept or k not in ("class_embedding", "proj")}

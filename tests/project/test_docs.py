@@ -1,4 +1,4 @@
-"""The documents say what is so: examples run as printed, lists agree, pages are fresh, links lead somewhere."""
+"""The documents are right: examples run as printed, lists are complete, generated pages are fresh, links work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/safety.md says what the code does: its names and its limits are the code's."""
+"""docs/safety.md is right: its names and limits are those of the code."""
 
 from __future__ import annotations
 

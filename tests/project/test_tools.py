@@ -1,4 +1,4 @@
-"""The tools of maintainers do what they say, on tiny models."""
+"""The tools for maintainers work, on tiny models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_pa
     assert any(row.startswith(place) and said in row for row in out.splitlines()), out
 
 
-def test_check_mappings_tells_the_faults_of_all_files(tool, tmp_path, capsys):
+def test_check_mappings_reports_the_faults_of_all_files(tool, tmp_path, capsys):
     text = (MAPPINGS / "openai.yaml").read_text(encoding="utf-8")
     for name in ("one", "two"):
         broken = text.replace("format: openai", f"format: {name}").replace("layouts:", "speeks:")
@@ -88,7 +88,7 @@ def test_make_docs_writes_every_page_and_sees_a_stale_one(tool, tmp_path, capsys
     assert "timm.md is missing" in out
 
 
-def test_a_page_says_what_its_file_says(tool):
+def test_a_generated_page_repeats_the_facts_of_its_mapping(tool):
     pages = tool("make_docs").pages()
     assert "there is no `img/embedding/kernel` with 2 axes or `img/cls`" in pages["big_vision_siglip.md"]
     assert 'facts={"image.heads": ..., "text.heads": ...}' in pages["big_vision_siglip.md"]
@@ -106,7 +106,7 @@ def test_bench_runs_on_tiny_models():
     assert "could not be measured" not in done.stdout
 
 
-def test_demo_tells_its_story_with_tiny_models(tool, capsys):
+def test_the_demo_runs_with_tiny_models(tool, capsys):
     demo = tool("demo")
     assert demo.main(["--tiny"]) == 0
     out = capsys.readouterr().out

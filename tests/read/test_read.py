@@ -292,7 +292,7 @@ def test_plain_values_of_a_pickle_arrive_inert(tmp_path: Path) -> None:
             assert tree["storage"].shape == (12,)
 
 
-def test_a_lone_tensor_or_list_stands_under_the_empty_key(tmp_path: Path) -> None:
+def test_a_lone_tensor_or_list_has_the_empty_key(tmp_path: Path) -> None:
     torch.save(torch.ones(3), tmp_path / "a.pt")
     torch.save([torch.ones(2)], tmp_path / "b.pt")
     assert open_checkpoint(tmp_path / "a.pt").tree[""].shape == (3,)
@@ -454,12 +454,12 @@ NO_CHECKPOINT: dict[str, tuple[bytes | str, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", NO_CHECKPOINT)
-def test_a_file_of_another_kind_is_told_for_what_it_is(name: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_named_in_the_error(name: str, tmp_path: Path) -> None:
     content, words = NO_CHECKPOINT[name]
     refused(put(tmp_path / "weights.pt", content), *words)
 
 
-def test_what_cannot_be_opened_is_refused_in_words(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_opened_are_refused_in_words(tmp_path: Path) -> None:
     refused(tmp_path / "absent.pt", "does not exist")
     os.mkfifo(tmp_path / "pipe")
     refused(tmp_path / "pipe", "not a regular file")
@@ -515,7 +515,7 @@ def test_a_bad_safetensors_header_is_refused_for_its_reason(name: str, tmp_path:
     refused(put(tmp_path / "w.safetensors", content), *words)
 
 
-def test_all_faults_of_a_header_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_header_are_reported_at_once(tmp_path: Path) -> None:
     header = {"a": entry("X", [2], 0, 8), "b": entry("F32", [3], 0, 8)}
     error = refused(put(tmp_path / "w", safetensors_bytes(header, bytes(8))), "'a'", "'b'")
     assert len(error.faults) == 2
@@ -568,7 +568,7 @@ def test_an_object_whose_pickling_runs_code_touches_no_canary(tmp_path: Path) ->
     assert canary.exists()
 
 
-def test_a_pickled_module_is_told_for_what_it_is_and_read_when_trusted(tmp_path: Path) -> None:
+def test_a_pickled_module_is_named_in_the_error_and_read_with_weights_only_false(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2))
     torch.save({"model": module, "epoch": 7}, tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "pickled nn.Module", "Sequential", "state_dict()", "also names torch.nn.modules")
@@ -950,7 +950,7 @@ def test_random_pickle_programs_end_in_a_value_or_a_pickle_fault() -> None:
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_lone_pickled_module_is_told_for_what_it_is_in_either_container(new: bool, tmp_path: Path) -> None:
+def test_the_error_for_a_pickled_module_names_it_in_either_container(new: bool, tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(3, 2), tmp_path / "a.pt", _use_new_zipfile_serialization=new)
     refused(tmp_path / "a.pt", "pickled nn.Module", "torch.nn.modules.linear.Linear")
     tree = open_checkpoint(tmp_path / "a.pt", weights_only=False).tree

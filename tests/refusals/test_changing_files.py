@@ -1,4 +1,4 @@
-"""Files that change, shrink or vanish while they are read, a full disk, no permission, an interrupt."""
+"""Files that change, shrink or vanish during a load; a full disk, missing permission, an interrupt."""
 
 from __future__ import annotations
 

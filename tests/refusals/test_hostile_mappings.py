@@ -1,21 +1,21 @@
-"""A mapping from a stranger is data: whatever stands in it, reading and using it takes little time and memory.
+"""An untrusted mapping is data: reading and using it takes few steps and little memory, whatever it contains.
 
-Each is refused with its place, or is a mapping like any other.
+Each is refused with its place in the file, or works like any other mapping.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+from bounds import bounded, ends
 from fuzz.seeds import TINY
-from hostile_files import cheap, entry, safetensors_bytes
+from hostile_files import entry, safetensors_bytes
 from peers import openclip
 from peers.common import assert_unchanged, bits
 from test_mapping_errors import GOOD, HEAD, rules
@@ -115,9 +115,9 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_mapping_that_would_take_for_ever_is_refused_with_its_place(name: str) -> None:
+def test_a_mapping_that_would_take_very_long_is_refused_with_its_place(name: str) -> None:
     text, words = REFUSED[name]
-    with cheap(len(text)):
+    with bounded(len(text)):
         try:
             compile_mapping(text, "f.yaml", registry().files.get)
             told, faults = "", []
@@ -141,7 +141,7 @@ def test_a_lookup_that_many_use_is_held_once() -> None:
     places = "".join(lines("    f#: [{path: a, words: big}]\n", 1500))
     big = ", ".join(lines("k#: #", 3000))
     text = rules("a: b", more=f"config:\n  file: c.json\n  facts:\n{places}lookups:\n  big: {{{big}}}\n")
-    with cheap(len(text)):
+    with bounded(len(text)):
         compile_mapping(text, "f.yaml")
 
 
@@ -172,11 +172,11 @@ KEYS = ["a" * 1_000_000, "a." * 500_000, "1." * 500_000, "a_" * 500_000 + "b.c",
 
 @pytest.mark.parametrize("pattern", HARD)
 def test_a_key_of_a_megabyte_is_matched_in_linear_time(pattern: str) -> None:
+    """What goes back over a megabyte again and again takes hours."""
     side = parse_source(pattern)
-    for key in KEYS:
-        start = time.process_time()
-        side.match(key)
-        assert time.process_time() - start < 0.3
+    with ends():
+        for key in KEYS:
+            side.match(key)
 
 
 def _some_pattern(rng: random.Random) -> str:
@@ -201,7 +201,7 @@ def _some_pattern(rng: random.Random) -> str:
 
 
 def test_random_patterns_match_long_keys_in_linear_time() -> None:
-    """Twice the key, about twice the time: no pattern of the subset goes back over a key again and again."""
+    """No pattern of the subset goes back over a key again and again: with half a megabyte that takes many minutes."""
     rng, tried = random.Random("keymap patterns"), 0
     while tried < 250:
         try:
@@ -210,10 +210,9 @@ def test_random_patterns_match_long_keys_in_linear_time() -> None:
             continue
         tried += 1
         for _ in range(4):
-            key = "".join(rng.choices(["a", "a.", "a_", "1", "b", "."], k=3)) * 20_000
-            start = time.process_time()
-            side.match(key)
-            assert time.process_time() - start < 0.2, (str(side), key[:20])
+            key = "".join(rng.choices(["a", "a.", "a_", "1", "b", "."], k=3)) * 100_000
+            with ends():
+                side.match(key)
 
 
 def test_the_shipped_mappings_are_far_from_the_limits() -> None:
@@ -279,7 +278,7 @@ def test_a_load_by_a_mapping_that_asks_too_much(name: str, tmp_path: Path) -> No
     (tmp_path / "example.yaml").write_text(text, encoding="utf-8")
     path, model = checkpoint(tmp_path, shapes), openclip.clip(seed=5, **TINY)
     before = bits(model)
-    with cheap(path.stat().st_size), pytest.raises(keymap.KeymapError) as caught:
+    with bounded(path.stat().st_size), pytest.raises(keymap.KeymapError) as caught:
         keymap.load_checkpoint(model, path, mapping=tmp_path / "example.yaml")
     message = "\n".join([str(caught.value), *caught.value.faults])
     assert words in message, message[:2000]
@@ -299,7 +298,7 @@ def test_a_mapping_with_as_many_rules_as_may_be_is_registered_in_little_time(tmp
     """Its samples are made, and held against the evidence of every other format."""
     text = own("w: visual.w", *lines(r"k#.(\d+).(a|b): visual.k#.\1.\2", 330)).replace("example", "crowded", 1)
     (tmp_path / "crowded.yaml").write_text(text, encoding="utf-8")
-    with cheap(len(text), seconds=4):
+    with bounded(len(text)):
         mapping = compile_mapping(text, "crowded.yaml")
         assert sum(len(sample.shapes) for sample in samples(mapping, registry())) < 4000
 
@@ -316,5 +315,5 @@ def test_a_mapping_of_json_is_a_mapping_like_any_other() -> None:
         compile_mapping("[" * 50_000, "a")
 
 
-def test_a_side_that_matches_everything_says_so_in_one_step() -> None:
+def test_a_pattern_that_matches_everything_matches_a_long_key() -> None:
     assert Side(parse_source("(.+)").tokens).match("x" * 1_000_000) is not None

@@ -1,4 +1,4 @@
-"""Refused means unchanged: every bad input is one KeymapError in words, and the model is bit for bit what it was."""
+"""A refused load leaves the model unchanged: bad input raises one KeymapError, and no bit of the model differs."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_other_file(name, strict, tmp_path):
 
 @STRICT
 @pytest.mark.parametrize("content", [{}, [], None, 3, "weights", {"a": {"b": 1}}, [torch.ones(2)]], ids=repr)
-def test_nothing_that_is_a_state_dict(content, strict, tmp_path):
+def test_a_file_without_a_state_dict_is_refused(content, strict, tmp_path):
     path = save(tmp_path / "model.pt", content)
     refuses(openclip.clip(), path, keymap.CheckpointError, path.name, strict=strict)
 
@@ -318,7 +318,7 @@ COLLIDING: dict[str, tuple[Callable[[], State], Callable[..., nn.Module]]] = {
 @STRICT
 @pytest.mark.parametrize("name", COLLIDING)
 def test_keys_that_collide_after_renaming(name, strict, order, tmp_path):
-    """Which of the two is right, nothing tells; the order in the file must not decide."""
+    """Either may be right; the order in the file must not decide."""
     build, target = COLLIDING[name]
     state = build()
     renamed = [k for k in state if k.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))]
@@ -331,7 +331,7 @@ def test_keys_that_collide_after_renaming(name, strict, order, tmp_path):
     refuses(target(seed=5), path, keymap.PlanError, *words, strict=strict)
 
 
-def test_both_spellings_of_a_text_tower_into_a_flat_model(tmp_path):
+def test_both_layouts_of_a_text_tower_load_into_a_flat_model(tmp_path):
     """Here nothing has to be renamed: the flat keys are the model's, the others are left over."""
     state, model = _state(), openclip.clip(seed=5)
     more = {f"text.{k}": v + 1 for k, v in state.items() if not k.startswith(("visual.", "logit_"))}
@@ -466,7 +466,7 @@ def test_unknown_mapping_name(strict, tmp_path):
 
 @STRICT
 @pytest.mark.parametrize("name", ["no/such.yaml", "containers", "hf_blocks", "open_clip_flat"])
-def test_mapping_that_is_no_format(name, strict, tmp_path):
+def test_a_mapping_argument_that_names_no_format_is_refused(name, strict, tmp_path):
     refuses(openclip.clip(), _safetensors(tmp_path), keymap.MappingError, name, strict=strict, mapping=name)
 
 
@@ -503,7 +503,7 @@ def test_model_on_the_meta_device_without_assign(strict, tmp_path):
 
 @STRICT
 @pytest.mark.parametrize("build", [lambda: nn.Linear(3, 4), nn.Identity, lambda: timm_towers.clip_vit()])
-def test_a_model_that_is_none_of_open_clips(build, strict, tmp_path):
+def test_a_model_that_is_not_an_open_clip_model(build, strict, tmp_path):
     path = _safetensors(tmp_path)
     refuses(build(), path, keymap.PlanError, path.name, strict=strict)
 
@@ -512,7 +512,7 @@ def test_a_model_that_is_none_of_open_clips(build, strict, tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_tower_of_another_width_loads_nothing_and_is_refused_by_name(tower, tmp_path):
+def test_a_tower_of_another_width_is_refused_by_name(tower, tmp_path):
     width = {"image_width": 96} if tower == "image" else {"text_width": 64}
     path = _safetensors(tmp_path, state_of(openclip.clip(seed=1, **width)))
     words = [path.name, f"the {tower} tower", "not even in part", "nothing was changed"]
@@ -623,11 +623,11 @@ def test_a_text_position_embedding_without_rows(tmp_path):
     assert_unchanged(model, before)
 
 
-def test_a_format_named_wrongly_loads_next_to_nothing_and_is_refused(tmp_path):
+def test_a_wrong_mapping_argument_is_refused_because_little_would_load(tmp_path):
     refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, strict=False, mapping="hf_clip")
 
 
-def test_a_file_of_no_tower_is_not_told_to_load_no_towers(tmp_path):
+def test_the_error_for_a_file_without_towers_does_not_suggest_towers(tmp_path):
     message = refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, mapping="hf_clip")
     assert "towers=(,)" not in message
 
@@ -689,7 +689,7 @@ def test_the_advice_for_an_unknown_wrapper_works(tmp_path):
         keymap.load_checkpoint(openclip.clip(), tmp_path / "run.pt", wrapper=wrapper)
 
 
-def test_views_of_the_file_that_overlap_are_not_handed_over_together(tmp_path):
+def test_views_of_the_file_that_overlap_are_not_assigned_together(tmp_path):
     big = torch.randn(96)
     state = {**_state(), "visual.ln_post.weight": big[:48], "visual.ln_post.bias": big[24:72]}
     model = openclip.clip(seed=5)
@@ -716,12 +716,12 @@ def test_a_tower_under_names_that_no_rule_owns_is_refused_even_in_part(tmp_path)
     refuses(openclip.clip(seed=5), path, keymap.PlanError, "tensors of the text tower", strict=False)
 
 
-def test_a_scale_that_is_a_number_and_no_tensor_is_told(tmp_path):
+def test_a_scale_that_is_a_number_instead_of_a_tensor_is_reported(tmp_path):
     torch.save({**_state(), "logit_scale": 2.5}, tmp_path / "clip.pt")
     words = ["logit_scale", "entries that are no tensors were skipped: logit_scale"]
     refuses(openclip.clip(), tmp_path / "clip.pt", keymap.PlanError, *words)
 
 
-def test_a_tensor_without_elements_is_told_as_such(tmp_path):
+def test_a_tensor_without_elements_is_reported_as_empty(tmp_path):
     path = _safetensors(tmp_path, {**_state(), "visual.proj": torch.randn(0, 24)})
     refuses(openclip.clip(), path, keymap.PlanError, "visual.proj", "a tensor without elements")

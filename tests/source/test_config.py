@@ -1,4 +1,4 @@
-"""What no weight tells is compared with what the source tells, and the difference is a warning that names the setting.
+"""Settings that weights do not show are compared between source and model; a difference is a warning that names it.
 
 The weights fit in every row here; only the functions differ.
 """
@@ -120,7 +120,7 @@ def test_hf_siglip_leaves_its_defaults_out_of_the_configuration(tmp_path):
 # --- what a format's own code fixes ---
 
 
-def test_an_openai_archive_is_quick_gelu_without_saying_so(tmp_path):
+def test_an_openai_archive_counts_as_quick_gelu(tmp_path):
     openai.save_archive(openai.vit(), tmp_path / "ViT.pt")
     result, told = load(openclip.clip(quick_gelu=True, **openai.VIT), tmp_path / "ViT.pt")
     assert told == []  # heads of 64, as OpenAI's are
@@ -129,7 +129,7 @@ def test_an_openai_archive_is_quick_gelu_without_saying_so(tmp_path):
     assert "eps of the image tower's norms" in result.report.plan.unverified
 
 
-def test_big_vision_is_tanh_without_saying_so(tmp_path):
+def test_a_big_vision_file_counts_as_tanh_gelu(tmp_path):
     big_vision.save(big_vision.init(), tmp_path / "siglip.npz")
     assert load(openclip.siglip(), tmp_path / "siglip.npz")[1] == []
     _, told = load(openclip.siglip(act="gelu"), tmp_path / "siglip.npz")
@@ -196,7 +196,7 @@ OWN = {  # what the source's towers are, what the model's are, and what is told
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_image_tower_of_an_open_clip_folder(name, tmp_path):
-    """What is told is what differs: the embeddings are the judge."""
+    """A warning comes exactly where the embeddings differ."""
     theirs, ours, expected = OWN[name]
     source, model = openclip.clip(seed=1, vision=theirs), openclip.clip(seed=2, vision=ours)
     result, told = load(model, own_folder(tmp_path, source, theirs))
@@ -248,7 +248,7 @@ OF_OTHERS = [
 
 @pytest.mark.parametrize("text", OF_OTHERS)
 def test_a_configuration_of_something_else_says_nothing(text, tmp_path):
-    """A training run's config.json is no CLIP's: its silence is no default."""
+    """The config.json of a training run is not CLIP's; what it lacks has no default."""
     saved(hf.clip(), tmp_path)
     (tmp_path / "config.json").write_text(text)
     result, told = load(openclip.clip(), tmp_path / "model.safetensors")
@@ -272,7 +272,7 @@ def test_a_metaclip2_text_tower_alone_pools_its_end_token(tmp_path):
     assert any("pooling of the text tower: eos in the source" in text for text in told)
 
 
-def test_the_same_end_token_on_both_sides_is_no_difference(tmp_path):
+def test_the_same_end_token_on_both_sides_gives_no_warning(tmp_path):
     model = openclip.clip(text={"pool_type": "eos", "eos_id": 50})
     _, told = load(model, saved(hf.clip(eos=50), tmp_path))
     assert told == []
@@ -330,7 +330,7 @@ def test_a_npz_has_the_configuration_that_lies_beside_it(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[" * 10_000, "null", "[1]", '{"vision_config": 3}', '{"vision_config": []}']
 )
-def test_a_configuration_that_cannot_be_read_is_told_and_stops_nothing(text, tmp_path):
+def test_an_unreadable_configuration_gives_a_warning_and_the_load_goes_on(text, tmp_path):
     save_file(hf.disk_keys(hf.clip(seed=1)), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
     model, other = openclip.clip(), openclip.clip(seed=3)
@@ -351,7 +351,7 @@ def test_a_huge_configuration_is_not_read(tmp_path):
 # --- OPEN_CLIP_BEHAVIOUR: two rows that load in silence elsewhere ---
 
 
-def test_a_checkpoint_trained_with_quick_gelu_by_path_is_told_of_where_the_folder_tells(tmp_path):
+def test_a_quick_gelu_checkpoint_gives_a_warning_where_the_folder_has_a_configuration(tmp_path):
     peer = hf.clip(quick_gelu=True, **SQUARE)
     model = openclip.clip(**SQUARE)
     _, told = load(model, saved(peer, tmp_path))
@@ -359,14 +359,14 @@ def test_a_checkpoint_trained_with_quick_gelu_by_path_is_told_of_where_the_folde
     assert max_diff(model.encode_image(images()).detach(), hf.image_features(peer, images())) > 1e-3
 
 
-def test_a_checkpoint_of_3_heads_into_a_model_of_6_heads_is_told_of(tmp_path):
+def test_a_checkpoint_of_3_heads_in_a_model_of_6_heads_gives_a_warning(tmp_path):
     peer, model = hf.clip(), openclip.clip(vision={"head_width": 8})
     _, told = load(model, saved(peer, tmp_path))
     assert told[0].split(": ", 1)[1].startswith("attention heads of the image tower: 3 in the source")
     assert "6 in the model" in told[0]
 
 
-def test_a_plan_tells_it_too(tmp_path):
+def test_plan_load_reports_it_too(tmp_path):
     plan = keymap.plan_load(openclip.clip(quick_gelu=True), saved(hf.clip(eos=2), tmp_path))
     assert len(plan.warnings) == 2
     assert plan.to_dict()["warnings"] == list(plan.warnings)

@@ -1,4 +1,4 @@
-"""Which file of a folder, which state dict of a file, what a file is that cannot be loaded: chosen, and told."""
+"""Which file of a folder is loaded, which state dict of a file, and which containers are refused; all is reported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_average_that_torch_keeps_is_a_model_and_a_count(wrapper, tmp_path):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_file_that_is_meant_is_taken_from_a_folder_and_told(name, tmp_path):
+def test_the_file_of_a_folder_is_chosen_by_name_and_reported(name, tmp_path):
     files, meant, why = FOLDERS[name]
     wanted = {}
     for seed, entry in enumerate(files.split(), 1):
@@ -113,7 +113,7 @@ def test_the_index_of_shards_is_taken_from_a_folder(tmp_path):
         (["__0_0.distcp", "__1_0.distcp", ".metadata"], "dcp_to_torch"),
     ],
 )
-def test_a_folder_that_does_not_tell_is_refused(files, words, tmp_path):
+def test_an_ambiguous_folder_is_refused(files, words, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -144,7 +144,7 @@ def prefixed(prefix, seed=1):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "clip_model.", "student.", "model.clip."])
-def test_a_model_beside_a_loss_is_taken_and_the_rest_told(prefix, tmp_path):
+def test_a_model_beside_a_loss_is_taken_and_the_rest_is_reported(prefix, tmp_path):
     torch.save({"state_dict": {**prefixed(prefix), "criterion.weight": torch.ones(3)}}, tmp_path / "last.ckpt")
     model = openclip.clip(seed=5)
     result = keymap.load_checkpoint(model, tmp_path / "last.ckpt")
@@ -186,7 +186,7 @@ def test_of_two_models_that_both_fit_none_is_guessed(strict, tmp_path):
         assert holds(model, state(seed))
 
 
-def test_of_two_models_of_which_none_fits_both_are_told(tmp_path):
+def test_of_two_models_of_which_none_fits_both_are_reported(tmp_path):
     path = two(tmp_path, openclip.clip(seed=2).state_dict())
     model = openclip.siglip()
     before = bits(model)
@@ -209,7 +209,7 @@ def test_tensors_under_numbers_are_no_state_dict(tmp_path):
     assert holds(model, wanted)
 
 
-def test_inspect_tells_of_all_models_in_a_state_dict(tmp_path):
+def test_inspect_lists_all_models_in_a_state_dict(tmp_path):
     found = keymap.inspect_checkpoint(two(tmp_path, state(seed=2)))
     assert found.format == "open_clip"
     assert (found.wrapper, found.other_wrappers) == ("state_dict.student", ("state_dict.teacher",))
@@ -226,7 +226,7 @@ def test_a_part_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("segment", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
-def test_wrapper_classes_are_cut_out_of_keys_wherever_they_stand(segment, tmp_path):
+def test_wrapper_classes_are_cut_out_of_keys_at_every_level(segment, tmp_path):
     """Blocks compiled or wrapped one by one, the rest not."""
     wrapped = {key.replace("resblocks.1.", f"resblocks.1.{segment}"): value for key, value in state().items()}
     wrapped = {key.replace("conv1.", f"{segment}{segment}conv1."): value for key, value in wrapped.items()}
@@ -271,7 +271,7 @@ def test_a_training_checkpoint_with_optimizer_namespace_and_numpy_scalars_is_rea
     assert result.report.plan.prefixes == ("module.",)
 
 
-def test_ema_beside_raw_weights_is_told_and_can_be_chosen(tmp_path):
+def test_ema_beside_raw_weights_is_reported_and_can_be_chosen(tmp_path):
     torch.save({"model": state(1), "model_ema": state(2)}, tmp_path / "run.pt")
     model = openclip.clip(seed=5)
     result = keymap.load_checkpoint(model, tmp_path / "run.pt")

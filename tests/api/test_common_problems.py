@@ -1,7 +1,7 @@
-"""What users of CLIP checkpoints run into: each test is one trouble, as its user meets it, and what follows.
+"""What users of CLIP checkpoints run into: each test is one problem, as its user meets it, and what keymap does.
 
-The rows are numbered as in the list of troubles that keymap was built for; 14 (a refused load leaves the model alone)
-is `test_refusals`, 19 (no second copy in memory) is `test_memory`.
+That a refused load leaves the model unchanged is proved in `test_refusals`; that a load makes no second copy of the
+weights, in `test_memory`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def computes_the_same(model, peer):
     return max(differences) <= LIMIT
 
 
-def test_row_01_a_local_fine_tune_goes_from_transformers_to_open_clip_and_back(tmp_path):
+def test_a_fine_tune_goes_from_transformers_to_open_clip_and_back(tmp_path):
     peer = hf.clip(seed=1)
     peer.save_pretrained(tmp_path / "theirs")
     found = keymap.inspect_checkpoint(tmp_path / "theirs")
@@ -57,13 +57,13 @@ def test_row_01_a_local_fine_tune_goes_from_transformers_to_open_clip_and_back(t
     assert computes_the_same(model, back)
 
 
-def test_row_02_quick_gelu_against_gelu_is_told_for_a_file_too(tmp_path):
+def test_quick_gelu_against_gelu_gives_a_warning_for_a_file(tmp_path):
     hf.clip(quick_gelu=True).save_pretrained(tmp_path)
     with pytest.warns(keymap.ConfigurationWarning, match=r"quick_gelu in the source .* gelu in the model"):
         keymap.load_checkpoint(openclip.clip(), tmp_path)
 
 
-def test_row_03_weights_are_read_out_of_a_training_checkpoint(tmp_path):
+def test_weights_are_read_out_of_a_training_checkpoint(tmp_path):
     source = openclip.clip(seed=1)
     optimizer = torch.optim.AdamW(source.parameters())
     run = {"state_dict": source.state_dict(), "optimizer": optimizer.state_dict(), "loss": np.float64(0.25)}
@@ -77,7 +77,7 @@ def test_row_03_weights_are_read_out_of_a_training_checkpoint(tmp_path):
     assert holds(model, source.state_dict())
 
 
-def test_row_04_an_openai_archive_is_read_as_data(tmp_path):
+def test_an_openai_archive_is_read_without_running_its_code(tmp_path):
     peer = openai.vit()
     openai.save_archive(peer, tmp_path / "ViT.pt")
     model = openclip.clip(quick_gelu=True, **openai.VIT)
@@ -103,14 +103,14 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_row_05_wrappers_and_prefixes_in_any_order(name, tmp_path):
+def test_wrappers_and_prefixes_are_stripped_in_any_order(name, tmp_path):
     source, model = openclip.clip(seed=1), openclip.clip(seed=2)
     torch.save(WRAPPED[name](source.state_dict()), tmp_path / "x.pt")
     keymap.load_checkpoint(model, tmp_path / "x.pt")
     assert holds(model, source.state_dict())
 
 
-def test_row_05_what_a_prefix_did_not_match_is_never_cut(tmp_path):
+def test_keys_without_the_prefix_are_never_cut(tmp_path):
     keys = list(openclip.clip().state_dict())
     state = {f"module.{k}" if k == keys[0] else k: v for k, v in openclip.clip(seed=1).state_dict().items()}
     torch.save(state, tmp_path / "x.pt")
@@ -123,7 +123,7 @@ def test_row_05_what_a_prefix_did_not_match_is_never_cut(tmp_path):
 
 @pytest.mark.parametrize("written_by", [4, 5])
 @pytest.mark.parametrize("tower", [None, "image", "text_proj"])
-def test_row_06_both_generations_of_transformers(written_by, tower, tmp_path):
+def test_files_of_transformers_4_and_5_load(written_by, tower, tmp_path):
     peer = hf.clip(tower=tower, seed=1)
     save_file(hf.disk_keys(peer, written_by, position_ids=written_by == 4), tmp_path / "x.safetensors")
     towers = {None: None, "image": ("image",), "text_proj": ("text",)}[tower]
@@ -135,7 +135,7 @@ def test_row_06_both_generations_of_transformers(written_by, tower, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [openclip.clip, openclip.clip_trunk, openclip.siglip])
-def test_row_07_a_fine_tune_at_another_image_size_is_resized_and_reloaded(kind, tmp_path):
+def test_a_fine_tune_at_another_image_size_is_resized_and_reloaded(kind, tmp_path):
     source, model, again = kind(seed=1), kind(seed=2, image_size=56), kind(seed=3, image_size=56)
     save_file(contiguous(source), tmp_path / "small.safetensors")
     assert keymap.load_checkpoint(model, tmp_path / "small.safetensors").report.plan.resized
@@ -144,7 +144,7 @@ def test_row_07_a_fine_tune_at_another_image_size_is_resized_and_reloaded(kind, 
     assert holds(again, model.state_dict())
 
 
-def test_row_07_a_grid_that_is_not_square_is_asked_for_and_another_text_width_refused(tmp_path):
+def test_a_grid_that_is_not_square_is_asked_for_and_another_text_width_is_refused(tmp_path):
     save_file(contiguous(openclip.clip(seed=1, image_size=(28, 56))), tmp_path / "wide.safetensors")
     model = openclip.clip(seed=2, image_size=56)
     with pytest.raises(keymap.PlanError, match=r"pass source_grid=\(h, w\)"):
@@ -155,7 +155,7 @@ def test_row_07_a_grid_that_is_not_square_is_asked_for_and_another_text_width_re
         keymap.load_checkpoint(openclip.clip(text_width=64), tmp_path / "wide.safetensors", source_grid=(2, 4))
 
 
-def test_row_08_a_logit_bias_is_filled_or_refused_and_told(tmp_path):
+def test_a_logit_bias_is_filled_and_reported_or_refused(tmp_path):
     state = contiguous(openclip.siglip(seed=1))
     save_file({k: v for k, v in state.items() if k != "logit_bias"}, tmp_path / "without.safetensors")
     save_file(state, tmp_path / "with.safetensors")
@@ -166,7 +166,7 @@ def test_row_08_a_logit_bias_is_filled_or_refused_and_told(tmp_path):
         keymap.load_checkpoint(openclip.siglip(seed=2, logit_bias=False), tmp_path / "with.safetensors")
 
 
-def test_row_09_one_tower_in_and_out(tmp_path):
+def test_one_tower_loads_and_converts_alone(tmp_path):
     peer, model = hf.clip(tower="image_proj", seed=1), openclip.clip(seed=2)
     save_file(hf.disk_keys(peer), tmp_path / "vision.safetensors")
     before = contiguous(model)
@@ -179,7 +179,7 @@ def test_row_09_one_tower_in_and_out(tmp_path):
     assert all(same_bits(value.contiguous(), hf.disk_keys(peer)[key]) for key, value in out.items())
 
 
-def test_row_10_a_valid_file_for_another_architecture_is_one_sentence(tmp_path):
+def test_a_file_for_another_architecture_is_refused_in_one_sentence(tmp_path):
     save_file(contiguous(openclip.siglip()), tmp_path / "siglip.safetensors")
     with pytest.raises(keymap.PlanError) as caught:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "siglip.safetensors")
@@ -190,7 +190,7 @@ def test_row_10_a_valid_file_for_another_architecture_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["other names", "other sizes"])
-def test_row_11_not_strict_is_no_silent_nothing(kind, tmp_path):
+def test_not_strict_refuses_a_load_of_nothing(kind, tmp_path):
     state = contiguous(openclip.clip(seed=1, image_width=96, image_heads=6, text_width=64))
     if kind == "other names":
         state = {k.replace("resblocks", "blocks").replace("visual.", "vision."): v for k, v in state.items()}
@@ -203,7 +203,7 @@ def test_row_11_not_strict_is_no_silent_nothing(kind, tmp_path):
     assert_unchanged(model, before)
 
 
-def test_row_12_raw_weights_or_ema_is_told_and_chosen(tmp_path):
+def test_raw_weights_or_ema_can_be_chosen_and_the_choice_is_reported(tmp_path):
     raw, ema = openclip.clip(seed=1), openclip.clip(seed=2)
     torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "run.pt")
     model = openclip.clip(seed=3)
@@ -214,7 +214,7 @@ def test_row_12_raw_weights_or_ema_is_told_and_chosen(tmp_path):
     assert holds(model, ema.state_dict())
 
 
-def test_row_13_a_square_projection_is_transposed_by_its_format(tmp_path):
+def test_a_square_projection_is_transposed_by_its_format(tmp_path):
     peer, model = hf.clip(seed=1, **SQUARE), openclip.clip(seed=2, **SQUARE)
     save_file(hf.disk_keys(peer), tmp_path / "hf.safetensors")
     keymap.load_checkpoint(model, tmp_path / "hf.safetensors")
@@ -226,7 +226,7 @@ def test_row_13_a_square_projection_is_transposed_by_its_format(tmp_path):
     assert holds(other, model.state_dict())
 
 
-def test_row_15_inspect_answers_which_configuration_fits(tmp_path):
+def test_inspect_lists_the_configurations_that_fit(tmp_path):
     from peers import full_size
 
     path = full_size.sparse_file(tmp_path / "x.safetensors", full_size.model("ViT-B-16-plus-240").state_dict())
@@ -234,7 +234,7 @@ def test_row_15_inspect_answers_which_configuration_fits(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_row_16_half_precision_is_resized_in_float32(dtype, tmp_path):
+def test_positions_of_half_precision_are_resized_in_float32(dtype, tmp_path):
     state = {key: value.to(dtype) for key, value in contiguous(openclip.clip(seed=1)).items()}
     save_file(state, tmp_path / "half.safetensors")
     save_file({key: value.float() for key, value in state.items()}, tmp_path / "full.safetensors")
@@ -244,7 +244,7 @@ def test_row_16_half_precision_is_resized_in_float32(dtype, tmp_path):
     assert holds(model, reference.state_dict())
 
 
-def test_row_17_bfloat16_in_npz_is_void_to_numpy(tmp_path):
+def test_bfloat16_in_npz_is_read_although_numpy_reads_void(tmp_path):
     flat = big_vision.init()
     big_vision.save(big_vision.to_bfloat16_void(flat), tmp_path / "siglip.npz")
     with np.load(tmp_path / "siglip.npz") as archive:
@@ -255,7 +255,7 @@ def test_row_17_bfloat16_in_npz_is_void_to_numpy(tmp_path):
     assert same_bits(model.visual.trunk.pos_embed.detach(), wanted)
 
 
-def test_row_18_both_position_tables_of_long_clip_are_used(tmp_path):
+def test_both_position_tables_of_long_clip_are_used(tmp_path):
     state = contiguous(openclip.clip(seed=1, context_length=40))
     old, new = torch.randn(40, 32), torch.randn(40, 32)
     save_file({**state, "positional_embedding": old, "positional_embedding_res": new}, tmp_path / "long.safetensors")
@@ -264,7 +264,7 @@ def test_row_18_both_position_tables_of_long_clip_are_used(tmp_path):
     assert same_bits(model.positional_embedding.detach(), torch.cat([old[:20], new[20:]]))
 
 
-def test_row_20_what_leaves_no_trace_in_the_weights_is_compared_or_listed(tmp_path):
+def test_settings_that_weights_do_not_show_are_compared_or_listed(tmp_path):
     peer = hf.clip()
     peer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""What a mapping says in words: keys that are left out, keys that no model has a place for, files that are refused."""
+"""Keys that a mapping ignores, keys without a place in any model, files that a mapping refuses: with their reasons."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Every case that was tried on open_clip's own loader, with the outcome that users are owed instead.
+"""Files that open_clip's own loader loads, loads in part or rejects: keymap loads them right, or refuses them.
 
-A case either loads right, compared bit for bit or by outputs, or is refused in words with the model unchanged;
-no case loads a part in silence. The rows about QuickGELU and head counts, which no weight tells, come with the
-comparison of configurations, and so does the row of a pretrained tag.
+A load is compared bit for bit, or by outputs; a refusal has its message, and leaves the model unchanged. No load is
+partial without a report. QuickGELU, head counts and pretrained tags, which weights do not show, are in `test_config`.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def without(state: Mapping[str, Tensor], *keys: str) -> State:
 
 
 def text_prefixed(state: Mapping[str, Tensor]) -> State:
-    """The flat spelling of a text tower as CustomTextCLIP spells it."""
+    """The flat keys of a text tower under the names of CustomTextCLIP."""
     return {k if k.startswith(("visual.", "logit_")) else f"text.{k}": v for k, v in state.items()}
 
 
@@ -176,7 +175,7 @@ def test_a_folder_with_a_configuration_and_hf_model_safetensors(config, st, tmp_
 
 
 @STRICT
-def test_a_folder_with_only_epoch_32_pt_is_loaded_and_told(strict, pt, tmp_path):
+def test_a_folder_with_only_epoch_32_pt_is_loaded_and_reported(strict, pt, tmp_path):
     source, model = state_of(openclip.clip(seed=1)), openclip.clip(seed=2)
     pt({"state_dict": source}, "epoch_32.pt")
     result = keymap.load_checkpoint(model, tmp_path, strict)
@@ -189,7 +188,7 @@ def test_a_folder_with_only_epoch_32_pt_is_loaded_and_told(strict, pt, tmp_path)
 
 
 @STRICT
-def test_safetensors_without_logit_bias_into_siglip_is_filled_with_zero_and_told(strict, st):
+def test_safetensors_without_logit_bias_into_siglip_is_filled_with_zero_and_reported(strict, st):
     source, model = state_of(openclip.siglip(seed=1)), openclip.siglip(seed=2)
     assert model.logit_bias.detach() != 0
     result = keymap.load_checkpoint(model, st(without(source, "logit_bias")), strict)
@@ -225,7 +224,7 @@ def test_a_checkpoint_with_logit_bias_into(name, st):
 
 @STRICT
 @pytest.mark.parametrize("name", LOGIT_BIAS)
-def test_a_logit_bias_of_zero_stands_for_none_in(name, strict, st):
+def test_a_logit_bias_of_zero_equals_no_logit_bias_in(name, strict, st):
     state, model = _with_logit_bias(name, 0.0)
     result = keymap.load_checkpoint(model, st(state), strict)
     complete(result)
@@ -339,7 +338,7 @@ def test_wrapper(name, others, target, strict, pt):
     assert_holds(model, source)
 
 
-def test_raw_weights_and_ema_in_one_file_are_told_and_chosen(pt):
+def test_raw_weights_and_ema_in_one_file_are_reported_and_can_be_chosen(pt):
     raw, averaged = state_of(openclip.clip(seed=1)), state_of(openclip.clip(seed=3))
     path = pt({"epoch": 1, "model_ema": averaged, "state_dict": raw})
     model = openclip.clip(seed=2)
