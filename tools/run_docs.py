@@ -46,7 +46,7 @@ TIME = re.compile(r"\s*\b[\d.]+ (ms|s)\b")
 
 
 def clip_vit_base_patch32(folder: Path) -> None:
-    """A folder with the names, shapes and settings of openai/clip-vit-base-patch32; its values are zeros.
+    """A folder with the names, shapes and settings of openai/clip-vit-base-patch32; its values are random.
 
     Like the published file it holds position_ids, which transformers wrote before 4.31.
     """
@@ -57,7 +57,8 @@ def clip_vit_base_patch32(folder: Path) -> None:
     config = transformers.CLIPConfig(text_config={"eos_token_id": 2})
     with torch.device("meta"):
         names = {key: value.shape for key, value in transformers.CLIPModel(config).state_dict().items()}
-    tensors = {key: torch.zeros(shape) for key, shape in names.items()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(shape, generator=generator) for key, shape in names.items()}
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["vision_model.embeddings.position_ids"] = torch.arange(50)[None]
     folder.mkdir()
@@ -123,7 +124,9 @@ def without_times(text: str) -> str:
 
 def _in_a_mapping(text: str) -> Iterator[str]:
     """The lines of a part of a mapping that no shipped file has."""
-    there = {line.strip() for file in (ROOT / "mappings").glob("*.yaml") for line in file.read_text("utf-8").split("\n")}
+    there = {
+        line.strip() for file in (ROOT / "mappings").glob("*.yaml") for line in file.read_text("utf-8").split("\n")
+    }
     yield from (line for line in text.splitlines() if line.strip() not in there)
 
 
