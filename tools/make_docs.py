@@ -35,7 +35,7 @@ KINDS = {
 }
 LISTS = {  # fields that are lists of names, with what keymap does with them
     "causal_masks": "No checkpoint holds these buffers. A model on the meta device gets new ones.",
-    "wrappers": "A dict under one of these names is the state dict. keymap takes the first that exists and lists the others.",
+    "wrappers": "A dict under one of these names is the state dict. keymap takes the first and lists the others.",
     "prefixes": "keymap strips a prefix that every key has.",
     "segments": "keymap strips these names anywhere in a key.",
     "counters": "keymap ignores these numbers beside a model.",
@@ -318,8 +318,8 @@ def _lookups(lookups: Data) -> Iterator[str]:
 
 def _absence(data: Data) -> Iterator[str]:
     if "absent_means" in data:
-        yield "If only the file has the key, its tensor must hold this value, and keymap drops it. If only the model has the"
-        yield "key, and the file's format has no place for it, keymap fills it with this value."
+        yield "If only the file has the key, its tensor must hold this value; keymap drops it. If only the model has"
+        yield "it, and the file's format has no place for it, keymap fills it with this value."
         yield ""
     only = data.get("file_only", ())
     for key, value in data.get("absent_means", {}).items():

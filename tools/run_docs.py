@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keymap
 from keymap.source import registry
 
+ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/how-it-works.md", "docs/rule-language.md")
 FOLDERS = ("tools", "tests", "mappings", "schemas", "keymap")  # that examples see beside their own files
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
