@@ -120,28 +120,29 @@ def short(warning: str) -> str:
 HEAD = """<!-- Written by tools/make_coverage.py from a run of the tests: `make test`, then `make coverage-page`. -->
 # Coverage
 
-All {count} configurations that OpenCLIP {version} ships, and every format that keymap reads. A cell says what the
-tests of this repository prove of loading a file of that format into that configuration.
+This page covers all {count} configurations that OpenCLIP {version} ships, and every format that keymap reads. A cell
+says what the tests of this repository show for a load of a file of that format into that configuration.
 
-| word | what is proved |
+| word | what the tests show |
 |---|---|
-| parity | the loaded model computes the embeddings that the owner's code computes from the file, at most 2e-5 apart |
-| bit-equal | every tensor has the bits that the owner's loader or converter, or a conversion by hand, gives it |
-| names and shapes | every key of a full-size file has its place, every tensor of the model its key, all shapes agree |
-| {none} | there are no such weights |
+| parity | the loaded model computes the same embeddings as the library that wrote the file, at most 2e-5 apart |
+| bit-equal | every tensor has the same bits as after the library's own loader or converter, or a conversion by hand |
+| names and shapes | every key of a full-size file and every tensor of the model is used, and all shapes agree |
+| {none} | there are no such files |
 
-Names and shapes are proved at full size, for every cell: the key list is that of the owner's code, the model lies on
-the meta device, and the plan of the load is complete, strict and without resizing. Parity and equal bits are proved on
-small models of random weights. They hold for a configuration whose towers have the same *layout* as the small model's:
-the same keys, apart from the number of blocks. A cell is as good as the weakest of its towers.
+*Names and shapes* are tested at full size for every cell. The key list comes from the code of the library that writes
+the format. The model is on the meta device. The plan of the load is complete and strict, and resizes nothing.
 
-What no weight tells (activations, head counts, the eps of norms, pooling) is compared with what the owner's code or its
-configuration file says. Where the configuration of OpenCLIP has another, the load warns, embeddings differ a little
-from the owner's, and the cell says no more than bit-equal.
+*Parity* and *bit-equal* are tested on small models with random weights. The result holds for a configuration whose
+towers have the same keys as the small model's, apart from the number of blocks. A cell shows the weakest of its towers.
 
-A word alone is about the whole file. With `(image)` or `(text)` the file holds that tower alone, or its other tower has
-no place in this configuration; then the load has `towers=`. A file exists where the format's code can express the
-tower, published or not: people train their own.
+Settings that are not stored in the weights (activations, head counts, eps of norms, pooling) are compared with the
+library's code or its configuration file. If OpenCLIP's configuration has another value, the load warns, the embeddings
+differ a little, and the cell says at most bit-equal.
+
+A cell with one word is about the whole file. `(image)` or `(text)` means: the file holds only this tower, or its other
+tower has no place in this configuration. Such a load passes `towers=`. A cell exists if the library's code can build
+the tower, whether or not somebody has published such a file.
 """
 
 
@@ -190,9 +191,7 @@ def group_page(title: str, group: Sequence[str], records: Mapping[tuple[str, str
     rows = [[name, *(str(cells.get((name, form), NONE)) for form in columns)] for name in group]
     lines = [f"## {title}", "", *table(["configuration", *(f"`{form}`" for form in columns)], rows), ""]
     found = [records[name, form] for form in columns for name in group if (name, form) in records]
-    lacking = [
-        (r["format"], "the file has no projection to CLIP's embedding; load it with `strict=False`", r) for r in found
-    ]
+    lacking = [(r["format"], "the file has no projection to CLIP's embedding: pass `strict=False`", r) for r in found]
     told = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
     told += [(r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]]
     common = usual()
@@ -200,7 +199,7 @@ def group_page(title: str, group: Sequence[str], records: Mapping[tuple[str, str
         for name in group:
             answer = answers[name][form]
             if isinstance(answer, str) and (form in columns or answer != common[form]):
-                told.append((form, f"no such weights: {answer}", name))
+                told.append((form, f"no such files: {answer}", name))
     return [*lines, *(f"- {line}" for line in merged(told, group)), *([""] if told else [])]
 
 
@@ -240,7 +239,15 @@ def page(proofs: Sequence[Record]) -> str:
         words = [found.word for (_, other), found in cells.items() if other == form]
         counts = [str(words.count(word) or "") for word in shown]
         rows.append([f"[{form}](formats/{form}.md)", str(len(words) or ""), *counts, reason])
-    lines += table(["format", "configurations", *shown, "no such weights for others, unless said below"], rows)
+    lines += table(
+        [
+            "format",
+            "configurations",
+            *shown,
+            "why the others have no such files, unless said below",
+        ],
+        rows,
+    )
     lines += [""]
     for title, group in groups(records):
         lines += group_page(f"{title} ({len(group)})", group, records, cells)
@@ -257,12 +264,12 @@ def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
     return [
         "## Models without a configuration",
         "",
-        "OpenCLIP builds these models too, from other fields of a configuration that it ships. At full size:",
+        "OpenCLIP has no configuration for these models, but it builds them from a changed one. At full size:",
         "",
-        *table(["model", "format", "goes into", "proved"], rows),
+        *table(["model", "format", "loads into", "tests show"], rows),
         "",
-        "- TinyCLIP's models of automatic inheritance are pruned block by block; no OpenCLIP model has such blocks.",
-        "- Of LiT's models with a BERT text tower the image tower loads, into the same models.",
+        '- TinyCLIP\'s "auto" models are pruned block by block. OpenCLIP has no model with such blocks.',
+        "- For LiT models with a BERT text tower, the image tower loads into the same models.",
         "",
     ]
 
