@@ -125,7 +125,7 @@ def cases(folder: Path, quick: bool) -> list[Case]:
 printed: list[str] = []
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     """Print a line, and keep it for the page."""
     print(text, flush=True)
     printed.append(text)
@@ -256,7 +256,7 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
     spent = timed(rounds, work)
     medians = {name: statistics.median(times) for name, times in spent.items()}
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    tell(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
+    say(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
     for name, times in spent.items():
         note = f"(target {case.target:g})" if name == "keymap" and case.target else ""
         if name in case.against:
@@ -264,7 +264,7 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
         if name == "keymap, assign=True":
             goal = "  (target 0.1)" if case.target == 1.1 else ""  # in the model's own layout
             note = f"{medians[name] / medians['keymap']:.2f} x keymap{goal}"
-        tell(line(name, times, medians["floor"], note))
+        say(line(name, times, medians["floor"], note))
     return medians
 
 
@@ -326,13 +326,13 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
     for _ in range(rounds):
         for keys, model, file in cases:
             spent[keys] += timed(max(1, 8000 // keys), {"plan": partial(keymap.plan_load, model, file)})["plan"]
-    tell("plan_load of a transformers CLIP image tower by number of keys, including reading the header")
+    say("plan_load of a transformers CLIP image tower by number of keys, including reading the header")
     first = 0.0
     for keys, times in spent.items():
         each = statistics.median(times) / keys
         first = first or each
         goal = "  (target 10 ms)" if keys < 1000 else ""
-        tell(
+        say(
             f"  {keys:7} keys {statistics.median(times) * 1e3:9.1f} ms  ({min(times) * 1e3:.1f} - "
             f"{max(times) * 1e3:.1f})  {each * 1e6:6.1f} us a key  {each / first:.2f} x the first row's{goal}"
         )
@@ -391,12 +391,12 @@ def run_memory(case: Case, quick: bool, loader: str = "keymap") -> None:
     command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file), "--by", loader]
     found = subprocess.run([*command, *(["--quick"] if quick else [])], capture_output=True, text=True, check=False)
     if found.returncode:
-        tell(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
+        say(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
         return
     extra, mapped, largest = (float(word) for word in found.stdout.split()[-3:])
     target = f" (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)" if loader == "keymap" else ""
     name = case.name if loader == "keymap" else f"  {loader}"
-    tell(f"  {name:34} {extra:8.1f} MB anonymous{target}, {mapped:.0f} MB mapped")
+    say(f"  {name:34} {extra:8.1f} MB anonymous{target}, {mapped:.0f} MB mapped")
 
 
 # --- once in a process ---------------------------------------------------------------------------------------
@@ -425,13 +425,13 @@ def run_once(rounds: int) -> None:
                 command = [sys.executable, "-c", ONCE]
                 found = subprocess.run(command, capture_output=True, text=True, check=True, env=here, cwd=folder)
                 spent[kind].append([float(word) * 1e3 for word in found.stdout.split()])
-    tell("once in a process")
+    say("once in a process")
     targets = ("  (target 50 ms)", "")
     names = ("import keymap, beyond torch", "reading the mappings, at first use")
     for kind, rows in spent.items():
         for name, times, target in zip(names, zip(*rows[1:], strict=True), targets, strict=True):
             label = f"{name}, {kind}"
-            tell(f"  {label:58} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
+            say(f"  {label:58} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
 
 
 # --- all -----------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
     checksums = "isal" if find_spec("isal") else "zlib"
     threads = f"{torch.get_num_threads()} threads"
-    tell(f"{rounds} rounds, torch {torch.__version__} with {threads}, checksums by {checksums}")
+    say(f"{rounds} rounds, torch {torch.__version__} with {threads}, checksums by {checksums}")
     with tempfile.TemporaryDirectory(prefix="keymap-bench-") as name:
         folder = Path(name)
         some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
@@ -468,12 +468,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run_once(min(rounds, 5))
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
-        tell("peak memory of a load, beyond the model")
+        say("peak memory of a load, beyond the model")
         for case in some:
             for loader in LOADERS if case.model == "tiny" else ("keymap",):
                 run_memory(case, asked.quick, loader)
     middle, least, greatest = (how(turns) * 1e3 for how in (statistics.median, min, max))
-    tell(
+    say(
         f"one million iterations of an empty Python loop, over the run: {middle:.0f} ms  ({least:.0f} - {greatest:.0f})"
     )
     if asked.write:

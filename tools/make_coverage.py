@@ -1,11 +1,11 @@
-"""Write docs/coverage.md: what tests prove of every configuration that OpenCLIP ships, and every format.
+"""Write docs/coverage.md: what the tests show for every configuration that OpenCLIP ships and every format.
 
     make test                                  runs the tests, which write build/proofs.json
     python tools/make_coverage.py              writes the page from it
     python tools/make_coverage.py --check      writes nothing; exit status 1 if the page is stale or a cell got worse
 
-A cell is made of two things. A test has planned the load of a file of full size into the configuration (names and
-shapes); and of each tower that the file fills, tests have proved something on a small model of the same layout.
+A cell combines two results: a test that plans the load of a full-size file into the configuration (names and shapes),
+and, for each tower that the file fills, the tests on a small model with the same keys.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is proved of one format and one configuration: the weakest word of its towers."""
+    """The result for one format and one configuration: the weakest word of its towers."""
 
     word: str
     towers: tuple[str, ...]
@@ -88,7 +88,7 @@ Proved = Mapping[tuple[str, str, str], set[int]]
 
 
 def strengths(proofs: Iterable[Record]) -> Proved:
-    """What tests have proved, by format, tower and layout: positions in ``WORDS``."""
+    """The results of the tests by format, tower and layout, as positions in ``WORDS``."""
     found: dict[tuple[str, str, str], set[int]] = {}
     for proof in proofs:
         for tower, layout in proof["towers"].items():
@@ -97,10 +97,10 @@ def strengths(proofs: Iterable[Record]) -> Proved:
 
 
 def cell(record: Record, proved: Proved) -> Cell:
-    """The word for one planned load: the weakest of the best that is proved of each tower.
+    """The word for one planned load: the best result of each tower, and of these the weakest.
 
-    A load that warns leaves embeddings that differ, so parity is not what it has. Scalars are no embedding: equal bits
-    are all that can be proved of them.
+    If the load warns, the embeddings differ, so the word is at most bit-equal. Scalars have no embedding: bit-equal is
+    the best result for them, and it does not lower the word.
     """
     most = WORDS.index("bit-equal") if record["warnings"] else len(WORDS) - 1
     found = []
@@ -111,7 +111,7 @@ def cell(record: Record, proved: Proved) -> Cell:
 
 
 def short(warning: str) -> str:
-    """A warning of a load without where it was read and what to change."""
+    """The first part of a load's warning: the two values."""
     return re.sub(r" \((format|config\.json)[^)]*\)", "", warning).partition(", so ")[0]
 
 
@@ -147,7 +147,7 @@ the tower, whether or not somebody has published such a file.
 
 
 def names(found: Sequence[str], group: Sequence[str]) -> str:
-    """Where something holds: nothing for the whole group, else the configurations, or those where it does not."""
+    """The configurations for which something holds, or the exceptions; empty for the whole group."""
     without = [name for name in group if name not in found]
     if not without:
         return ""
@@ -158,10 +158,10 @@ def code(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-def merged(told: Iterable[tuple[str, str, str]], group: Sequence[str]) -> list[str]:
-    """Lines for (format, what, configuration): formats of which the same is told of the same configurations as one."""
+def merged(facts: Iterable[tuple[str, str, str]], group: Sequence[str]) -> list[str]:
+    """Lines for (format, what, configuration); formats with the same text and the same configurations share a line."""
     by_format: dict[tuple[str, str], list[str]] = {}
-    for form, what, name in told:
+    for form, what, name in facts:
         by_format.setdefault((form, what), []).append(name)
     lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (form, what), found in by_format.items():
@@ -175,36 +175,38 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def usual() -> dict[str, str]:
-    """For each format the reason that most configurations have no such weights for."""
-    told: dict[str, Counter[str]] = {form: Counter() for form in sources.FORMATS}
+    """For each format the most frequent reason why a configuration has no such file."""
+    counted: dict[str, Counter[str]] = {form: Counter() for form in sources.FORMATS}
     for name in full_size.names():
         for form, answer in sources.of(name).items():
             if isinstance(answer, str):
-                told[form][answer] += 1
-    return {form: reasons.most_common(1)[0][0] if reasons else "" for form, reasons in told.items()}
+                counted[form][answer] += 1
+    return {form: reasons.most_common(1)[0][0] if reasons else "" for form, reasons in counted.items()}
 
 
 def group_page(title: str, group: Sequence[str], records: Mapping[tuple[str, str], Record], cells: Cells) -> list[str]:
-    """One table: the configurations of a layout, the formats that there are for them, and what else is to say."""
+    """The table of a group of configurations, and the remarks below it."""
     answers = {name: sources.of(name) for name in group}
     columns = [form for form in sources.FORMATS if any(not isinstance(answers[n][form], str) for n in group)]
     rows = [[name, *(str(cells.get((name, form), NONE)) for form in columns)] for name in group]
     lines = [f"## {title}", "", *table(["configuration", *(f"`{form}`" for form in columns)], rows), ""]
     found = [records[name, form] for form in columns for name in group if (name, form) in records]
     lacking = [(r["format"], "the file has no projection to CLIP's embedding: pass `strict=False`", r) for r in found]
-    told = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
-    told += [(r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]]
+    remarks = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
+    remarks += [
+        (r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]
+    ]
     common = usual()
     for form in sources.FORMATS:
         for name in group:
             answer = answers[name][form]
             if isinstance(answer, str) and (form in columns or answer != common[form]):
-                told.append((form, f"no such files: {answer}", name))
-    return [*lines, *(f"- {line}" for line in merged(told, group)), *([""] if told else [])]
+                remarks.append((form, f"no such files: {answer}", name))
+    return [*lines, *(f"- {line}" for line in merged(remarks, group)), *([""] if remarks else [])]
 
 
 def groups(records: Mapping[tuple[str, str], Record]) -> list[tuple[str, list[str]]]:
-    """Configurations of one class and one layout, with a title."""
+    """Groups of configurations with the same class and the same layouts, each with a title."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name in full_size.names():
         record = records.get((name, "open_clip"))
@@ -256,7 +258,7 @@ def page(proofs: Sequence[Record]) -> str:
 
 
 def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
-    """Files whose models OpenCLIP can build, but has no configuration for."""
+    """Models that OpenCLIP can build and has no configuration for."""
     rows = []
     for name, relative in sources.RELATIVES.items():
         found = cell(records[name], proved) if name in records else Cell(WORDS[0], (), False)
@@ -295,13 +297,13 @@ def read_cells(text: str) -> dict[tuple[str, str], str]:
 
 
 def rank(text: str) -> tuple[int, int]:
-    """How much a cell says: of the whole file before a part of it, then by its word."""
+    """The strength of a cell: its word, and whether it is about the whole file."""
     word, _, part = text.partition(" (")
     return (WORDS.index(word), 0 if part else 1) if word in WORDS else (-1, 0)
 
 
 def worse(old: str, new: str) -> list[str]:
-    """The cells that say less than they did."""
+    """The cells that are weaker than before."""
     before, after = read_cells(old), read_cells(new)
     return [
         f"{name}, {form}: was {text}, is {after.get((name, form), NONE)}"
@@ -313,7 +315,7 @@ def worse(old: str, new: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the coverage page from what a run of the tests proved.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is stale")
-    parser.add_argument("--proofs", type=Path, default=PROOFS, help="what the tests wrote (make test)")
+    parser.add_argument("--proofs", type=Path, default=PROOFS, help="the file that `make test` wrote")
     parser.add_argument("--page", type=Path, default=PAGE)
     asked = parser.parse_args(arguments)
     if not asked.proofs.is_file():

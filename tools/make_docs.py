@@ -425,7 +425,7 @@ def stale(made: dict[str, str], folder: Path) -> list[str]:
 
 
 def readme(text: str) -> str:
-    """The README with its table of formats made anew."""
+    """The README with a new table of formats."""
     before, mark, rest = text.partition("<!-- formats:")
     comment, line, rest = rest.partition("\n")
     _, end, after = rest.partition("<!-- end of formats -->")

@@ -87,7 +87,7 @@ def prepare(text: str, store: Path, folder: Path) -> None:
 
 @dataclass
 class Block:
-    """A fenced block: its language and text, its line, and where its text stands in the document."""
+    """A fenced block: its language and text, its line, and the start and end of its text in the document."""
 
     language: str
     text: str
