@@ -117,7 +117,7 @@ def test_the_readme_quotes_the_figures_of_the_benchmarks():
     cases = ("ViT-B-32 .safetensors", "ViT-B-32 .pt")
     measured = [figure(case, row) for row in ("keymap", "open_clip") for case in cases]
     measured.append(figure("transformers CLIP -> ViT-B-32", "keymap"))
-    assert re.findall(r"\b(\d+) ms", read("README.md").partition("## Speed")[2].partition("\n## ")[0]) == measured
+    assert re.findall(r"\b(\d+)\s+ms", read("README.md").partition("## Speed")[2].partition("\n## ")[0]) == measured
 
 
 # --- the other documents -------------------------------------------------------------------------------------
