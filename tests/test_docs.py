@@ -15,11 +15,11 @@ from keymap.paths import data_folder
 from keymap.plan.plan import Plan
 from keymap.results import Inspection, Report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.insert(0, str(next(up for up in Path(__file__).resolve().parents if (up / "Makefile").is_file()) / "tools"))
 
 import run_docs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = run_docs.ROOT
 DOCUMENTS = sorted(file for folder in (".", "docs", "docs/formats") for file in (ROOT / folder).glob("*.md"))
 
 

@@ -1,9 +1,9 @@
 """Record the configurations that the installed OpenCLIP ships, in mappings/open_clip_configurations.yaml.
 
     python tools/record_configurations.py            write the file
-    python tools/record_configurations.py --check    write nothing; exit status 1 if the file would change
+    python tools/record_configurations.py --check    exit status 1 if it would change
 
-Models are built on the meta device, so this needs no memory and no download.
+Models are built on the meta device: names and shapes, no memory, no download.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def text(groups: Iterable[tuple[Prints, Mapping[str, Sequence[int]]]]) -> str:
     """The text of the file: names and their positions, by fingerprints."""
     lines = []
     for prints, names in groups:
-        towers = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
+        told = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
         rows = ", ".join(f"{name}: [{', '.join(map(str, numbers))}]" for name, numbers in names.items())
-        lines.append(f"  - {{{towers}, names: {{{rows}}}}}\n")
+        lines.append(f"  - {{{told}, names: {{{rows}}}}}\n")
     return HEAD.format(version=version("open_clip_torch")) + "".join(lines)
 
 
@@ -67,7 +67,7 @@ def recorded() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Record the configurations that OpenCLIP ships.")
-    parser.add_argument("--check", action="store_true", help="only check whether the file is up to date")
+    parser.add_argument("--check", action="store_true", help="only see whether the file is fresh")
     check = parser.parse_args(arguments).check
     written = recorded()
     fresh = FILE.is_file() and FILE.read_text(encoding="utf-8") == written
