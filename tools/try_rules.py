@@ -21,7 +21,6 @@ from keymap.language.format import Format
 from keymap.language.layout import whole
 from keymap.language.rules import RuleTable
 from keymap.load.copying import materialise
-from keymap.plan.to_hub import incomplete
 from keymap.source.detect import apply_aliases
 
 HEAD = """
@@ -73,12 +72,6 @@ def backward(
 ) -> dict[str, Tensor]:
     """Apply the derived inverse of the rules to tensors of the model; errors are those of `forward`."""
     return _apply(RuleTable(mapping(rules, more).rules).inverse(), tensors, facts)
-
-
-def missing(rules: str, keys: list[str]) -> list[str]:
-    """What a file with these keys lacks of the tower, in words."""
-    made = mapping(rules)
-    return [fault.text for fault in incomplete(made, made.rules, keys)]
 
 
 def renamed(rules: str, keys: list[str], more: str) -> list[str]:
