@@ -80,12 +80,19 @@ def test_a_broken_example_is_found(name, tmp_path):
     assert wanted in "".join([*outcome.faults, *differ])
 
 
-def test_write_puts_the_printed_output_into_the_document(tmp_path):
-    document = "```python\nprint('1.5 s', 2)\n```\n\n```text\n{}\n```\n\nMore.\n"
-    outcome = perform(document.format("0.2 s 3"), tmp_path)
-    assert run_docs.rewritten(document.format("0.2 s 3"), outcome) == document.format("1.5 s 2")
-    outcome = perform(document.format("0.2 s 2"), tmp_path)
-    assert run_docs.rewritten(document.format("0.2 s 2"), outcome) == document.format("0.2 s 2")  # a time alone
+WRITTEN = {  # what a document shows, and what it shows after a run that prints "1.5 s" and "2"
+    "other output": ("0.2 s\n3", "0.2 s\n2"),
+    "another time alone": ("0.2 s\n2", "0.2 s\n2"),
+    "nothing yet": ("", "1.5 s\n2"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_write_puts_the_printed_output_into_the_document(name, tmp_path):
+    page = "```python\nprint('1.5 s')\nprint(2)\n```\n\n```text\n{}\n```\n\nMore.\n"
+    before, after = WRITTEN[name]
+    document = page.format(before)
+    assert run_docs.rewritten(document, perform(document, tmp_path)) == page.format(after)
 
 
 # --- README --------------------------------------------------------------------------------------------------

@@ -181,10 +181,13 @@ def perform(document: str, name: str, folder: Path) -> Outcome:
 
 
 def rewritten(document: str, outcome: Outcome) -> str:
-    """The document with what its examples print now; blocks that differ by a time alone stay as they are."""
+    """The document with what its examples print now; a line that differs by a time alone stays as it is."""
     for block, printed in reversed(outcome.shown):
         if without_times(block.text) != without_times(printed):
-            document = document[: block.start] + printed + document[block.end :]
+            before = {without_times(line): line for line in block.text.splitlines()}
+            lines = [before.get(without_times(line), line) for line in printed.splitlines()]
+            text = "".join(f"{line}\n" for line in lines)
+            document = document[: block.start] + text + document[block.end :]
     return document
 
 
