@@ -1,11 +1,11 @@
-"""Time loads against the floor: what it takes to copy the same bytes between two allocated tensors.
+"""Compare the time of loads with the floor: a copy of the same bytes between two allocated tensors.
 
     python tools/bench.py             all cases, some minutes
     python tools/bench.py --write     the same, and docs/benchmarks.md
-    python tools/bench.py --quick     tiny models, to see that it runs
+    python tools/bench.py --quick     tiny models, to check that it runs
 
-Every figure is a ratio of times of one run: rounds are interleaved, files are in the page cache, and medians
-are shown with the least and the greatest. Memory is measured in a process of its own.
+Ratios compare times of one run: rounds are interleaved, and files are in the page cache. Each line shows the median,
+the minimum and the maximum. Memory is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-Taker = Callable[[nn.Module, Path], object]  # what brings a file into a model
+Loader = Callable[[nn.Module, Path], object]  # loads a file into a model
 
 
 @dataclass
 class Case:
-    """A file, the model that it goes into, and what the targets say of the load."""
+    """A file, the model that it is loaded into, the target, and other loaders to compare with."""
 
     name: str
     file: Path
     model: str
     target: float
-    against: dict[str, Taker] = field(default_factory=dict)
+    against: dict[str, Loader] = field(default_factory=dict)
 
 
 def model_of(kind: str, quick: bool, seed: int = 3) -> nn.Module:
@@ -100,13 +100,13 @@ def cases(folder: Path, quick: bool) -> list[Case]:
         del state
     hf.clip(**({} if quick else SIZES["clip"])).save_pretrained(folder / "hf")
     np.savez(folder / "siglip.npz", **big_vision.init(**({} if quick else SIZES["siglip"])))
-    own: dict[str, Taker] = {"open_clip": with_open_clip}
-    mapped: dict[str, Taker] = {
+    own: dict[str, Loader] = {"open_clip": with_open_clip}
+    mapped: dict[str, Loader] = {
         **own,
         "safetensors + load_state_dict": with_safetensors,
         "the same, assign=True": partial(with_safetensors, assign=True),
     }
-    pickled: dict[str, Taker] = {
+    pickled: dict[str, Loader] = {
         **own,
         "torch.load(mmap=True)": with_mapped_torch_load,
         "the same, assign=True": partial(with_mapped_torch_load, assign=True),
@@ -122,17 +122,17 @@ def cases(folder: Path, quick: bool) -> list[Case]:
     ]
 
 
-told: list[str] = []
+printed: list[str] = []
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     """Print a line, and keep it for the page."""
     print(text, flush=True)
-    told.append(text)
+    printed.append(text)
 
 
 def machine() -> str:
-    """What this ran on, in general words."""
+    """The machine, in general words."""
     rows = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((row.partition(": ")[2] for row in rows if row.startswith("model name")), platform.machine())
     return f"{os.cpu_count()} cores ({name}), {platform.system()}, Python {platform.python_version()}"
@@ -141,23 +141,23 @@ def machine() -> str:
 READING = """\
 ## How to read them
 
-- `the file's bytes read` is what the system takes to give a file's bytes out of its page cache, on all threads, to a
-  program that does nothing with them: no load can be faster. On this machine that alone takes more than the targets of
-  1.10 and 1.15; `plan alone` is added to it.
-- `plan alone` is the time that no copy pays: names are read, a format is found, every tensor is matched and checked, in
-  Python, some 30 to 40 microseconds a tensor of a model, whatever its size.
-- A `.pt` needs more of it: its pickle is followed opcode by opcode by a machine that can import nothing.
-- `.npz`: a stored member is read twice, because its checksum must hold before anything is written, and nearly every
-  kernel is transposed, which takes a processor some cycles an element. Rows are read a few at a time into memory that
-  stays in its cache, and numpy writes them as columns; the matrices are shared out over threads.
-- `assign=True` copies nothing of a file in the model's own layout: what is left is the plan, and some microseconds a
-  tensor for torch to make a parameter; to do the same with safetensors' or torch's own reader and `load_state_dict`
-  takes as long, without a look at what is loaded. In another layout what must be joined, cut or transposed is made in
-  new memory.
-- Of 100,000 tiny tensors the memory is that of their names, shapes and pieces, in Python, which the plan and its report
-  keep; and so is the time. Below it stands what the names and tensors alone take.
-- The last line tells how evenly Python ran: of a machine that others share too, milliseconds are compared within a
-  block, and with 10 and 50 only as far as that line is even.
+- **floor** is a copy of the same bytes between two tensors that are already allocated.
+- **read the file's bytes** reads the file from the page cache into memory, on all threads, and does nothing with it.
+  No load can be faster. On this machine this alone is above the targets of 1.10 and 1.15.
+- **plan only** is `plan_load`. It costs about 30 to 40 microseconds for each tensor, whatever the size of the tensor:
+  keymap reads the names, detects the format, and matches and checks every tensor in Python.
+- **`.pt`** files take a longer plan, because keymap follows their pickle opcode by opcode, without importing
+  anything.
+- **`.npz`** files take longer for two reasons. A stored member is read twice: its checksum must be right before
+  anything is written. And nearly every kernel is transposed. keymap reads a few rows at a time into memory that fits
+  the cache, numpy writes them as columns, and threads share the matrices.
+- **`assign=True`** copies nothing if the file has the model's own layout. What remains is the plan, and the time that
+  torch takes to make each parameter. safetensors or torch with `load_state_dict` take as long and check less. In
+  another layout, tensors that must be joined, split or transposed are made in new memory.
+- **100,000 tiny tensors** show the cost of names, shapes and pieces, which the plan and its report keep in memory.
+  The rows below show what the names and tensors take without keymap.
+- **The last line** shows how evenly Python ran. On a shared machine, compare times only within a block; compare with
+  the targets of 10 and 50 ms only if the last line is even.
 """.splitlines()
 
 
@@ -167,11 +167,11 @@ def write_page() -> None:
         "# Benchmarks",
         "",
         f"Measured {time.strftime('%Y-%m-%d')} on {machine()}, open_clip {open_clip.__version__}.",
-        "The floor is a copy of the same bytes between two allocated tensors; all figures of a block are of one run,",
-        "its rounds interleaved, files in the page cache: medians, and the least and the greatest.",
+        "Each line shows the median, then the minimum and maximum. All lines of a block are from one run, with",
+        "interleaved rounds. Files are in the page cache.",
         "",
         "```text",
-        *told,
+        *printed,
         "```",
         "",
         *READING,
@@ -192,7 +192,7 @@ def floor_of(model: nn.Module) -> Callable[[], None]:
 
 
 def reads_of(file: Path) -> Callable[[], None]:
-    """Read a file into memory that is allocated and touched already, on all threads: what the system alone takes."""
+    """Read a file on all threads into memory that is already in use: the time of the operating system alone."""
     size, step = file.stat().st_size, 1 << 24
     memory = torch.zeros(size, dtype=torch.uint8).numpy().data
 
@@ -209,7 +209,7 @@ turns: list[float] = []
 
 
 def turn() -> None:
-    """Note how fast the processor is at Python just now: of a shared machine that may change within a run."""
+    """Measure the current speed of Python, which can change during a run on a shared machine."""
     start = time.perf_counter()
     for _ in range(1_000_000):
         pass
@@ -217,7 +217,7 @@ def turn() -> None:
 
 
 def timed(rounds: int, work: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each, round after round, after one round that does not count."""
+    """The seconds of each, in interleaved rounds, after one warm-up round."""
     spent: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         turn()
@@ -238,13 +238,13 @@ def line(name: str, seconds: Sequence[float], floor: float, note: str = "") -> s
 
 
 def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
-    """One file: the floor, keymap, what others need. Returns medians in seconds."""
+    """One file: the floor, keymap, and other loaders. Returns medians in seconds."""
     model, other = model_of(case.model, quick), model_of(case.model, quick, seed=4)
     work: dict[str, Callable[[], object]] = {
         "floor": floor_of(model),
-        "the file's bytes read, no more": reads_of(case.file),
+        "read the file's bytes": reads_of(case.file),
         "keymap": lambda: keymap.load_checkpoint(model, case.file),
-        "keymap, plan alone": lambda: keymap.plan_load(model, case.file),
+        "keymap, plan only": lambda: keymap.plan_load(model, case.file),
         "keymap, assign=True": lambda: keymap.load_checkpoint(other, case.file, assign=True),
     }
     if case.model == "clip":
@@ -256,7 +256,7 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
     spent = timed(rounds, work)
     medians = {name: statistics.median(times) for name, times in spent.items()}
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    tell(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
+    say(f"{case.name}, {size / 1e6:.0f} MB into {len(model.state_dict())} tensors")
     for name, times in spent.items():
         note = f"(target {case.target:g})" if name == "keymap" and case.target else ""
         if name in case.against:
@@ -264,7 +264,7 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
         if name == "keymap, assign=True":
             goal = "  (target 0.1)" if case.target == 1.1 else ""  # in the model's own layout
             note = f"{medians[name] / medians['keymap']:.2f} x keymap{goal}"
-        tell(line(name, times, medians["floor"], note))
+        say(line(name, times, medians["floor"], note))
     return medians
 
 
@@ -272,7 +272,7 @@ def run_case(case: Case, rounds: int, quick: bool) -> dict[str, float]:
 
 
 class Many(nn.Module):
-    """A stand-in for a model of many tiny tensors: OpenCLIP's names, and no modules to walk through."""
+    """A model of many tiny tensors: it has OpenCLIP's names and no modules."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ def many(count: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
-    """The time of a plan by the number of keys; small ones are made more often, in every round."""
+    """The time of a plan by the number of keys. Small plans run more often in each round."""
     cases: list[tuple[int, nn.Module, Path]] = []
     for count in counts:
         tensors, hub = many(count)
@@ -326,13 +326,13 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
     for _ in range(rounds):
         for keys, model, file in cases:
             spent[keys] += timed(max(1, 8000 // keys), {"plan": partial(keymap.plan_load, model, file)})["plan"]
-    tell("plan_load of a transformers CLIP image tower by the number of keys; reading the header is within")
+    say("plan_load of a transformers CLIP image tower by number of keys, including reading the header")
     first = 0.0
     for keys, times in spent.items():
         each = statistics.median(times) / keys
         first = first or each
         goal = "  (target 10 ms)" if keys < 1000 else ""
-        tell(
+        say(
             f"  {keys:7} keys {statistics.median(times) * 1e3:9.1f} ms  ({min(times) * 1e3:.1f} - "
             f"{max(times) * 1e3:.1f})  {each * 1e6:6.1f} us a key  {each / first:.2f} x the first row's{goal}"
         )
@@ -342,26 +342,26 @@ def run_plans(folder: Path, rounds: int, counts: Sequence[int]) -> None:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of anonymous and of mapped memory of this process, or 0 where the system does not tell."""
+    """Bytes of anonymous and of mapped memory of this process; 0 if the system does not report them."""
     try:
         text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
     except OSError:
         return 0, 0
-    told = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in text.splitlines()[1:]}
-    return told["Anonymous"], told["Rss"] - told["Anonymous"]
+    sizes = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in text.splitlines()[1:]}
+    return sizes["Anonymous"], sizes["Rss"] - sizes["Anonymous"]
 
 
-TAKERS: dict[str, Taker] = {
+LOADERS: dict[str, Loader] = {
     "keymap": keymap.load_checkpoint,
-    "safetensors.load_file alone": lambda _, file: load_file(str(file)),
-    "the model's state_dict() alone": lambda model, _: model.state_dict(),
+    "safetensors.load_file only": lambda _, file: load_file(str(file)),
+    "the model's state_dict() only": lambda model, _: model.state_dict(),
 }
 
 
-def memory_of(kind: str, file: Path, quick: bool, taker: str) -> None:
-    """(In a process of its own) load, watched by a thread; prints what the load took beyond the model."""
+def memory_of(kind: str, file: Path, quick: bool, loader: str) -> None:
+    """In a separate process: load while a thread watches; print the memory that the load took beyond the model."""
     model = model_of(kind, quick)
-    keymap.list_formats()  # what only the first call reads
+    keymap.list_formats()  # reads the mappings, once in a process
     small = openclip.clip()
     with tempfile.TemporaryDirectory() as folder:
         save_file({k: v.contiguous() for k, v in small.state_dict().items()}, Path(folder) / "small.safetensors")
@@ -377,7 +377,7 @@ def memory_of(kind: str, file: Path, quick: bool, taker: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    result = TAKERS[taker](model, file)
+    result = LOADERS[loader](model, file)
     seen.append(memory())
     done.set()
     watcher.join()
@@ -387,16 +387,16 @@ def memory_of(kind: str, file: Path, quick: bool, taker: str) -> None:
     print(f"{extra[0]:.1f} {extra[1]:.1f} {largest / 1e6:.1f}")
 
 
-def run_memory(case: Case, quick: bool, taker: str = "keymap") -> None:
-    command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file), "--by", taker]
+def run_memory(case: Case, quick: bool, loader: str = "keymap") -> None:
+    command = [sys.executable, __file__, "--memory-of", case.model, "--file", str(case.file), "--by", loader]
     found = subprocess.run([*command, *(["--quick"] if quick else [])], capture_output=True, text=True, check=False)
     if found.returncode:
-        tell(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
+        say(f"  {case.name:32} could not be measured: {found.stderr.strip().splitlines()[-1:]}")
         return
     extra, mapped, largest = (float(word) for word in found.stdout.split()[-3:])
-    target = f" (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)" if taker == "keymap" else ""
-    name = case.name if taker == "keymap" else f"  {taker}"
-    tell(f"  {name:34} {extra:8.1f} MB anonymous{target}, {mapped:.0f} MB mapped")
+    target = f" (largest tensor {largest:.1f} MB, target {largest + 32:.0f} MB)" if loader == "keymap" else ""
+    name = case.name if loader == "keymap" else f"  {loader}"
+    say(f"  {name:34} {extra:8.1f} MB anonymous{target}, {mapped:.0f} MB mapped")
 
 
 # --- once in a process ---------------------------------------------------------------------------------------
@@ -412,11 +412,11 @@ print(imported - start, time.perf_counter() - imported)
 
 
 def run_once(rounds: int) -> None:
-    """What every process pays once: the import beyond torch's, and reading the mappings at the first call."""
+    """The cost that each process has once: the import beyond torch, and reading the mappings at the first call."""
     spent: dict[str, list[list[float]]] = {"an installed release": [], "a checkout": []}
     compiled = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
-        site = str(Path(folder) / "site")  # not where the processes start, in which Python looks first
+        site = str(Path(folder) / "site")  # not the working folder of the processes, which Python searches first
         install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site, str(ROOT)]
         subprocess.run([sys.executable, *install], check=True, env=compiled)
         for _ in range(rounds + 1):
@@ -425,13 +425,13 @@ def run_once(rounds: int) -> None:
                 command = [sys.executable, "-c", ONCE]
                 found = subprocess.run(command, capture_output=True, text=True, check=True, env=here, cwd=folder)
                 spent[kind].append([float(word) * 1e3 for word in found.stdout.split()])
-    tell("once in a process")
+    say("once in a process")
     targets = ("  (target 50 ms)", "")
     names = ("import keymap, beyond torch", "reading the mappings, at first use")
     for kind, rows in spent.items():
         for name, times, target in zip(names, zip(*rows[1:], strict=True), targets, strict=True):
-            told = f"{name}, {kind}"
-            tell(f"  {told:58} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
+            label = f"{name}, {kind}"
+            say(f"  {label:58} {statistics.median(times):7.1f} ms  ({min(times):.1f} - {max(times):.1f}){target}")
 
 
 # --- all -----------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="how often each is timed (9)")
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md too")
-    parser.add_argument("--only", default="", help="only cases whose name holds this, without plans and memory")
+    parser.add_argument("--only", default="", help="only cases whose name contains this, without plans and memory")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (as torch chooses)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = min(asked.rounds, 2) if asked.quick else asked.rounds
     checksums = "isal" if find_spec("isal") else "zlib"
     threads = f"{torch.get_num_threads()} threads"
-    tell(f"{rounds} rounds, torch {torch.__version__} with {threads}, checksums by {checksums}")
+    say(f"{rounds} rounds, torch {torch.__version__} with {threads}, checksums by {checksums}")
     with tempfile.TemporaryDirectory(prefix="keymap-bench-") as name:
         folder = Path(name)
         some = [case for case in cases(folder, asked.quick) if asked.only in case.name]
@@ -468,12 +468,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run_once(min(rounds, 5))
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
-        tell("memory beyond the model while loading, at most")
+        say("peak memory of a load, beyond the model")
         for case in some:
-            for taker in TAKERS if case.model == "tiny" else ("keymap",):
-                run_memory(case, asked.quick, taker)
+            for loader in LOADERS if case.model == "tiny" else ("keymap",):
+                run_memory(case, asked.quick, loader)
     middle, least, greatest = (how(turns) * 1e3 for how in (statistics.median, min, max))
-    tell(f"a million turns of an empty loop in Python, all through: {middle:.0f} ms  ({least:.0f} - {greatest:.0f})")
+    say(
+        f"one million iterations of an empty Python loop, over the run: {middle:.0f} ms  ({least:.0f} - {greatest:.0f})"
+    )
     if asked.write:
         write_page()
     return 0

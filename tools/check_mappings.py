@@ -1,10 +1,9 @@
-"""Check mapping files: the shipped ones, or those named.
+"""Check mapping files.
 
-    python tools/check_mappings.py                     all of mappings/
-    python tools/check_mappings.py my_format.yaml ...  these, beside the shipped ones
+    python tools/check_mappings.py                     all files of mappings/
+    python tools/check_mappings.py my_format.yaml ...  these files, together with the shipped ones
 
-One line for each file, and every fault of every file with file:line:column. The exit status is 1 if there
-are faults.
+Prints one line for each file, and every fault as file:line:column. The exit status is 1 if there are faults.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ def shown(file: Path) -> str:
 
 
 def count(mapping: Format) -> int:
-    """The rules of a file, tables written out."""
-    accepts = sum(len(block.table.rules) for block in mapping.aliases)
-    return len(mapping.rules) + accepts + sum(len(variant.rules) for variant in mapping.variants)
+    """The number of rules of a file, with those of its tables."""
+    aliases = sum(len(block.table.rules) for block in mapping.aliases)
+    return len(mapping.rules) + aliases + sum(len(variant.rules) for variant in mapping.variants)
 
 
-def told(error: MappingError) -> list[str]:
+def faults_of(error: MappingError) -> list[str]:
     return list(error.faults or (error.summary,))
 
 
 def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Lines about the files that are right, and all faults of the others."""
+    """A line for each correct file, and all faults of the others."""
     lines: list[str] = []
     faults: list[str] = []
     shipped = sorted(data_folder("mappings").glob("*.yaml"))
     together = {file.resolve(): file for file in [*shipped, *files]}
-    parsed: dict[str, Marked] = {}  # for the tables that one file takes from another
+    parsed: dict[str, Marked] = {}  # for tables that files share
     texts: dict[Path, str] = {}
     for place, file in together.items():
         try:
@@ -56,7 +55,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
             marked = parse_yaml(texts[place], shown(place))
             parsed[str(marked.data.get("format"))] = marked
         except MappingError as error:
-            faults += told(error)
+            faults += faults_of(error)
         except (OSError, UnicodeDecodeError, AttributeError) as fault:
             faults.append(f"{shown(place)}:1:1: {fault}")
     if faults:
@@ -66,21 +65,21 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
         try:
             mapping = compile_mapping(texts[file.resolve()], shown(file.resolve()), parsed.get)
         except MappingError as error:
-            faults += told(error)
+            faults += faults_of(error)
             continue
         spent = (time.perf_counter() - start) * 1000
         lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
-    if not faults:  # what only all files together show: names, spellings, evidence, paths of respellings
+    if not faults:  # checks across files: names, layouts, evidence, paths of bridges
         try:
             Catalogue().add(together, check=refuse_claims)
         except MappingError as error:
-            faults += told(error)
+            faults += faults_of(error)
     return lines, faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check mapping files; exit status 1 if one is wrong.")
-    parser.add_argument("files", nargs="*", type=Path, help="mapping files; all shipped ones if none is named")
+    parser.add_argument("files", nargs="*", type=Path, help="mapping files; default: all shipped files")
     files = parser.parse_args(arguments).files or sorted(data_folder("mappings").glob("*.yaml"))
     lines, faults = check(files)
     for text in [*lines, *faults]:

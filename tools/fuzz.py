@@ -1,12 +1,12 @@
-"""Mutants of real checkpoint files, many of them: each must load right or be refused, and a refusal changes nothing.
+"""Load many mutants of real checkpoint files. Each must load the right values, or be refused and change nothing.
 
     python tools/fuzz.py --mutants 10000                      every kind of file
     python tools/fuzz.py --kind npz --kind yaml --seed 3      some kinds, other mutants
-    python tools/fuzz.py --kind npz --only 4711 --keep /tmp/m  one mutant again, and the file itself
+    python tools/fuzz.py --kind npz --only 4711 --keep mutant  make one mutant again, and keep its file
 
-What counts as a failure stands in tests/fuzz/judge.py: another exception, more than 2 s, more memory than four times
-the file and 64 MB, a model that a refusal changed, values that no report explains, a process that dies. The exit
-status is 1 if there is one.
+tests/fuzz/judge.py defines a failure: another exception, more than 2 s, more memory than four times the file plus
+64 MB, a refusal that changed the model, values that the report does not explain, or a process that dies. The exit
+status is 1 if a mutant fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def one(kind: str, seed: int, number: int, folder: Path) -> bool:
-    """Judge one mutant in this process and keep it; whether it is as it should be."""
+    """Judge one mutant in this process and keep it; True if it did not fail."""
     judge = import_module("fuzz.judge")
     made = judge.Kind(kind, folder / kind, seed)
     which, data, intact, strict = made.make(number)
@@ -34,7 +34,7 @@ def one(kind: str, seed: int, number: int, folder: Path) -> bool:
     print(
         f"  a mutant of {name}, {len(data)} bytes, strict={strict}, checksums {'as written' if intact else 'repaired'}"
     )
-    print(f"  it lies in {folder / kind / 'mutant'}")
+    print(f"  the file is {folder / kind / 'mutant'}")
     return bool(outcome.word != "FAILED")
 
 
@@ -45,8 +45,8 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=1000, help="of each kind")
     parser.add_argument("--kind", action="append", choices=list(kinds), help="only these; may be given several times")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="this mutant alone, with one --kind")
-    parser.add_argument("--keep", type=Path, default=Path("fuzzed"), help="where --only leaves the mutant")
+    parser.add_argument("--only", type=int, help="only this mutant, with one --kind")
+    parser.add_argument("--keep", type=Path, default=Path("fuzzed"), help="where --only writes the mutant")
     given = parser.parse_args()
     chosen = given.kind or list(kinds)
     if given.only is not None:

@@ -1,11 +1,11 @@
-"""Write docs/coverage.md: what tests prove of every configuration that OpenCLIP ships, and every format.
+"""Write docs/coverage.md: what the tests show for every configuration that OpenCLIP ships and every format.
 
     make test                                  runs the tests, which write build/proofs.json
     python tools/make_coverage.py              writes the page from it
     python tools/make_coverage.py --check      writes nothing; exit status 1 if the page is stale or a cell got worse
 
-A cell is made of two things. A test has planned the load of a file of full size into the configuration (names and
-shapes); and of each tower that the file fills, tests have proved something on a small model of the same layout.
+A cell combines two results: a test that plans the load of a full-size file into the configuration (names and shapes),
+and, for each tower that the file fills, the tests on a small model with the same keys.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is proved of one format and one configuration: the weakest word of its towers."""
+    """The result for one format and one configuration: the weakest word of its towers."""
 
     word: str
     towers: tuple[str, ...]
@@ -88,7 +88,7 @@ Proved = Mapping[tuple[str, str, str], set[int]]
 
 
 def strengths(proofs: Iterable[Record]) -> Proved:
-    """What tests have proved, by format, tower and layout: positions in ``WORDS``."""
+    """The results of the tests by format, tower and layout, as positions in ``WORDS``."""
     found: dict[tuple[str, str, str], set[int]] = {}
     for proof in proofs:
         for tower, layout in proof["towers"].items():
@@ -97,10 +97,10 @@ def strengths(proofs: Iterable[Record]) -> Proved:
 
 
 def cell(record: Record, proved: Proved) -> Cell:
-    """The word for one planned load: the weakest of the best that is proved of each tower.
+    """The word for one planned load: the best result of each tower, and of these the weakest.
 
-    A load that warns leaves embeddings that differ, so parity is not what it has. Scalars are no embedding: equal bits
-    are all that can be proved of them.
+    If the load warns, the embeddings differ, so the word is at most bit-equal. Scalars have no embedding: bit-equal is
+    the best result for them, and it does not lower the word.
     """
     most = WORDS.index("bit-equal") if record["warnings"] else len(WORDS) - 1
     found = []
@@ -111,7 +111,7 @@ def cell(record: Record, proved: Proved) -> Cell:
 
 
 def short(warning: str) -> str:
-    """A warning of a load without where it was read and what to change."""
+    """The first part of a load's warning: the two values."""
     return re.sub(r" \((format|config\.json)[^)]*\)", "", warning).partition(", so ")[0]
 
 
@@ -120,33 +120,34 @@ def short(warning: str) -> str:
 HEAD = """<!-- Written by tools/make_coverage.py from a run of the tests: `make test`, then `make coverage-page`. -->
 # Coverage
 
-All {count} configurations that OpenCLIP {version} ships, and every format that keymap reads. A cell says what the
-tests of this repository prove of loading a file of that format into that configuration.
+This page covers all {count} configurations that OpenCLIP {version} ships, and every format that keymap reads. A cell
+says what the tests of this repository show for a load of a file of that format into that configuration.
 
-| word | what is proved |
+| word | what the tests show |
 |---|---|
-| parity | the loaded model computes the embeddings that the owner's code computes from the file, at most 2e-5 apart |
-| bit-equal | every tensor has the bits that the owner's loader or converter, or a conversion by hand, gives it |
-| names and shapes | every key of a full-size file has its place, every tensor of the model its key, all shapes agree |
-| {none} | there are no such weights |
+| parity | the loaded model computes the same embeddings as the library that wrote the file, at most 2e-5 apart |
+| bit-equal | every tensor has the same bits as after the library's own loader or converter, or a conversion by hand |
+| names and shapes | every key of a full-size file and every tensor of the model is used, and all shapes agree |
+| {none} | there are no such files |
 
-Names and shapes are proved at full size, for every cell: the key list is that of the owner's code, the model lies on
-the meta device, and the plan of the load is complete, strict and without resizing. Parity and equal bits are proved on
-small models of random weights. They hold for a configuration whose towers have the same *layout* as the small model's:
-the same keys, apart from the number of blocks. A cell is as good as the weakest of its towers.
+*Names and shapes* are tested at full size for every cell. The key list comes from the code of the library that writes
+the format. The model is on the meta device. The plan of the load is complete and strict, and resizes nothing.
 
-What no weight tells (activations, head counts, the eps of norms, pooling) is compared with what the owner's code or its
-configuration file says. Where the configuration of OpenCLIP has another, the load warns, embeddings differ a little
-from the owner's, and the cell says no more than bit-equal.
+*Parity* and *bit-equal* are tested on small models with random weights. The result holds for a configuration whose
+towers have the same keys as the small model's, apart from the number of blocks. A cell shows the weakest of its towers.
 
-A word alone is about the whole file. With `(image)` or `(text)` the file holds that tower alone, or its other tower has
-no place in this configuration; then the load has `towers=`. A file exists where the format's code can express the
-tower, published or not: people train their own.
+Settings that are not stored in the weights (activations, head counts, eps of norms, pooling) are compared with the
+library's code or its configuration file. If OpenCLIP's configuration has another value, the load warns, the embeddings
+differ a little, and the cell says at most bit-equal.
+
+A cell with one word is about the whole file. `(image)` or `(text)` means: the file holds only this tower, or its other
+tower has no place in this configuration. Such a load passes `towers=`. A cell exists if the library's code can build
+the tower, whether or not somebody has published such a file.
 """
 
 
 def names(found: Sequence[str], group: Sequence[str]) -> str:
-    """Where something holds: nothing for the whole group, else the configurations, or those where it does not."""
+    """The configurations for which something holds, or the exceptions; empty for the whole group."""
     without = [name for name in group if name not in found]
     if not without:
         return ""
@@ -157,10 +158,10 @@ def code(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-def merged(told: Iterable[tuple[str, str, str]], group: Sequence[str]) -> list[str]:
-    """Lines for (format, what, configuration): formats of which the same is told of the same configurations as one."""
+def merged(facts: Iterable[tuple[str, str, str]], group: Sequence[str]) -> list[str]:
+    """Lines for (format, what, configuration); formats with the same text and the same configurations share a line."""
     by_format: dict[tuple[str, str], list[str]] = {}
-    for form, what, name in told:
+    for form, what, name in facts:
         by_format.setdefault((form, what), []).append(name)
     lines: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (form, what), found in by_format.items():
@@ -174,38 +175,38 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def usual() -> dict[str, str]:
-    """For each format the reason that most configurations have no such weights for."""
-    told: dict[str, Counter[str]] = {form: Counter() for form in sources.FORMATS}
+    """For each format the most frequent reason why a configuration has no such file."""
+    counted: dict[str, Counter[str]] = {form: Counter() for form in sources.FORMATS}
     for name in full_size.names():
         for form, answer in sources.of(name).items():
             if isinstance(answer, str):
-                told[form][answer] += 1
-    return {form: reasons.most_common(1)[0][0] if reasons else "" for form, reasons in told.items()}
+                counted[form][answer] += 1
+    return {form: reasons.most_common(1)[0][0] if reasons else "" for form, reasons in counted.items()}
 
 
 def group_page(title: str, group: Sequence[str], records: Mapping[tuple[str, str], Record], cells: Cells) -> list[str]:
-    """One table: the configurations of a layout, the formats that there are for them, and what else is to say."""
+    """The table of a group of configurations, and the remarks below it."""
     answers = {name: sources.of(name) for name in group}
     columns = [form for form in sources.FORMATS if any(not isinstance(answers[n][form], str) for n in group)]
     rows = [[name, *(str(cells.get((name, form), NONE)) for form in columns)] for name in group]
     lines = [f"## {title}", "", *table(["configuration", *(f"`{form}`" for form in columns)], rows), ""]
     found = [records[name, form] for form in columns for name in group if (name, form) in records]
-    lacking = [
-        (r["format"], "the file has no projection to CLIP's embedding; load it with `strict=False`", r) for r in found
+    lacking = [(r["format"], "the file has no projection to CLIP's embedding: pass `strict=False`", r) for r in found]
+    remarks = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
+    remarks += [
+        (r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]
     ]
-    told = [(form, text, r["configuration"]) for form, text, r in lacking if r["lacks"]]
-    told += [(r["format"], f"a load warns: {short(text)}", r["configuration"]) for r in found for text in r["warnings"]]
     common = usual()
     for form in sources.FORMATS:
         for name in group:
             answer = answers[name][form]
             if isinstance(answer, str) and (form in columns or answer != common[form]):
-                told.append((form, f"no such weights: {answer}", name))
-    return [*lines, *(f"- {line}" for line in merged(told, group)), *([""] if told else [])]
+                remarks.append((form, f"no such files: {answer}", name))
+    return [*lines, *(f"- {line}" for line in merged(remarks, group)), *([""] if remarks else [])]
 
 
 def groups(records: Mapping[tuple[str, str], Record]) -> list[tuple[str, list[str]]]:
-    """Configurations of one class and one layout, with a title."""
+    """Groups of configurations with the same class and the same layouts, each with a title."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name in full_size.names():
         record = records.get((name, "open_clip"))
@@ -240,7 +241,15 @@ def page(proofs: Sequence[Record]) -> str:
         words = [found.word for (_, other), found in cells.items() if other == form]
         counts = [str(words.count(word) or "") for word in shown]
         rows.append([f"[{form}](formats/{form}.md)", str(len(words) or ""), *counts, reason])
-    lines += table(["format", "configurations", *shown, "no such weights for others, unless said below"], rows)
+    lines += table(
+        [
+            "format",
+            "configurations",
+            *shown,
+            "why the others have no such files, unless said below",
+        ],
+        rows,
+    )
     lines += [""]
     for title, group in groups(records):
         lines += group_page(f"{title} ({len(group)})", group, records, cells)
@@ -249,7 +258,7 @@ def page(proofs: Sequence[Record]) -> str:
 
 
 def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
-    """Files whose models OpenCLIP can build, but has no configuration for."""
+    """Models that OpenCLIP can build and has no configuration for."""
     rows = []
     for name, relative in sources.RELATIVES.items():
         found = cell(records[name], proved) if name in records else Cell(WORDS[0], (), False)
@@ -257,12 +266,12 @@ def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
     return [
         "## Models without a configuration",
         "",
-        "OpenCLIP builds these models too, from other fields of a configuration that it ships. At full size:",
+        "OpenCLIP has no configuration for these models, but it builds them from a changed one. At full size:",
         "",
-        *table(["model", "format", "goes into", "proved"], rows),
+        *table(["model", "format", "loads into", "tests show"], rows),
         "",
-        "- TinyCLIP's models of automatic inheritance are pruned block by block; no OpenCLIP model has such blocks.",
-        "- Of LiT's models with a BERT text tower the image tower loads, into the same models.",
+        '- TinyCLIP\'s "auto" models are pruned block by block. OpenCLIP has no model with such blocks.',
+        "- For LiT models with a BERT text tower, the image tower loads into the same models.",
         "",
     ]
 
@@ -288,13 +297,13 @@ def read_cells(text: str) -> dict[tuple[str, str], str]:
 
 
 def rank(text: str) -> tuple[int, int]:
-    """How much a cell says: of the whole file before a part of it, then by its word."""
+    """The strength of a cell: its word, and whether it is about the whole file."""
     word, _, part = text.partition(" (")
     return (WORDS.index(word), 0 if part else 1) if word in WORDS else (-1, 0)
 
 
 def worse(old: str, new: str) -> list[str]:
-    """The cells that say less than they did."""
+    """The cells that are weaker than before."""
     before, after = read_cells(old), read_cells(new)
     return [
         f"{name}, {form}: was {text}, is {after.get((name, form), NONE)}"
@@ -306,7 +315,7 @@ def worse(old: str, new: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the coverage page from what a run of the tests proved.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is stale")
-    parser.add_argument("--proofs", type=Path, default=PROOFS, help="what the tests wrote (make test)")
+    parser.add_argument("--proofs", type=Path, default=PROOFS, help="the file that `make test` wrote")
     parser.add_argument("--page", type=Path, default=PAGE)
     asked = parser.parse_args(arguments)
     if not asked.proofs.is_file():

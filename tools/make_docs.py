@@ -1,14 +1,15 @@
-"""Write docs/formats/: one page for each mapping, from its YAML file alone, and an index.
+"""Write docs/formats/: one page for each mapping, made from its YAML file, and an index.
 
     python tools/make_docs.py           write the pages
     python tools/make_docs.py --check   write nothing; exit status 1 if a page is stale
 
-The pages are part of the repository, so that a change of a mapping shows its effect on them.
+The pages are part of the repository, so that a review of a mapping shows its effect on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,10 +28,19 @@ PAGES = Path(__file__).resolve().parents[1] / "docs" / "formats"
 KINDS = {
     "format": "Formats",
     "hub": "The hub",
-    "bridge": "Respellings",
+    "bridge": "Bridges",
     "tables": "Shared tables",
     "containers": "Wrappers and prefixes",
     "configurations": "Known models",
+}
+LISTS = {  # fields that are lists of names, with what keymap does with them
+    "causal_masks": "No checkpoint holds these buffers. A model on the meta device gets new ones.",
+    "wrappers": "A dict under one of these names is the state dict. keymap takes the first and lists the others.",
+    "prefixes": "keymap strips a prefix that every key has.",
+    "segments": "keymap strips these names anywhere in a key.",
+    "counters": "keymap ignores these numbers beside a model.",
+    "parts": "A state dict may hold several models under these names. keymap takes the one that fits.",
+    "training_state": "A file with these and without weights is refused as training state.",
 }
 Data = dict[str, Any]
 
@@ -42,8 +52,13 @@ def code(text: object) -> str:
     return f"`{text}`"
 
 
+def scalar(value: object) -> str:
+    """A value as YAML writes it."""
+    return code(str(value).lower() if isinstance(value, bool) else value)
+
+
 def cell(text: str) -> str:
-    """A cell of a table: a bar would end it."""
+    """A cell of a table, with its bars escaped."""
     return text.replace("|", "\\|")
 
 
@@ -59,59 +74,59 @@ def clues(items: Sequence[str | Data], last: str) -> str:
 
 
 def evidence(data: Data) -> str:
-    """Evidence as one sentence without its end."""
+    """Evidence as a clause."""
     parts = []
     if "all" in data:
-        parts.append(f"there {'is' if len(data['all']) == 1 else 'are'} {clues(data['all'], 'and')}")
+        parts.append(f"include {clues(data['all'], 'and')}")
     if "any" in data:
-        parts.append(f"there is {clues(data['any'], 'or')}")
+        parts.append(f"include {clues(data['any'], 'or')}")
     if "none" in data:
-        parts.append(f"there is no {clues(data['none'], 'or')}")
-    return ", and ".join(parts)
+        parts.append(f"do not include {clues(data['none'], 'or')}")
+    return f"the keys {', and '.join(parts)}"
 
 
 def operation(value: str | Data) -> str:
-    """What a rule does to the tensor, in words; empty for a plain renaming."""
+    """What a rule does to the tensor; empty for a plain renaming."""
     if isinstance(value, str):
         return ""
     does: list[str] = []
     if "table" in value:
-        does.append(f"continued by table {code(value['table'])}")
+        does.append(f"continues with table {code(value['table'])}")
     if "take" in value:
         first, last = value["take"]
-        does.append(f"rows {first} to {'the end' if last is None else last - 1}")
+        does.append(f"take rows {first} to {'the end' if last is None else last - 1}")
     if "view" in value:
-        does.append(code(value["view"]))
+        does.append(f"view {code(value['view'])}")
     if "concat" in value:
         parts = f" in parts {value['parts']}" if "parts" in value else ""
-        does.append(f"joined on axis {code(value['concat'])}{parts}")
+        does.append(f"concatenate on axis {code(value['concat'])}{parts}")
     if "order" in value:
-        does.append(f"in the order {value['order']}, where 0 is a member of zeros")
+        does.append(f"in the order {value['order']}; 0 is a block of zeros")
     if "stack" in value:
-        does.append(f"stacked on a new axis {value['stack']}")
+        does.append(f"stack on a new axis {value['stack']}")
     if "rows" in value:
-        does.append(f"rows {value['rows']} of the members in turn")
+        does.append(f"take rows {value['rows']} of the members, in turn")
     if "add" in value:
-        does.append(f"plus {code(value['add'])}")
+        does.append(f"add {code(value['add'])}")
     if "times" in value:
-        does.append(f"times {value['times']}")
+        does.append(f"multiply by {value['times']}")
     if "plus" in value:
-        does.append(f"plus {value['plus']}")
+        does.append(f"add {value['plus']}")
     if "then" in value:
-        does.append(f"then {code(value['then'])}")
+        does.append(f"then view {code(value['then'])}")
     if "split" in value:
         shares = " : ".join(map(str, value["split"]))
-        does.append(f"cut {shares} on axis {value.get('axis', 0)}")
+        does.append(f"split {shares} on axis {value.get('axis', 0)}")
     if "unstack" in value:
         does.append(f"one key for each slice of axis {value.get('axis', 0)}")
     if "sizes" in value:
         does.append("where " + ", ".join(f"{code(name)} is {code(size)}" for name, size in value["sizes"].items()))
     if value.get("optional"):
-        does.append("may be absent")
+        does.append("optional")
     if value.get("oneway"):
-        does.append("one way")
+        does.append("one-way")
     if value.get("rest"):
-        does.append("all keys that no other rule owns")
+        does.append("every key that no other rule matches")
     return "; ".join(does)
 
 
@@ -121,7 +136,7 @@ def target(value: str | Data) -> str:
 
 
 def rules(entries: Data, there: str) -> Iterator[str]:
-    """A table of rules as they are written."""
+    """A table of rules, in the order of the file."""
     yield f"| key | {there} | operation |"
     yield "|---|---|---|"
     for key, value in entries.items():
@@ -132,7 +147,7 @@ def rules(entries: Data, there: str) -> Iterator[str]:
 
 
 def facts(some: Iterable[Rule]) -> list[str]:
-    """Facts that views of these rules need: axes that share a dimension and are not told by a number."""
+    """Facts that views of these rules need: lengths of axes that share a dimension."""
     found: dict[str, None] = {}
     for rule in some:
         for view in (rule.before, rule.then, rule.after):
@@ -145,25 +160,25 @@ def facts(some: Iterable[Rule]) -> list[str]:
 
 
 def writing(mapping: Format) -> Iterator[str]:
-    """Whether a format can be written, and what that needs."""
+    """Whether keymap can write the format, and what it needs for that."""
     every = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
     if not every:
-        yield "It is no format of a file: it is neither read nor written by itself."
+        yield "This file supports other mappings. It is not a checkpoint format."
         return
     backward = [back for rule in every for back in rule.inverse()]
     reading, back = facts(every), facts(backward)
     if mapping.kind == "bridge":
-        yield f"It goes both ways between {listed(mapping.between)}."
+        yield f"The bridge converts in both directions between {listed(mapping.between)}."
     elif backward:
-        yield f'It can be written: `keymap.convert_state_dict(state_dict, to="{mapping.name}")`.'
+        yield f'keymap can write this format: `keymap.convert_state_dict(state_dict, to="{mapping.name}")`.'
     if reading:
-        yield f"Reading needs the facts {listed(reading)}, which the model tells."
+        yield f"To read it, keymap needs {listed(reading)}. It takes them from the model."
     if back:
         given = ", ".join(f'"{fact}": ...' for fact in back)
-        yield f"Writing needs the facts {listed(back)}, which no weight tells: `facts={{{given}}}`."
+        yield f"To write it, pass `facts={{{given}}}`: the weights do not show these."
     lost = [rule for rule in every if not rule.inverse()]
     if lost:
-        yield f"Rules that are not written back: {listed(rule.source for rule in lost)}."
+        yield f"These rules are one-way and used only to read: {listed(rule.source for rule in lost)}."
 
 
 # --- pages ---------------------------------------------------------------------------------------------------
@@ -186,71 +201,108 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
 
     about = [f"- kind: {mapping.kind}"]
     if mapping.reference:
-        about.append(f"- names read in: {mapping.reference}")
-    about += [f"- {tower} tower: {listed(spellings, 'or')}" for tower, spellings in mapping.layouts.items()]
+        about.append(f"- source of the names: {mapping.reference}")
+    if mapping.kind != "hub":
+        about += [f"- {tower} tower: layout {listed(names, 'or')}" for tower, names in mapping.layouts.items()]
+    if mapping.kind == "bridge":
+        about.append(f"- {mapping.tower} tower: from layout {code(mapping.between[0])} to {code(mapping.between[1])}")
     if "uses" in data:
-        about.append(f"- tables from: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
-    if "config" in data:
-        about.append(f"- configuration: {code(data['config']['file'])} beside the file, where it is there")
+        about.append(f"- uses tables of: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
+    if mapping.config is not None:
+        about.append(f"- configuration: {code(mapping.config.file)} beside the checkpoint, if it exists")
     lines.extend([*about, ""])
     section("Notes", (f"- {note}" for note in data.get("notes", ())))
     if "detect" in data:
-        section("Evidence", [f"A file is of this format if {evidence(data['detect'])}."])
-    section("Spellings, the first that fits", _spellings(data))
-    section("Other forms that are read", _accepts(data))
-    section("Left out", _left_out(data))
+        section("Detection", [f"keymap detects this format if {evidence(data['detect'])}."])
+    section("Layouts", _layouts(data))
+    section("Aliases", _aliases(data))
+    section("Ignored keys", _ignored(data))
     for tower, entries in data.get("unsupported", {}).items():
-        section(f"No place in OpenCLIP: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
-    section("Refused in words", _refused(data))
-    there = "other spelling" if mapping.kind == "bridge" else "hub"
-    for group, entries in data.get("towers", {}).items():
-        section(f"Rules: {group}", rules(entries, there))
+        section(f"Unsupported keys: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
+    section("Refused files", _refused(data))
+    there = f"{mapping.between[1]} key" if mapping.kind == "bridge" else "OpenCLIP key"
+    for tower, entries in data.get("towers", {}).items():
+        section(f"Rules: {tower}", rules(entries, there))
     for number, variant in enumerate(data.get("variants", ()), 1):
-        body = [f"These rules hold for a file if {evidence(variant['when'])};"]
-        body += [f"on the way back if {evidence(variant['when_hub'])}.", ""]
-        for group, entries in variant["towers"].items():
-            body += [f"{group}:", "", *rules(entries, there), ""]
+        body = [f"These rules apply to a file if {evidence(variant['when'])}."]
+        body += [f"They apply to an OpenCLIP model that is written if {evidence(variant['when_hub'])}.", ""]
+        for tower, entries in variant["towers"].items():
+            body += [f"{tower}:", "", *rules(entries, there), ""]
         section(f"Variant {number}", body[:-1])
-    used = {name: table for other in data.get("uses", ()) for name, table in shared[other].get("tables", {}).items()}
-    for name, entries in {**used, **data.get("tables", {})}.items():
+    tables = _reached("tables", data, shared)
+    for name, entries in tables.items():
         section(f"Table {name}", rules(entries, there))
-    section("Lookups", _lookups(data))
-    section("Absence", _absence(data))
+    section("Lookups", _lookups(_reached("lookups", data, shared, tables)))
+    section("Keys whose absence has a meaning", _absence(data))
     section("Position embeddings", _positions(data))
-    section("Facts that a model tells", _facts(data))
-    section("Sizes for reports", _measures(data))
-    section("What the source tells of itself", _told(data))
+    section("Settings that keymap reads from a model", _facts(data))
+    section("Sizes in reports", _measures(data))
+    section("Settings that keymap reads from the source", _settings(mapping))
+    section("Shared config blocks", _configs(data))
     section("Configurations", _configurations(data))
-    for name in ("causal_masks", "wrappers", "prefixes", "segments", "counters", "parts", "training_state"):
-        section(name.replace("_", " ").capitalize(), (f"- {code(item)}" for item in data.get(name, ())))
-    for name, title in (("files", "The checkpoint of a folder, the first that is there"), ("folders", "Other folders")):
-        section(title, (f"- {code(key)}: {what}" for key, what in data.get(name, {}).items()))
+    for name, about_it in LISTS.items():
+        if name in data:
+            section(name.replace("_", " ").capitalize(), [about_it, "", ", ".join(map(code, data[name]))])
+    for name, title in (("files", "Which file of a folder is loaded"), ("folders", "Folders that are refused")):
+        first = ["The first of these that exists; of numbered files the last.", ""] if name == "files" else []
+        listing = [f"- {code(key)}: {what}" for key, what in data.get(name, {}).items()]
+        section(title, [*first, *listing] if listing else ())
     section("Writing", [*writing(mapping), *_fixed(data)])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _spellings(data: Data) -> Iterator[str]:
-    for tower, spellings in data.get("layouts", {}).items():
-        for name, told in spellings.items():
-            yield f"- {tower} {code(name)}: {evidence(told)}"
+def _reached(field: str, data: Data, shared: dict[str, Data], tables: Data | None = None) -> Data:
+    """The tables (or lookups) of a file and of those that it uses, as far as its rules need them.
+
+    Args:
+        tables: the tables that are reached, in which lookups are searched.
+    """
+    every: Data = {}
+    for other in (*data.get("uses", ()), data["format"]):
+        every |= shared[other].get(field, {})
+    if not any(name in data for name in ("towers", "variants")):
+        return every
+    name_of = re.compile(r"<\d+:(\w+)>" if field == "lookups" else r"'table': '(\w+)'")
+    start = repr([data.get("towers"), data.get("variants"), data.get("aliases"), tables])
+    reached, new = set(data.get(field, ())), name_of.findall(start)
+    while new:
+        reached.update(new)
+        new = [name for found in new for name in name_of.findall(repr(every[found])) if name not in reached]
+    return {name: value for name, value in every.items() if name in reached}
 
 
-def _left_out(data: Data) -> Iterator[str]:
+def _layouts(data: Data) -> Iterator[str]:
+    """The hub's layouts, with what shows each."""
+    if data.get("kind") != "hub":
+        return
+    yield "The first layout that fits is used."
+    yield ""
+    for tower, layouts in data["layouts"].items():
+        for name, shown in layouts.items():
+            yield f"- {tower} {code(name)}: {evidence(shown)}"
+    for tower, name in data.get("written_as", {}).items():
+        yield f"- A conversion to this format writes the {tower} tower in layout {code(name)}."
+
+
+def _ignored(data: Data) -> Iterator[str]:
     for key, value in data.get("ignore", {}).items():
-        told = {"why": value} if isinstance(value, str) else value
-        twin = f"; must be equal to {code(told['same_as'])}" if "same_as" in told else ""
-        yield f"- {code(key)}: {told['why']}{twin}"
+        entry = {"why": value} if isinstance(value, str) else value
+        twin = f"; must equal {code(entry['same_as'])}" if "same_as" in entry else ""
+        yield f"- {code(key)}: {entry['why']}{twin}"
 
 
 def _refused(data: Data) -> Iterator[str]:
     for item in data.get("refuse", ()):
-        told = [evidence(item["when"])] if "when" in item else []
+        shown = [evidence(item["when"])] if "when" in item else []
         if "contains" in item:
-            told.append(f"a key contains {' or '.join(map(code, item['contains']))}")
-        yield f"- if {' and '.join(told)}: {item['why']}"
+            shown.append(f"a key contains {listed(item['contains'], 'or')}")
+        yield f"- If {' and '.join(shown)}: {item['why']}."
 
 
-def _accepts(data: Data) -> Iterator[str]:
+def _aliases(data: Data) -> Iterator[str]:
+    if "aliases" in data:
+        yield "keymap reads these other key names too. It never writes them."
+        yield ""
     for block in data.get("aliases", ()):
         when = f"If {evidence(block['when'])}: " if "when" in block else ""
         for key, value in block.items():
@@ -259,22 +311,22 @@ def _accepts(data: Data) -> Iterator[str]:
                 yield f"- {when}{code(key)} is read as {target(value)}{does}."
 
 
-def _lookups(data: Data) -> Iterator[str]:
-    for name, pairs in data.get("lookups", {}).items():
+def _lookups(lookups: Data) -> Iterator[str]:
+    for name, pairs in lookups.items():
         yield f"- {code(name)}: {', '.join(f'{code(key)} is {code(value)}' for key, value in pairs.items())}"
 
 
 def _absence(data: Data) -> Iterator[str]:
     if "absent_means" in data:
-        yield "Extra in the file, the key must hold the value. Where the file's format has no place for it, the model's"
-        yield "is filled with the value."
+        yield "If only the file has the key, its tensor must hold this value; keymap drops it. If only the model has"
+        yield "it, and the file's format has no place for it, keymap fills it with this value."
         yield ""
     only = data.get("file_only", ())
     for key, value in data.get("absent_means", {}).items():
         plain = value["value"] if isinstance(value, dict) else value
-        always = "; filled whatever the format" if isinstance(value, dict) and value.get("always") else ""
-        files = "; only files have it" if key in only else ""
-        yield f"- {code(key)}: {'the identity' if plain == 'eye' else plain}{always}{files}"
+        always = "; filled for every format" if isinstance(value, dict) and value.get("always") else ""
+        files = "; no model has this key" if key in only else ""
+        yield f"- {code(key)}: {'the identity matrix' if plain == 'eye' else plain}{always}{files}"
 
 
 def _positions(data: Data) -> Iterator[str]:
@@ -287,11 +339,11 @@ def _positions(data: Data) -> Iterator[str]:
 
 def _facts(data: Data) -> Iterator[str]:
     for name, value in data.get("facts", {}).items():
-        told = value if isinstance(value, dict) else {"model": value}
+        entry = value if isinstance(value, dict) else {"model": value}
         paths = [
-            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}" for p in told["model"]
+            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}" for p in entry["model"]
         ]
-        label = f"{told['label']}, set by {told['change']}: " if "label" in told else ""
+        label = f"{entry['label']}, set by {entry['change']}: " if "label" in entry else ""
         yield f"- {code(name)}: {label}{', '.join(paths)}"
 
 
@@ -306,21 +358,26 @@ def _configurations(data: Data) -> Iterator[str]:
         yield f"- {', '.join(entry['names'])}"
 
 
-def _told(data: Data) -> Iterator[str]:
-    config = data.get("config", {})
+def _settings(mapping: Format) -> Iterator[str]:
+    """Where the source's configuration holds a setting, its default, and what the format's code fixes."""
+    config = mapping.config
+    if config is not None:
+        for name, places in (
+            ("image_size", config.image_size),
+            ("patch_size", config.patch_size),
+            *config.facts.items(),
+        ):
+            if places:
+                paths = ", ".join(dict.fromkeys(code(place.path) for place in places))
+                default = f"; default {scalar(config.defaults[name])}" if name in config.defaults else ""
+                yield f"- {code(name)}: {paths}{default}"
+    for name, value in mapping.fixed.items():
+        yield f"- {code(name)}: always {scalar(value)}"
 
-    def places(value: Any) -> str:
-        entries = value if isinstance(value, list) else [value]
-        return ", ".join(code(e if isinstance(e, str) else e["path"]) for e in entries)
 
-    for name in ("image_size", "patch_size"):
-        if name in config:
-            yield f"- {code(name)}: {places(config[name])}"
-    for name, value in config.get("facts", {}).items():
-        default = f"; {config['defaults'][name]} where it is left out" if name in config.get("defaults", {}) else ""
-        yield f"- {code(name)}: {places(value)}{default}"
-    for name, value in data.get("fixed", {}).items():
-        yield f"- {code(name)}: always {code(str(value).lower() if isinstance(value, bool) else value)}"
+def _configs(data: Data) -> Iterator[str]:
+    for name, block in data.get("configs", {}).items():
+        yield f"- {code(name)}: {listed(block.get('facts', {}))}"
 
 
 def _fixed(data: Data) -> Iterator[str]:
@@ -338,8 +395,8 @@ def index(mappings: Sequence[Format]) -> str:
         "<!-- Written by tools/make_docs.py from mappings/: edit the files there. -->",
         "# Formats",
         "",
-        "One page for each file of `mappings/`. The words are explained in [design.md](../design.md), the rules in",
-        "[rule-language.md](../rule-language.md).",
+        "One page for each file of `mappings/`. [How it works](../how-it-works.md) explains the words,",
+        "[The rule language](../rule-language.md) explains the rules.",
         "",
     ]
     for kind, title in KINDS.items():
@@ -360,20 +417,20 @@ def pages() -> dict[str, str]:
 
 
 def stale(made: dict[str, str], folder: Path) -> list[str]:
-    """What differs between the pages and the folder."""
+    """How the folder differs from the pages."""
     there = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")}
-    words = [f"{name} is missing" for name in made if name not in there]
-    words += [f"{name} is stale" for name in made if name in there and there[name] != made[name]]
-    return words + [f"{name} belongs to no mapping" for name in there if name not in made]
+    lines = [f"{name} is missing" for name in made if name not in there]
+    lines += [f"{name} is stale" for name in made if name in there and there[name] != made[name]]
+    return lines + [f"{name} belongs to no mapping" for name in there if name not in made]
 
 
 def readme(text: str) -> str:
-    """The README with its table of formats as they are now."""
+    """The README with a new table of formats."""
     before, mark, rest = text.partition("<!-- formats:")
     comment, line, rest = rest.partition("\n")
     _, end, after = rest.partition("<!-- end of formats -->")
     rows = [f"| [{name}](docs/formats/{name}.md) | {title} |" for name, title in list_formats().items()]
-    return before + mark + comment + line + "\n".join(["| name | what |", "|---|---|", *rows, ""]) + end + after
+    return before + mark + comment + line + "\n".join(["| format | files |", "|---|---|", *rows, ""]) + end + after
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

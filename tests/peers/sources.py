@@ -136,7 +136,7 @@ class Configuration:
         if self.image == "clip":
             return ""
         if self.image != "vit":
-            return "the image tower is no ViT with class token, as CLIP's"
+            return "the image tower is not a ViT with class token like CLIP's"
         if v.no_ln_pre:
             return "the image tower has no norm before its blocks"
         if v.ls_init_value is not None:
@@ -151,7 +151,7 @@ class Configuration:
         """No text tower as transformers' CLIP has it: causal, one token pooled, a projection without bias."""
         t = self.text
         if t.hf_model_name:
-            return "the text tower is a language model's encoder"
+            return "the text tower is the encoder of a language model"
         if t.embed_cls:
             return "the text tower has a class token"
         if t.no_causal_mask:
@@ -562,13 +562,13 @@ def _big_vision(c: Configuration, kind: str) -> Answer:
 
 def _openai(c: Configuration) -> Answer:
     if c.image not in ("vit", "resnet"):
-        return "OpenAI's code has its own ViT and ResNet only"
+        return "OpenAI's code builds only its own ViT and ResNet"
     if c.image == "vit" and c.no_clip_image:
         return c.no_clip_image
     if not c.quick_gelu:
         return "all of OpenAI's models use QuickGELU; this configuration does not"
     if c.image == "vit" and (c.vision.head_width, c.vision.mlp_ratio) != (64, 4.0):
-        return "OpenAI's code fixes heads 64 wide and MLPs four times as wide as the tower"
+        return "OpenAI's code fixes a head width of 64 and an MLP ratio of 4"
     layers = tuple(c.vision.layers) if c.image == "resnet" else c.size.image_depth
     size, towers, others = c.size, None, ()
     if c.no_clip_text or c.text.pool_type != "argmax":  # another text tower: the image tower of the file alone
@@ -579,7 +579,7 @@ def _openai(c: Configuration) -> Answer:
 
 def _timm(c: Configuration) -> Answer:
     if c.image == "resnet":
-        return "timm's ResNets of CLIP are timm_resnet"
+        return "for CLIP's ResNets in timm see timm_resnet"
     if c.image != "vit":
         return Source(f"timm {TIMM_TOKEN.get(c.timm, c.timm)}", partial(_timm_own, c), ("image",))
     if c.vision.no_ln_pre:
@@ -591,7 +591,7 @@ def _timm(c: Configuration) -> Answer:
 
 def _timm_resnet(c: Configuration) -> Answer:
     if c.image != "resnet":
-        return "the image tower is no ResNet"
+        return "the image tower is not a ResNet"
     name = TIMM_RESNET[c.name.removesuffix("-quickgelu")]
     return Source(f"timm {name}", partial(timm_keys, name, c.size.embed_dim), ("image",))
 
@@ -604,13 +604,13 @@ def _image_half(c: Configuration, peer: str, build: Callable[[Size, str], Keys])
 
 def _chinese_clip(c: Configuration) -> Answer:
     if c.image not in ("vit", "resnet"):
-        return "Chinese-CLIP's code has OpenAI's ViT and ResNet only"
+        return "Chinese-CLIP's code builds only OpenAI's ViT and ResNet"
     if c.image == "vit" and c.no_clip_image:
         return c.no_clip_image
     if not c.quick_gelu:
         return "Chinese-CLIP's image towers use QuickGELU; this configuration does not"
     if c.image == "vit" and c.vision.mlp_ratio != 4:
-        return "Chinese-CLIP's code fixes MLPs four times as wide as the tower"
+        return "Chinese-CLIP's code fixes an MLP ratio of 4"
     layers = tuple(c.vision.layers) if c.image == "resnet" else c.size.image_depth
     keys, text = partial(cn_clip, c.size, layers), ("bert.", "text_projection")
     return Source("the cn_clip package", keys, ("image", "scale"), text)
@@ -618,11 +618,11 @@ def _chinese_clip(c: Configuration) -> Answer:
 
 def _language(c: Configuration, form: str) -> Answer:
     if not c.text.hf_model_name:
-        return "the text tower is no language model's encoder"
+        return "the text tower is not the encoder of a language model"
     kind = full_size.TEXT_CONFIGS[c.text.hf_model_name][0]
     owner, peer = LANGUAGE_MODELS[kind]
     if owner != form:
-        return f"the text tower is another language model's ({owner})"
+        return f"the text tower is that of another language model ({owner})"
     keys = partial(language_model, c.text.hf_model_name)
     return Source(f"transformers {peer}", keys, ("text",), lacks=("text.proj.",))
 
@@ -646,7 +646,7 @@ def _mobileclip(c: Configuration, form: str) -> Answer:
         towers, others = (("image", "scale"), ("text_encoder.",)) if half else (None, ())
         return Source(f"Apple's key list of {file}", partial(mobileclip_keys, file), towers, others)
     if c.name.startswith("MobileCLIP2") and not owner:
-        return "Apple publishes it with OpenCLIP's own names; version 1 has no such towers"
+        return "Apple publishes this model with OpenCLIP's own names; MobileCLIP v1 has no such towers"
     if owner:
         return f"Apple's file for these towers is {owner}"
     return "the towers are not MobileCLIP's"
@@ -677,8 +677,8 @@ FORMATS: dict[str, Callable[[Configuration], Answer]] = {
     "hf_altclip": partial(_image_half, peer="transformers AltCLIPModel", build=hf_altclip),
     "hf_chinese_clip": partial(_image_half, peer="transformers ChineseCLIPModel", build=hf_chinese_clip),
     "chinese_clip": _chinese_clip,
-    "longclip": lambda _: "Long-CLIP has 248 text positions, which no configuration has",
-    "tinyclip": lambda _: "TinyCLIP's models have sizes of their own",
+    "longclip": lambda _: "no configuration has Long-CLIP's 248 text positions",
+    "tinyclip": lambda _: "no configuration has TinyCLIP's sizes",
     "big_vision_lit": lambda _: "no configuration has big_vision's ViT with class token",
 }
 

@@ -1,4 +1,4 @@
-"""docs/safety.md is right: its names and limits are those of the code."""
+"""The names and limits in docs/safety.md are those of the code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SECTION = PAGE.partition("## Names that a pickle may use")[2].partition("## Limi
 LIMITS = PAGE.partition("## Limits")[2].partition("## How")[0]
 
 
-def test_the_names_of_the_page_are_those_of_the_code() -> None:
+def test_the_page_lists_exactly_the_names_that_a_pickle_may_use() -> None:
     named = set(re.findall(r"`([\w.]+\.[\w.]+)`", SECTION))
     allowed = {*_CALLS, *NAMES_ONLY, *DTYPES, *(f"torch.{name}" for name in STORAGE_DTYPES), *UNREAD}
-    spellings = {"numpy.core", "torch.storage"}  # of modules, which the page names as such
-    assert named - spellings == allowed
+    modules = {"numpy.core", "torch.storage"}  # older names of modules
+    assert named - modules == allowed
 
 
 def row(of: str) -> list[int]:
@@ -29,8 +29,8 @@ def row(of: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", line.strip("|").split("|")[1])]
 
 
-def test_the_limits_of_the_page_are_those_of_the_code() -> None:
-    assert row("tensors, or members, or keys of an index") == [lazy.FEW, lazy.PER_TENSOR]
+def test_the_page_states_the_limits_of_the_code() -> None:
+    assert row("tensors, archive members, keys of an index") == [lazy.FEW, lazy.PER_TENSOR]
     assert row("one tensor, or one inflated member") == [lazy.SMALL >> 20]
     assert row("a key of a state dict") == [lazy.MAX_KEY]
     assert row("dimensions of a tensor") == [lazy.MAX_DIMS]
@@ -38,19 +38,19 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
     assert row("the header of a safetensors file") == header
     assert row("the directory of an archive") == [zip_file.MIN_DIRECTORY >> 20]
     assert row("the header of an array") == [numpy_file.MAX_HEADER]
-    assert row("memory that a pickle builds") == [unpickle.SLACK >> 20, unpickle.PER_STORAGE, lazy.FEW, unpickle.TENSOR]
+    assert row("memory of a pickle") == [unpickle.SLACK >> 20, unpickle.PER_STORAGE, lazy.FEW, unpickle.TENSOR]
     nesting = [tree.MAX_DEPTH, tree.MAX_NODES, unwrap._MAX_DEPTH, unwrap._MAX_PREFIXES]
-    assert row("containers within containers") == nesting
-    assert row("dicts with keys that are no texts") == [unpickle.MAX_NUMBERED, unpickle.MAX_PARTS]
+    assert row("nesting") == nesting
+    assert row("dicts with keys that are not strings") == [unpickle.MAX_NUMBERED, unpickle.MAX_PARTS]
     assert row("the code of a TorchScript archive") == [torchscript.MAX_CODE >> 20, torchscript.MAX_CLASSES]
     assert row("an index of shards") == [shards.MAX_INDEX >> 20, shards.MAX_SHARDS]
     assert row("a folder") == [folder._MAX_ENTRIES]
-    assert row("a configuration") == [config._MAX_BYTES >> 20]
+    assert row("a configuration file") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
     mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MAX_RULES]
     fields = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["$defs"]["fields"]
     mapping += [effort.keys, effort.opened, fields["aliases"]["maxItems"]]
     assert row("a mapping") == mapping
-    assert row("what rules make") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
+    assert row("what rules produce") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]
     assert row("a pattern") == [pattern_syntax._MOST_TEXT, pattern_syntax._MOST_READINGS]
     assert row("a view") == [view._MOST_AXES]

@@ -90,10 +90,10 @@ def test_make_docs_writes_every_page_and_sees_a_stale_one(tool, tmp_path, capsys
 
 def test_a_generated_page_repeats_the_facts_of_its_mapping(tool):
     pages = tool("make_docs").pages()
-    assert "there is no `img/embedding/kernel` with 2 axes or `img/cls`" in pages["big_vision_siglip.md"]
+    assert "do not include `img/embedding/kernel` with 2 axes or `img/cls`" in pages["big_vision_siglip.md"]
     assert 'facts={"image.heads": ..., "text.heads": ...}' in pages["big_vision_siglip.md"]
     assert "`self_attn.(q\\|k\\|v)_proj.(weight\\|bias)`" in pages["hf_clip.md"]
-    assert "It goes both ways between `native` and `flat`." in pages["open_clip_flat.md"]
+    assert "The bridge converts in both directions between `native` and `flat`." in pages["open_clip_flat.md"]
 
 
 def test_bench_runs_on_tiny_models():
