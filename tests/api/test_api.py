@@ -344,6 +344,7 @@ def wheel(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_mappings_and_schema(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -384,6 +385,7 @@ RELEASES = {  # what happened to the installation, and what listing its formats 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASES)
 def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel, tmp_path, name):
     change, told = RELEASES[name]

@@ -317,6 +317,7 @@ def test_no_page_is_made_of_a_run_that_failed_or_was_not(run, tmp_path, capsys):
     assert "make test" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_proofs_of_tests_that_passed_are_written_at_the_end_of_a_run(tmp_path):
     """By workers of pytest-xdist; equal statements once; nothing of a test that fails."""
     for name in ("conftest.py", "proofs.py"):

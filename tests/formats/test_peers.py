@@ -161,6 +161,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(peer):
     assert {k for k in same if not k.endswith(("position_ids", "token_type_ids"))} == CONSTANT.get(name, set())
 
 
+@pytest.mark.slow
 def test_the_outputs_are_finite_and_each_tensor_changes_them(peer):
     name, model, outputs = peer
     before = outputs(model)

@@ -17,7 +17,7 @@ import torch
 from broken import Case, rule_tests
 from checks import LIMIT, SIZES, assert_equals_a_conversion_by_hand, assert_parity, complete, sizes_of
 from peers import by_hand, layouts, openclip, timm_towers
-from peers.common import SQUARE, Size, assert_unchanged, bits, images, max_diff, randomise, same_bits
+from peers.common import SQUARE, Size, assert_unchanged, bits, images, max_diff, randomised, same_bits
 from timm.models.swin_transformer import checkpoint_filter_fn as timm_reads_swin
 
 import keymap
@@ -123,7 +123,7 @@ def test_a_tower_of_timm_computes_the_same(name, file, proves):
 def test_a_clip_vit_of_timm_with_layer_scales_computes_the_same(sizes, file, proves):
     size = Size(**sizes)
     arguments = {**timm_towers._vit(size), "init_values": 1e-4, "num_classes": size.embed_dim}
-    peer = randomise(timm.create_model("vit_base_patch16_clip_224", **arguments))
+    peer = randomised(timm.create_model, "vit_base_patch16_clip_224", **arguments)
     timm_towers.zero(peer.head.bias, peer)
     model = openclip.clip(seed=5, vision={"ls_init_value": 1e-4}, **sizes)
     plan = complete(keymap.load_checkpoint(model, file(peer.state_dict()), towers=("image",)), "timm")
@@ -152,7 +152,7 @@ class Tower:
 
     def peer(self, embed_dim: int = 24, bias: bool = False, seed: int = 0):
         """timm's model with the projection as its classifier."""
-        model = randomise(timm.create_model(self.base, num_classes=embed_dim, **self.arguments), seed)
+        model = randomised(timm.create_model, self.base, num_classes=embed_dim, **self.arguments, seed=seed)
         head = getattr(model.head, "fc", model.head)
         return model if bias or not self.outside else timm_towers.zero(head.bias, model)
 
@@ -176,8 +176,8 @@ TOWERS = {
     "relative positions": Tower("vit_relpos_medium_patch16_cls_224", VIT),
     "relative positions, no class token": Tower("vit_relpos_base_patch16_224", VIT),
     "pooled by average": Tower("vit_medium_patch16_gap_256", VIT),
-    "vitamin": Tower("vitamin_small_224", {"depth": 2, "img_size": 64}, size=64),
-    "vitamin without positions": Tower("vitamin_xlarge_256", {"depth": 1, "img_size": 64}, size=64),
+    "vitamin": Tower("vitamin_small_224", layouts.VITAMIN, size=64),
+    "vitamin without positions": Tower("vitamin_xlarge_256", layouts.VITAMIN, size=64),
     "hybrid": Tower("vit_base_mci_224", {"depth": 2, "img_size": 64}, outside=False, size=64, pool="token"),
     "no norm before the blocks": Tower("vit_base_patch16_224", VIT, outside=False, pool="token"),
 }

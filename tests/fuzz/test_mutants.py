@@ -17,6 +17,7 @@ COUNT = 120
 PATIENT = "from fuzz import judge\njudge.SECONDS = 60"  # as on a machine that is busy
 
 
+@pytest.mark.slow
 def test_some_mutants_of_every_kind_load_right_or_are_refused() -> None:
     tallies = workers.fuzz(list(KINDS), COUNT, first_of_all=PATIENT)
     assert {kind: tally.failures for kind, tally in tallies.items() if tally.failures} == {}
@@ -97,6 +98,7 @@ judge.Kind.run = run
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_seen_and_the_next_goes_on_behind_it(tmp_path: Path) -> None:
     tally = workers.fuzz(["npy"], 5, first_of_all=DYING)["npy"]
     assert tally.mutants == 5 and tally.refusals == 4

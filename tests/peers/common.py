@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -73,6 +75,29 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             elif tensor.ndim == 0:
                 tensor.fill_(1000 * (seed + 1) + number)
     return module.eval()
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Modules built inside keep what their memory holds: drawing initial weights takes most of the time."""
+    from timm.layers import weight_init
+
+    def leave(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor
+
+    with ExitStack() as stack:
+        for name in dir(nn.init):
+            if name.endswith("_") and not name.startswith("_"):
+                stack.enter_context(patch.object(nn.init, name, leave))
+        stack.enter_context(patch.object(weight_init, "_trunc_normal_", leave))
+        yield
+
+
+def randomised(make: Callable[..., nn.Module], *arguments: object, seed: int = 0, **options: object) -> nn.Module:
+    """``randomise(make(...), seed)``, without the initial weights that it would replace."""
+    with _uninitialised():
+        module = make(*arguments, **options)
+    return randomise(module, seed)
 
 
 def _draw(name: str, like: Tensor, generator: torch.Generator) -> Tensor:

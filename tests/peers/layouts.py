@@ -20,7 +20,7 @@ Build = Callable[..., nn.Module]
 _VIT = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 48}
 _SWIN = {"embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "img_size": 112}
 _CONV = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
-_VITAMIN = {
+VITAMIN = {
     "img_size": 64,
     "depth": 2,
     "embed_dim": 48,
@@ -88,8 +88,8 @@ MODELS: dict[str, Build] = {  # by a configuration of that layout
     "swin_base_patch4_window7_224": _timm("swin_base_patch4_window7_224", 112, CLIP, **_SWIN),
     "vit_relpos_medium_patch16_cls_224": _timm("vit_relpos_medium_patch16_cls_224", 48, CLIP, **_VIT),
     "vit_medium_patch16_gap_256": _timm("vit_medium_patch16_gap_256", 48, CLIP, **_VIT),
-    "ViTamin-S": _timm("vitamin_small_224", 64, CustomTextCLIP, **_VITAMIN),
-    "ViTamin-XL-256": _timm("vitamin_xlarge_256", 64, CustomTextCLIP, **_VITAMIN),
+    "ViTamin-S": _timm("vitamin_small_224", 64, CustomTextCLIP, **VITAMIN),
+    "ViTamin-XL-256": _timm("vitamin_xlarge_256", 64, CustomTextCLIP, **VITAMIN),
     "EVA01-g-14": lambda seed: eva_clip.model("EVA01", seed=seed),
     "EVA02-E-14": lambda seed: eva_clip.model("EVA02-E", seed=seed),
     "EVA02-B-16": lambda seed: eva_clip.model("EVA02", seed=seed),

@@ -21,7 +21,7 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from . import big_vision, hf, openclip, timm_towers
-from .common import Size, randomise
+from .common import Size, randomised
 
 TOWERS = {"image": transformers.Siglip2VisionModel, "text": transformers.Siglip2TextModel}
 
@@ -96,7 +96,7 @@ def _map_vit(size: Size, act: str) -> dict[str, Any]:
 def map_vit(*, seed: int = 0, act: str = "gelu_tanh", **sizes: Any) -> nn.Module:
     """NaFlexVit with MAP pool, whose width is the embedding; positions are resized as SigLIP 2 does, bilinear."""
     arguments = _map_vit(Size(**sizes), act) | {"num_classes": 0}
-    return randomise(timm.create_model("naflexvit_base_patch16_siglip", **arguments), seed)
+    return randomised(timm.create_model, "naflexvit_base_patch16_siglip", **arguments, seed=seed)
 
 
 def _token_vit(size: Size, act: str, eps: float) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def token_vit(*, seed: int = 0, act: str = "gelu", eps: float = 1e-5, **sizes: A
     """NaFlexVit with class token and norm_pre; its head is the projection, without bias (zeros)."""
     size = Size(**sizes)
     arguments = _token_vit(size, act, eps) | {"num_classes": size.embed_dim}
-    model = randomise(timm.create_model("naflexvit_base_patch16_siglip", **arguments), seed)
+    model = randomised(timm.create_model, "naflexvit_base_patch16_siglip", **arguments, seed=seed)
     return timm_towers.zero(model.head.bias, model)
 
 

@@ -20,7 +20,7 @@ from open_clip.model import CLIP, CustomTextCLIP, get_cast_dtype
 from torch import nn
 
 from . import timm_towers
-from .common import Size, randomise
+from .common import Size, randomised
 
 Config = Mapping[str, Any]
 
@@ -59,14 +59,15 @@ def _model(
     """A randomised model of this class; what `arguments` holds beside the sizes overrides or goes through."""
     rest = fixed | {k: v for k, v in arguments.items() if k not in Size.__dataclass_fields__}
     seed, precision = rest.pop("seed", 0), rest.pop("precision", "fp32")
-    model = kind(
+    model = randomised(
+        kind,
+        seed=seed,
         embed_dim=embed_dim or _size(arguments).embed_dim,
         vision_cfg={**vision, **rest.pop("vision", {})},
         text_cfg={**text, **rest.pop("text", {})},
         cast_dtype=get_cast_dtype(precision),
         **rest,
     )
-    randomise(model, seed)
     _set_model_device_and_precision(model, torch.device("cpu"), precision, "timm_model_name" in vision)
     return model
 

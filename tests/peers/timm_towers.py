@@ -14,7 +14,7 @@ from timm.models import is_model, register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
-from .common import Size, randomise
+from .common import Size, randomised
 
 CONVNEXT_IMAGE = 64  # ConvNeXt and ResNet reduce by 32: a 2 x 2 map
 _CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 40)}
@@ -65,7 +65,7 @@ def clip_vit(
 ) -> nn.Module:
     """ViT with class token, pre-norm, a head as projection; head.bias is zero, as CLIP's are, or random."""
     base, arguments = _clip_vit(size := Size(**sizes), quick_gelu, no_embed_class)
-    model = randomise(timm.create_model(base, num_classes=size.embed_dim, **arguments), seed)
+    model = randomised(timm.create_model, base, num_classes=size.embed_dim, **arguments, seed=seed)
     return model if head_bias else zero(model.head.bias, model)
 
 
@@ -76,7 +76,7 @@ def siglip_vit_name(*, act: str = "gelu_tanh", **sizes: object) -> str:
 def siglip_vit(*, seed: int = 0, act: str = "gelu_tanh", **sizes: object) -> nn.Module:
     """ViT without class token, pooled by a learned query (MAP); the width is the embedding."""
     arguments = _vit(Size(**sizes)) | {"act_layer": act, "num_classes": 0}
-    return randomise(timm.create_model("vit_base_patch16_siglip_224", **arguments), seed)
+    return randomised(timm.create_model, "vit_base_patch16_siglip_224", **arguments, seed=seed)
 
 
 def convnext_name() -> str:
@@ -87,7 +87,7 @@ def convnext(*, seed: int = 0, mlp_head: bool = False, head_bias: bool = False, 
     """ConvNeXt with ``head.fc``, or with ``head.pre_logits.fc`` before it; head.fc.bias is zero or random."""
     embed_dim = Size(**sizes).embed_dim
     hidden = {"head_hidden_size": 2 * embed_dim} if mlp_head else {}
-    model = randomise(timm.create_model("convnext_tiny", num_classes=embed_dim, **_CONVNEXT, **hidden), seed)
+    model = randomised(timm.create_model, "convnext_tiny", num_classes=embed_dim, **_CONVNEXT, **hidden, seed=seed)
     return model if head_bias else zero(model.head.fc.bias, model)
 
 
@@ -114,7 +114,7 @@ def resnet_clip(
         aa_layer="avg",
         head_type="attn_abs",
     )
-    return randomise(ByobNet(config, num_classes=size.embed_dim, img_size=image_size), seed)
+    return randomised(ByobNet, config, num_classes=size.embed_dim, img_size=image_size, seed=seed)
 
 
 def zero(tensor: torch.Tensor, model: nn.Module) -> nn.Module:

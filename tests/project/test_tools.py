@@ -96,6 +96,7 @@ def test_a_generated_page_repeats_the_facts_of_its_mapping(tool):
     assert "The bridge converts in both directions between `native` and `flat`." in pages["open_clip_flat.md"]
 
 
+@pytest.mark.slow
 def test_bench_runs_on_tiny_models():
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "bench.py"), "--quick"], capture_output=True, text=True, check=False
@@ -106,6 +107,7 @@ def test_bench_runs_on_tiny_models():
     assert "could not be measured" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_runs_with_tiny_models(tool, capsys):
     demo = tool("demo")
     assert demo.main(["--tiny"]) == 0
@@ -115,6 +117,7 @@ def test_the_demo_runs_with_tiny_models(tool, capsys):
     assert "ABOVE" not in out
 
 
+@pytest.mark.slow
 def test_demo_fails_where_a_difference_is_too_large(tool, monkeypatch, capsys):
     demo = tool("demo")
     monkeypatch.setattr(demo, "LIMIT", 1e-12)

@@ -469,6 +469,7 @@ def test_a_long_name_above_many_values_costs_nothing(tmp_path: Path) -> None:
     refuses(path, "none of them is a tensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
 def test_a_hundred_thousand_tiny_tensors_are_read(ending: str, tmp_path: Path) -> None:
     many = {f"visual.transformer.resblocks.{n}.attn.k.weight": torch.ones(2) for n in range(100_000)}

@@ -98,6 +98,7 @@ def test_unknown_keys_without_elements_are_unexpected_keys_too(shape: tuple[int,
     assert sorted(result.unexpected_keys) == sorted(more) and result.missing_keys == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [openclip.clip, openclip.siglip], ids=["clip", "siglip"])
 def test_thousands_of_blocks_without_elements_in_one_small_header(build: Callable[..., nn.Module], tmp_path: Path):
     header = {"params/img/embedding/kernel": empty(0, 0, 3, 0), "params/img/embedding/bias": empty(0)}
@@ -114,6 +115,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", FOREIGN)
 def test_tens_of_thousands_of_keys_of_a_tower_in_another_layout(tower: str, tmp_path: Path) -> None:
     header = {FOREIGN[tower].replace("#", str(number)): empty(0) for number in range(30_000)}
@@ -270,6 +272,7 @@ except keymap.CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_deflated_archive_that_shrank_is_refused_by_its_check_and_ends_no_process(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", w=np.random.rand(300_000).astype("f4"))
     command = [sys.executable, "-c", TRUNCATED, str(tmp_path / "a.npz")]
@@ -278,6 +281,7 @@ def test_a_deflated_archive_that_shrank_is_refused_by_its_check_and_ends_no_proc
     assert "a.npz" in done.stdout and "was written to" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_pages_of_a_stored_npz_are_given_back_while_it_is_checked_and_loaded(tmp_path: Path) -> None:
     path, target = tmp_path / "a.npz", openclip.siglip(seed=5, **{**TINY, "text_width": 512, "vocab": 75_000})
     flat = keymap.convert_state_dict(target.state_dict(), "big_vision_siglip", facts=HF_FACTS)
