@@ -208,7 +208,7 @@ def test_tensors_go_to_another_memory_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("keymap.load.assign._onto", onto)
     model = openclip.clip().to("meta")
     result = keymap.load_checkpoint(model, path, assign=True)
-    assert result.report.materialised == ()  # what was handed over lay in the file
+    assert result.report.materialised == ()  # the assigned tensors are views of the file
     there = {clone.data_ptr() for clone in moved}
     assert {value.data_ptr() for value in model.state_dict().values()} == there
     wanted = openclip.clip(seed=1).state_dict()
@@ -368,7 +368,7 @@ def _written_to(name, text):
     return change
 
 
-RELEASES = {  # what happened to the installation, and what listing its formats tells
+RELEASES = {  # what happened to the installation, and what listing its formats prints
     "as installed": (lambda place: None, "True False"),
     "a remark": (_written_to("keymap/mappings/hf_clip.yaml", "# a remark\n"), "True True"),
     "a field": (
@@ -403,7 +403,7 @@ def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel
     assert done.stdout.startswith(str(tmp_path)) and told in done.stdout, done.stdout + done.stderr
 
 
-# --- what the caller tells ---
+# --- facts from the caller ---
 
 
 @pytest.mark.parametrize("facts", ["x", {"image.heads": "3"}, {"image.heads": -3}, {"image.heads": 0}, {3: 3}])

@@ -90,7 +90,7 @@ def splice(data: bytes, rng: random.Random) -> bytes:
 
 
 def length(data: bytes, rng: random.Random) -> bytes:
-    """A number of one to eight bytes, wherever it stands, becomes another."""
+    """A number of one to eight bytes, anywhere, becomes another."""
     form = rng.choice("BHIQ")
     size = struct.calcsize(f"<{form}")
     near = rng.choice([len(data), 200, 3000])

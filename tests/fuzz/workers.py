@@ -67,7 +67,7 @@ def fuzz(
     told: Callable[[str, int, str], None] = lambda kind, number, text: None,
     first_of_all: str = "",
 ) -> dict[str, Tally]:
-    """Judge ``count`` mutants of each kind; ``told`` hears of every failure at once.
+    """Judge ``count`` mutants of each kind; ``told`` is called at once with every failure.
 
     ``first_of_all`` is code that the worker runs before it begins: the tests of this module let it fail.
     """

@@ -20,7 +20,7 @@ GOOD = "towers: {image: {a: b}}\n"
 
 
 def rules(*lines, more=""):
-    """The rules stand in line 8 and after, at column 5; ``more`` after them."""
+    """The rules are in line 8 and after, at column 5; ``more`` after them."""
     return HEAD + "towers:\n  image:\n" + "".join(f"    {line}\n" for line in lines) + more
 
 

@@ -112,7 +112,7 @@ def image_features(state: State, images: Tensor, **sizes: object) -> Tensor:
     down = (torch.arange(height) + offset)[:, None, None] * bands
     angles = torch.cat([across.expand(height, width, -1), down.expand(height, width, -1)], -1)
     angles = angles.reshape(height * width, -1).repeat_interleave(2, -1)
-    angles = torch.cat([torch.zeros(offset, angles.shape[1]), angles])  # the class token stands at 0
+    angles = torch.cat([torch.zeros(offset, angles.shape[1]), angles])  # the class token is at 0
 
     def turned(x: Tensor) -> Tensor:
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

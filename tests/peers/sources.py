@@ -102,7 +102,7 @@ class Configuration:
 
     @cached_property
     def size(self) -> Size:
-        """Both towers' sizes. Those of a Hugging Face text tower are not told here."""
+        """Both towers' sizes. Without those of a Hugging Face text tower."""
         v, t = self.vision, self.text
         if found := _VIT_NAME.fullmatch(self.timm):
             width, depth, heads, hidden = _VITS[found.group(1)]

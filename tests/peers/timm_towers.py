@@ -99,7 +99,7 @@ def resnet_clip(
     layers: tuple[int, ...] = (1, 1, 2, 1),
     **sizes: object,
 ) -> nn.Module:
-    """CLIP's modified ResNet as timm spells it (``resnet50_clip``): three-layer stem, attention pool."""
+    """CLIP's modified ResNet with timm's names (``resnet50_clip``): three-layer stem, attention pool."""
     size = Size(**sizes)
     blocks = tuple(
         ByoBlockCfg(type="bottle", d=depth, c=image_width * 4 * 2**stage, s=1 if stage == 0 else 2, br=0.25)

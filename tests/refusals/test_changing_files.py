@@ -273,6 +273,6 @@ def test_files_and_folders_without_permission(open_folder):
         keymap.load_checkpoint(model, locked)
     assert_unchanged(model, before)
     path.chmod(0o644)
-    with as_nobody():  # a subfolder that may not be looked into is not what is meant
+    with as_nobody():  # a subfolder without permission is not the file to load
         assert keymap.load_checkpoint(model, open_folder).missing_keys == []
     locked.chmod(0o700)

@@ -225,7 +225,7 @@ GADGETS = [
 def test_no_name_that_can_run_code_is_allowed(how: str) -> None:
     for full in GADGETS:
         parts = full.split(".")
-        for cut in range(1, len(parts)):  # the dots may stand in the module or in the name
+        for cut in range(1, len(parts)):  # the dots may be in the module or in the name
             module, name = ".".join(parts[:cut]), ".".join(parts[cut:])
             pushed = named(module, name) if how == "GLOBAL" else text(module) + text(name) + b"\x93"
             with pytest.raises(BadPickleError):
@@ -660,7 +660,7 @@ def test_attributes_of_torchscript_with_odd_names(name: Any, tmp_path: Path) -> 
     refuses(write_zip(tmp_path / "a.pt", members), "has an attribute")
 
 
-# --- what stands around a state dict ---
+# --- wrappers around a state dict ---
 
 
 def _nested(levels: int) -> dict[str, Any]:
@@ -738,7 +738,7 @@ def test_a_link_out_of_a_folder_is_not_followed_and_is_reported(tmp_path: Path) 
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "model.safetensors").symlink_to(tmp_path / "other.safetensors")
     refuses(tmp_path / "run", "model.safetensors is a link that leaves the folder", str(tmp_path / "other.safetensors"))
-    keymap.load_checkpoint(model(), tmp_path / "run" / "model.safetensors")  # named by the caller, it is meant
+    keymap.load_checkpoint(model(), tmp_path / "run" / "model.safetensors")  # named by the caller, it is read
     (tmp_path / "run" / "model.safetensors").unlink()
     torch.save(state(), tmp_path / "elsewhere" / "epoch_3.pt")
     (tmp_path / "run" / "checkpoints").rmdir()

@@ -184,7 +184,7 @@ def own_folder(folder, source, vision=None, text=None, **model_cfg):
 AVERAGE = {"pool_type": "avg", "final_ln_after_pool": True}
 TANH = {"act_kwargs": {"approximate": "tanh"}}
 EPS = {"norm_kwargs": {"eps": 1e-2}}
-OWN = {  # what the source's towers are, what the model's are, and what is told
+OWN = {  # what the source's towers are, what the model's are, and which warnings come
     "pooling": (AVERAGE, {}, {"pooling of the image tower"}),
     "the same pooling": (AVERAGE, AVERAGE, set()),
     "the last norm": (AVERAGE, {"pool_type": "avg"}, {"place of the image tower's last norm"}),
@@ -281,7 +281,7 @@ def test_the_same_end_token_on_both_sides_gives_no_warning(tmp_path):
     assert [text.split(": ")[1] for text in told] == ["end token of the text tower"]
 
 
-# --- where nothing is told ---
+# --- settings without a warning ---
 
 
 def test_without_a_configuration_everything_is_listed_as_not_verifiable(tmp_path):

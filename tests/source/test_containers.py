@@ -25,7 +25,7 @@ def holds(model, wanted):
 
 # --- folders ---
 
-# what lies in the folder, in no order: (name, seed of its weights); the one that is meant; the word that says why
+# what lies in the folder, in no order: (name, seed of its weights); the one that is loaded; the word of the reason
 FOLDERS = {
     "hub repository": (
         "model.safetensors:hf open_clip_model.safetensors pytorch_model.bin:hf",
