@@ -51,15 +51,22 @@ class Sides:
     model: ModelView
     request: Request
 
-    @property
+    @cached_property
     def hub(self) -> Format:
+        """Looked up once, for it is needed for every key."""
         return self.known.hub
+
+    @cached_property
+    def towers(self) -> dict[str, str]:
+        """The tower of each of the model's keys."""
+        hub = self.hub
+        return {key: tower_of(hub, key) for key in self.model.tensors}
 
     @cached_property
     def targets(self) -> dict[str, torch.Tensor]:
         """The model's tensors in the requested towers."""
-        hub, includes = self.hub, self.request.includes
-        return {key: tensor for key, tensor in self.model.tensors.items() if includes(tower_of(hub, key))}
+        towers, includes = self.towers, self.request.includes
+        return {key: tensor for key, tensor in self.model.tensors.items() if includes(towers[key])}
 
     @cached_property
     def addresses(self) -> dict[str, Address | None]:
@@ -142,7 +149,7 @@ def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: 
         if piece.source is not None and (source_dtype := sides.file_tensors[piece.source].dtype) != dtype:
             casts.add(f"{dtype_name(source_dtype)} to {dtype_name(dtype)}")
     assert covered == prod(layout.shape), f"pieces of {key} fill {covered} of {prod(layout.shape)} elements"
-    return Entry(key, tower_of(sides.hub, key), layout, shape, dtype, resize, "", tuple(sorted(casts)))
+    return Entry(key, sides.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
 
 
 def _resize(sides: Sides, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
@@ -209,7 +216,7 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
     for key, target in sides.targets.items():
         if key in loaded or key in mismatched:
             continue
-        tower = tower_of(sides.hub, key)
+        tower = sides.towers[key]
         if sides.hub.ignored(key) is not None:
             found.notes.append(f"{key}: computed by the model, left unchanged")
         elif sides.addresses[key] in loaded_addresses:
