@@ -18,7 +18,7 @@ from keymap.load.execute import load_plan
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.plan.describe import Described, configurations_for, describe
 from keymap.plan.model import view_model
-from keymap.plan.plan import Plan, without_checked
+from keymap.plan.plan import Plan, without_failed
 from keymap.plan.planner import choose_plan
 from keymap.plan.request import check_model, make_request
 from keymap.plan.to_hub import to_hub
@@ -101,7 +101,7 @@ def load_checkpoint(
         refuse_unwritable(view, plan)
     failed = verify_plan(plan, tensors, strict)
     if failed:
-        plan = without_checked(plan, failed)
+        plan = without_failed(plan, failed)
     for difference in plan.warnings:  # before anything is written: a filter may turn them into errors
         warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     allocated: list[str] = []

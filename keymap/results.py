@@ -122,9 +122,12 @@ class Inspection:
 
     def __str__(self) -> str:
         count = sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
-        name = f"format {self.format}" if self.format else "unknown format"
-        lines = [f"{self.path}: {name} (container {self.container})"]
-        lines.append(f"  {'detected by' if self.format else 'reason'}: {', '.join(self.evidence[:4])}")
+        if self.format:
+            lines = [f"{self.path}: format {self.format} ({self.container})"]
+            lines.append(f"  detected by: {', '.join(self.evidence[:4])}")
+        else:
+            lines = [f"{self.path}: unknown format ({self.container})"]
+            lines += [f"  reason: {reason.removeprefix(f'{self.path}: ')}" for reason in self.evidence[:4]]
         if self.wrapper:
             lines.append(f"  wrapper: {self.wrapper}")
         if self.prefixes:
@@ -136,7 +139,7 @@ class Inspection:
             lines.append(f"  fits model configurations: {some(self.configurations, 6) or 'none of the known ones'}")
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())
         lines.append(f"  tensors: {len(self.tensors)} ({dtypes}), {count:,} elements")
-        lines += [f"  setting {name}: {value}" for name, value in self.config_hints.items() if value != ""]
+        lines += [f"  setting: {name} = {value}" for name, value in self.config_hints.items() if value != ""]
         lines += [f"  note: {name}" for name, value in self.config_hints.items() if value == ""]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

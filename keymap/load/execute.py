@@ -1,4 +1,4 @@
-"""A plan carried out: every piece copied into the model's own memory, on all threads."""
+"""Carry a plan out: copy every piece into the model's own memory, on all threads."""
 
 from __future__ import annotations
 

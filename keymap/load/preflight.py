@@ -46,7 +46,7 @@ def failed_checks(checks: Iterable[Check], read: Read) -> list[tuple[Check, str]
         if tensor.shape == expected.shape and bool((tensor == expected).all()):
             continue
         found = _difference(tensor, expected)
-        failed.append((check, f"{check.key} must hold {name}, because {check.why}; but {found}"))
+        failed.append((check, f"{check.key} must hold {name}, because {check.why}; {found}"))
     return failed
 
 

@@ -81,8 +81,11 @@ def difference(known: Catalogue, title: str, file: Described, model: Described) 
     alike = all(tower.same_sizes(model[name]) for name, tower in file.items() if name in model)
     if alike and (not fits or fits == configurations_for(known, model)):
         return ""
-    names = f"it fits the model configurations {some(fits, 6)}" if fits else "no known model configuration fits it"
-    return f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; of the file: {names}"
+    names = some(fits, 6) or "none of the known ones"
+    return (
+        f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; model configurations that fit the "
+        f"file: {names}"
+    )
 
 
 def _measured(ways: tuple[tuple[Side, int | None], ...], keys: Mapping[str, Layout]) -> int:

@@ -18,7 +18,7 @@ from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
 
-__all__ = ["Entry", "Plan", "dtype_name", "without_checked"]
+__all__ = ["Entry", "Plan", "dtype_name", "without_failed"]
 
 
 class Entry(NamedTuple):
@@ -151,7 +151,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.file}: {self.title} (format {self.format}, container {self.container})"]
+        lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
         lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
         return "\n".join(lines)
 
@@ -192,7 +192,7 @@ class Plan:
             yield f"not verified (settings that the weights do not show): {'; '.join(self.unverified)}"
 
 
-def without_checked(plan: Plan, failed: Iterable[Check]) -> Plan:
+def without_failed(plan: Plan, failed: Iterable[Check]) -> Plan:
     """The plan without the tensors whose checks failed: their entries go, and their keys are unexpected."""
     layouts = {id(check.layout) for check in failed}
     keys = [source for check in failed for source in check.layout.sources]
@@ -207,14 +207,14 @@ def without_checked(plan: Plan, failed: Iterable[Check]) -> Plan:
 def _explained(entry: Entry, makers: Mapping[str, list[Step]]) -> Iterator[str]:
     """The lines of one entry; ``makers`` are the steps by the key that they make."""
     yield f"{entry.key} {list(entry.shape)} {dtype_name(entry.dtype)}"
-    if entry.layout.copied_whole:
+    if entry.filled:
+        yield f"  filled {entry.filled}"
+    elif entry.layout.copied_whole:
         yield f"  copied from {entry.layout.pieces[0].source}"
     else:
         yield from (f"  {_piece_in_words(piece)}" for piece in entry.layout.pieces)
     if entry.resize is not None:
         yield f"  resized from {entry.resize}"
-    if entry.filled:
-        yield f"  filled {entry.filled}"
     waiting, seen = [entry.key], set()
     while waiting:
         for step in makers.get(waiting.pop(), []):
@@ -227,12 +227,13 @@ def _explained(entry: Entry, makers: Mapping[str, list[Step]]) -> Iterator[str]:
 
 def _piece_in_words(piece: Piece) -> str:
     """Which elements go where; offsets and strides count elements."""
-    target = f"offset {piece.target_offset}, strides {list(piece.target_strides)}"
-    verb = "adds" if piece.add else "copies" if piece.source is not None else "fills"
+    contiguous = piece.source_strides == piece.target_strides == (1,)
+    amount = f"{piece.numel} elements" if contiguous else f"elements {list(piece.shape)}"
+    target = f"offset {piece.target_offset}" + ("" if contiguous else f" and strides {list(piece.target_strides)}")
     if piece.source is None:
-        return f"{verb} {list(piece.shape)} at {target} with {piece.term:g}"
-    source = f"{piece.source}, offset {piece.source_offset}, strides {list(piece.source_strides)}"
-    return f"{verb} {list(piece.shape)} from {source}, to {target}"
+        return f"{'adds' if piece.add else 'writes'} {piece.term:g} to {amount} at {target}"
+    source = f"offset {piece.source_offset}" + ("" if contiguous else f" and strides {list(piece.source_strides)}")
+    return f"{'adds' if piece.add else 'copies'} {amount} of {piece.source} at {source} to {target}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -39,7 +39,7 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
         )
     if uses_aliases(hub, model.tensors):
         raise PlanError(
-            f"{file}: the model is one tower alone ({keys}): pass the whole model, and to load only one tower "
+            f"{file}: the model is one tower alone ({keys}): pass the whole model; to load only one tower, add "
             f"{' or '.join(example_towers(hub))}"
         )
 
@@ -106,12 +106,10 @@ def _strict_faults(
     shown = _SHOWN_BESIDE_CAUSE if cause or any(fault.foreign for fault in faults) else SHOWN
     lines = [*cause, *(fault.text for fault in faults)]
     if matches.missing:
-        lines.append(
-            f"{len(matches.missing)} of the model's keys are missing from the file: {some(matches.missing, shown)}"
-        )
+        lines.append(f"{_of(matches.missing, 'model')} missing from the file: {some(matches.missing, shown)}")
     if matches.unexpected:
         lines.append(
-            f"{len(matches.unexpected)} of the file's keys are unexpected (the model has no place for them): "
+            f"{_of(matches.unexpected, 'file')} unexpected, with no place in the model: "
             f"{some(matches.unexpected, shown)}"
         )
     listed = shown if cause else 4 * shown
@@ -119,6 +117,11 @@ def _strict_faults(
     if len(matches.mismatched) > listed:
         lines.append(f"and {len(matches.mismatched) - listed} more keys with another shape")
     return [*lines, _advice(sides, matches, file_counts)]
+
+
+def _of(keys: Sequence[str], side: str) -> str:
+    """The start of a sentence about some of the keys of the file or of the model."""
+    return f"{len(keys)} of the {side}'s keys {'is' if len(keys) == 1 else 'are'}"
 
 
 def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> str:

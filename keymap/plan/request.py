@@ -69,7 +69,7 @@ def _checked_towers(towers: object, hub: Format) -> tuple[str, ...] | None:
     chosen = (towers,) if isinstance(towers, str) else tuple(towers)
     unknown = [tower for tower in chosen if tower not in known]
     if unknown or not chosen:
-        what = f"no tower is called {', '.join(map(repr, unknown))}" if unknown else "no tower is named"
+        what = f"unknown: {', '.join(map(repr, unknown))}" if unknown else "name at least one tower"
         raise PlanError(f"towers={chosen!r}: {what}; the towers are {', '.join(known)}")
     return chosen
 
@@ -98,8 +98,8 @@ def check_model(model: object) -> None:
         PlanError: with a hint where a state dict was passed.
     """
     if not isinstance(model, nn.Module):
-        hint = "; pass the model itself, not its state dict" if isinstance(model, Mapping) else ""
-        raise PlanError(f"the model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+        hint = ": pass the model itself, not its state dict" if isinstance(model, Mapping) else ""
+        raise PlanError(f"expected a torch.nn.Module as the model, not {type(model).__name__}{hint}")
 
 
 def hub_towers(hub: Format) -> tuple[str, ...]:
