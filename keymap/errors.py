@@ -1,7 +1,7 @@
-"""What keymap refuses, and why: one base class, one subclass for each kind of refusal.
+"""The errors: one base class, one subclass for each kind of refusal.
 
-A refusal leaves the model as it was: it comes before the first byte of a weight is written. What can fail after that
-(no memory, a file that is written to meanwhile) is told with the words "half loaded".
+A refusal leaves the model unchanged: it comes before any weight is written. The message of an error that comes later
+(out of memory, a file that changes during the load) says "half loaded".
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def some(keys: Iterable[str], count: int = SHOWN) -> str:
 
 
 class KeymapError(Exception):
-    """Base of every refusal.
+    """Base of every error that keymap raises.
 
     Attributes:
         summary: the first line of the message.
-        faults: everything that was found wrong, one text each; all faults of a file or of a load are
-            collected before the error is raised.
+        faults: everything that is wrong, one text each. All faults of a file or of a load are collected before the
+            error is raised; the message lists the first of them.
     """
 
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
@@ -38,19 +38,19 @@ class KeymapError(Exception):
 
 
 class ConfigurationWarning(UserWarning):
-    """The weights fit, and the model computes something else with them: its configuration differs from the source's."""
+    """The weights fit, but the model's configuration differs from the source's, so its outputs will differ."""
 
 
 class CheckpointError(KeymapError):
-    """The file is missing, truncated, corrupt, or not a container of tensors that keymap reads."""
+    """The file is missing, truncated or corrupt, or keymap does not read its container."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Reading the file as it asks would run code; nothing of it was run."""
+    """Reading the file would run code that it names; no code was run."""
 
 
 class MappingError(KeymapError):
-    """A mapping file is wrong. Every fault starts with ``file:line:column``."""
+    """A mapping file is wrong; every fault starts with ``file:line:column``. Or a format has an unknown name."""
 
 
 class DetectionError(KeymapError):
@@ -58,12 +58,12 @@ class DetectionError(KeymapError):
 
 
 class PlanError(KeymapError):
-    """The file's tensors do not fit the model: keys, shapes or dtypes."""
+    """The file's keys, shapes or dtypes do not fit the model, or an argument is wrong."""
 
 
 class VerifyError(KeymapError):
-    """A tensor does not hold the values that dropping it requires."""
+    """A tensor that would be left out does not hold the values that this requires."""
 
 
 class LoadError(KeymapError):
-    """The system failed the load, as with memory that was not to be had; the text says what became of the model."""
+    """The operating system failed during the load, for example out of memory; the text says if the model is changed."""

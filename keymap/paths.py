@@ -1,4 +1,4 @@
-"""Where the files that are no Python lie: inside the installed package, or beside it in a checkout."""
+"""Paths of the mapping files and the schema: inside the installed package, or next to it in a checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def data_folder(name: str) -> Path:
 
 
 def schema_path() -> Path:
-    """The JSON schema of mapping files, for editors: the installed one, or a checkout's.
+    """The path of the JSON schema of mapping files, for editors.
 
     >>> import keymap
     >>> keymap.schema_path().name

@@ -195,7 +195,7 @@ def test_safetensors_without_logit_bias_into_siglip_is_filled_with_zero_and_told
     result = keymap.load_checkpoint(model, st(without(source, "logit_bias")), strict)
     complete(result)
     assert_holds(model, {**source, "logit_bias": torch.zeros(())})
-    assert "logit_bias" in result.report.plan.filled and "filled logit_bias" in str(result)
+    assert "logit_bias" in result.report.plan.filled and "filled: logit_bias" in str(result)
 
 
 LOGIT_BIAS = {
@@ -527,7 +527,7 @@ def test_native_vit_28px_checkpoint_into_56px_model(target, strict, pt):
     result = keymap.load_checkpoint(model, pt(state), strict)
     complete(result)
     assert_holds(model, resized_by_open_clip(state, model))
-    assert "resized visual.positional_embedding: 2x2" in str(result) and "4x4" in str(result)
+    assert "resized: visual.positional_embedding from 2x2" in str(result) and "4x4" in str(result)
 
 
 def _grid(rows: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

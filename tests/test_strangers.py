@@ -605,7 +605,7 @@ def test_no_thread_writes_any_more_once_an_impatient_user_has_the_error(monkeypa
     """Three interrupts: while the first is handled, the next ones come."""
     path, target = good(tmp_path), model()
     begun, ended, at_work, over = list[int](), list[int](), threading.Event(), threading.Event()
-    real = keymap.load.execute.read
+    real = keymap.load.execute.read_batch
 
     def slowly(*arguments: Any) -> None:
         begun.append(1)
@@ -626,8 +626,8 @@ def test_no_thread_writes_any_more_once_an_impatient_user_has_the_error(monkeypa
             time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(keymap.load.execute, "read", slowly)
-    monkeypatch.setattr(keymap.load.direct, "_BUFFERS", 1)  # so that a small file, too, takes many calls
+    monkeypatch.setattr(keymap.load.execute, "read_batch", slowly)
+    monkeypatch.setattr(keymap.load.direct, "_MAX_BUFFERS", 1)  # so that a small file, too, takes many calls
     handler, user = signal.signal(signal.SIGINT, interrupt), threading.Thread(target=impatient)
     user.start()
     try:
