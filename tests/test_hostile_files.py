@@ -340,7 +340,7 @@ def test_no_way_of_pickling_runs_anything(name: str, protocol: int, tmp_path: Pa
 )
 def test_opcodes_that_reach_out_are_unknown(code: str) -> None:
     """The extension registry, instances by name, outside references as text, and buffers out of band."""
-    with pytest.raises(BadPickleError, match=r"none that torch\.save writes"):
+    with pytest.raises(BadPickleError, match=r"torch\.save never writes opcode"):
         run_pickle(b"\x80\x05" + code.encode("latin-1") + b".", 0, AllowedGlobals())
 
 
@@ -591,7 +591,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     ),
     "a pickle that grows when it is run": (
         lambda: _archive(("a/data.pkl", START + b"]" * (15 * MB) + b".")),
-        ["grows far beyond"],
+        ["far more memory than its size"],
     ),
     "code of zeros": (
         lambda: _archive(
@@ -649,7 +649,7 @@ def test_modules_of_torchscript_that_share_without_end(tmp_path: Path) -> None:
         )
     members = [("a/data.pkl", b"\x80\x04" + program + b"."), ("a/constants.pkl", b"\x80\x02).")]
     path = write_zip(tmp_path / "a.pt", members)
-    refuses(path, "do not end")
+    refuses(path, "endless or too many modules")
 
 
 @pytest.mark.parametrize("name", ["n" * 5000, 7])
@@ -805,13 +805,13 @@ INDEXES: dict[str, tuple[Callable[[], str], list[str]]] = {
     ),
     "shards that are not there": (
         lambda: json.dumps({"weight_map": {f"k{n}": f"s{n}.safetensors" for n in range(900)}}),
-        ["does not exist", "were not looked at"],
+        ["does not exist", "were not checked"],
     ),
     "too many keys": (
         lambda: json.dumps({"weight_map": {f"k{n}": "s.safetensors" for n in range(30_000)}}),
         ["30000 or more tensors"],
     ),
-    "two megabytes": (lambda: '{"weight_map": {"a": "' + "x" * (3 * MB) + '"}}', ["an index of shards has at most"]),
+    "two megabytes": (lambda: '{"weight_map": {"a": "' + "x" * (3 * MB) + '"}}', ["a shard index has at most"]),
     "nested": (lambda: '{"weight_map": ' + "[" * 100_000, ["not valid JSON"]),
     "the index itself": (lambda: '{"weight_map": {"a": "i.index.json"}}', ["JSON file"]),
     "a list": (lambda: '{"weight_map": ["a"]}', ["JSON file"]),

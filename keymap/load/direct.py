@@ -71,7 +71,7 @@ def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
         lazy: its source.
         target: contiguous.
     """
-    block, dtype = lazy.values_alone, lazy.dtype
+    block, dtype = lazy.contiguous_block, lazy.dtype
     one = piece.source_strides == piece.target_strides == (1,)
     same = dtype == target.dtype and dtype != torch.bool
     if block is None or not (one and same and fillable(target)):
@@ -114,5 +114,5 @@ def batches(runs: Iterable[Run]) -> Iterator[Batch]:
 
 def read(batch: Batch) -> None:
     """Fill the places; raises CheckpointError where the file ends before they are full."""
-    batch.file.handed = True
-    batch.file.fill(batch.places, batch.start)
+    batch.file.values_read = True
+    batch.file.read_into(batch.places, batch.start)

@@ -85,7 +85,7 @@ def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Stri
         lazy: its source.
         target: contiguous.
     """
-    block, strides = lazy.values_alone, piece.source_strides
+    block, strides = lazy.contiguous_block, piece.source_strides
     if block is None or strides[-1] == 1 or piece.numel <= _SMALL or not fillable(target):
         return []
     axis = max(range(len(strides)), key=lambda d: strides[d] if piece.shape[d] > 1 else 0)
@@ -134,14 +134,14 @@ def carry(strip: Strip, scratch: Scratch) -> None:
     given, filled = (t.view(bits).numpy() for t in (source, target)) if bits is not None else (None, None)
     view = memory.data
     places = [view[n * pitch * size : n * pitch * size + row] for n in range(rows)] if apart else []
-    strip.file.handed = True
+    strip.file.values_read = True
     for at in range(strip.first, strip.last, rows):
         count = min(rows, strip.last - at)
         if apart:  # beyond the last row's last element the file may end
             into = [*places[: count - 1], places[count - 1][: strip.span * size]]
         else:
             into = [view[: (count - 1) * row + strip.span * size]]
-        strip.file.fill(into, strip.start + at * row)
+        strip.file.read_into(into, strip.start + at * row)
         if given is not None and filled is not None:
             before = (slice(None),) * axis
             numpy.copyto(filled[(*before, slice(at, at + count))], given[(*before, slice(count))])
