@@ -16,7 +16,7 @@ from keymap.plan.plan import checked_facts
 from keymap.plan.to_hub import Translated, bring_to_layouts, from_hub, incomplete, to_hub
 from keymap.read import LazyTensor
 from keymap.source.detect import detect, tower_layout
-from keymap.source.open import PathLike, known_with, layouts_of
+from keymap.source.open import PathLike, catalogue_with, layouts_of
 from keymap.source.unwrap import unwrap
 
 __all__ = ["convert_state_dict"]
@@ -46,7 +46,7 @@ def convert_state_dict(
     """
     if not isinstance(state_dict, Mapping) or not isinstance(to, str):
         raise PlanError(f"give a dict of tensors and a format's name, not {type(state_dict).__name__} and {to!r}")
-    known, wanted = known_with(mapping)
+    known, wanted = catalogue_with(mapping)
     target = known.get(to)
     if not target.rules:
         raise MappingError(f"{to} is no format that can be written (it is {target.kind})")

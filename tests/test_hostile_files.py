@@ -520,12 +520,12 @@ HEADERS: dict[str, tuple[bytes, list[str]]] = {
     "a wrong key of a megabyte": (safetensors_bytes({"k" * MB: 3}, b""), ["kkk...kkk", "needs dtype"]),
     "a key twice of a megabyte": (safetensors_bytes('{"' + "k" * MB + '":1,"' + "k" * MB + '":1}', b""), ["kkk...kkk",
         "twice"]),
-    "a key that moves the cursor": (safetensors_bytes({"a\x1b[2Jb": entry("F32", [0], 0, 0)}, b""), ["cannot be shown",
+    "a key that moves the cursor": (safetensors_bytes({"a\x1b[2Jb": entry("F32", [0], 0, 0)}, b""), ["unprintable",
         "\\x1b"]),
-    "a key that runs backwards": (safetensors_bytes({"a\u202eb": entry("F32", [0], 0, 0)}, b""), ["cannot be shown",
+    "a key that runs backwards": (safetensors_bytes({"a\u202eb": entry("F32", [0], 0, 0)}, b""), ["unprintable",
         "\\u202e"]),
     "half a character": (safetensors_bytes('{"\\ud800":' + json.dumps(entry("F32", [0], 0, 0)) + "}", b""),
-        ["cannot be shown"]),
+        ["unprintable"]),
     "a text of a megabyte for a dtype": (safetensors_bytes({"w": entry("F" * MB, [0], 0, 0)}, b""), ["unknown dtype"]),
     "a number of ten thousand digits": (safetensors_bytes('{"w":' + "9" * 10_000 + "}", b""), ["not valid JSON"]),
     "a shape of thousands": (safetensors_bytes({"w": entry("F32", [1] * 100_000, 0, 4)}, bytes(4)),
@@ -617,7 +617,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
         lambda: _archive(("a/data.pkl", tensor_pickle([6], [1], key="../../../etc/passwd")), ("../../etc/x", b"x")),
         ["has no member a/data/../../../etc/passwd"],
     ),
-    "a name that moves the cursor": (lambda: _archive(("\x1b[2J.npy", _zeros(1))), ["cannot be shown"]),
+    "a name that moves the cursor": (lambda: _archive(("\x1b[2J.npy", _zeros(1))), ["unprintable"]),
     "a name of another case": (lambda: _archive(("A/DATA.PKL", b"")), ["torch and numpy do not write"]),
 }
 
@@ -770,7 +770,7 @@ def test_a_folder_without_end(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for n in range(10_001):
         (tmp_path / "checkpoints" / f"{n}").touch()
-    refuses(tmp_path, "holds more than 10000 entries")
+    refuses(tmp_path, "has more than 10000 entries")
 
 
 @pytest.mark.parametrize("way", ["pipe", "device", "socket"])
@@ -801,7 +801,7 @@ def test_a_shard_with_an_odd_name(name: str, tmp_path: Path) -> None:
 INDEXES: dict[str, tuple[Callable[[], str], list[str]]] = {
     "a shard for each key": (
         lambda: json.dumps({"weight_map": {f"k{n}": f"s{n}.safetensors" for n in range(15_000)}}),
-        ["15000 shards, the limit is 1000"],
+        ["15000 shards; the limit is 1000"],
     ),
     "shards that are not there": (
         lambda: json.dumps({"weight_map": {f"k{n}": f"s{n}.safetensors" for n in range(900)}}),

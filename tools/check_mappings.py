@@ -23,7 +23,7 @@ from keymap.language.compile import compile_mapping
 from keymap.language.format import Format
 from keymap.language.yaml_marks import Marked, parse_yaml
 from keymap.paths import data_folder
-from keymap.source.samples import refuse_claims
+from keymap.source.samples import check_evidence
 
 
 def shown(file: Path) -> str:
@@ -72,7 +72,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
         lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
     if not faults:  # what only all files together show: names, spellings, evidence, paths of respellings
         try:
-            Catalogue().add(together, check=refuse_claims)
+            Catalogue().add(together, check=check_evidence)
         except MappingError as error:
             faults += told(error)
     return lines, faults

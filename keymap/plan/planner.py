@@ -22,9 +22,9 @@ from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, Plan, Request, dtype_name
 from keymap.plan.resize import Resize, ResizeError, plan_resize
 from keymap.plan.to_hub import Translated, bring_to_layouts, incomplete, to_hub, tower_of
-from keymap.source.config import differences, unverified
 from keymap.source.detect import tower_layout, uses_aliases
 from keymap.source.open import Source
+from keymap.source.settings import differences, unverified
 from keymap.source.unwrap import Unwrapped
 
 __all__ = ["make_plan"]

@@ -12,7 +12,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, RuleTable, Step
-from keymap.source.detect import Detection, holds, tower_layout
+from keymap.source.detect import Detection, matching_keys, tower_layout
 
 _MAX_INDICES = (
     1000  # indices that a tower is asked to be complete for, and keys of it that may lack before no more are looked for
@@ -49,7 +49,7 @@ class Translated:
 
 def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     """The rules that hold for these source keys: the mapping's own, and those of the variants that fit."""
-    extra = [v.rules for v in mapping.variants if holds(v.when, tensors) is not None]
+    extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
@@ -127,7 +127,7 @@ def from_hub(hub: Format, mapping: Format, now: Translated, facts: Mapping[str, 
     """Hub names (in the layouts of the format) to the format's own."""
     if mapping.kind == "hub":
         return
-    extra = [v.rules for v in mapping.variants if holds(v.when_hub, now.tensors) is not None]
+    extra = [v.rules for v in mapping.variants if matching_keys(v.when_hub, now.tensors) is not None]
     rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
     back = RuleTable(rules).inverse() if extra else mapping.back
     held = {key: layout for key, layout in now.tensors.items() if not _homeless(hub, back, key)}
