@@ -516,7 +516,7 @@ HEADERS: dict[str, tuple[bytes, list[str]]] = {
         ["30000 or more tensors", "limit"],
     ),
     "a key of a megabyte": (safetensors_bytes({"k" * MB: entry("F32", [0], 0, 0)}, b""), ["1048576 characters",
-        "rename it"]),
+        "rename the key"]),
     "a wrong key of a megabyte": (safetensors_bytes({"k" * MB: 3}, b""), ["kkk...kkk", "needs dtype"]),
     "a key twice of a megabyte": (safetensors_bytes('{"' + "k" * MB + '":1,"' + "k" * MB + '":1}', b""), ["kkk...kkk",
         "twice"]),
