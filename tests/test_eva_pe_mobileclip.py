@@ -499,7 +499,7 @@ def test_what_differs_between_apples_and_timms_mobileclip_b_is_told(pt):
     with pytest.warns(keymap.ConfigurationWarning, match=r"eps of the image tower's norms: 1e-05 in the source"):
         keymap.load_checkpoint(mobileclip.model("mobileclip_b", seed=5), pt(source))
     notes = " ".join(registry().get("mobileclip_b").notes)
-    assert "pads by 1" in notes and "eps 1e-5" in notes and "0.04 on a scale of 3.2" in notes
+    assert "has padding 1" in notes and "eps 1e-5" in notes and "0.04 on a scale of 3.2" in notes
 
 
 @pytest.mark.parametrize("strict", [True, False])

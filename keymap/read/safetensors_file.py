@@ -121,7 +121,7 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
     del raw
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise file.error("its __metadata__ has a value that is not a string", AGAIN)
+        raise file.error("its __metadata__ is not an object of strings", AGAIN)
     file.limit_tensors(len(header))
 
     faults: list[str] = []
