@@ -18,7 +18,7 @@ from keymap.plan.request import checked_facts
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
 from keymap.read import LazyTensor
 from keymap.source.detect import detect, tower_layout
-from keymap.source.open import PathLike, known_with, layouts_of
+from keymap.source.open import PathLike, catalogue_with, layouts_of
 from keymap.source.unwrap import unwrap
 
 __all__ = ["convert_state_dict"]
@@ -85,7 +85,7 @@ def _checked(
         raise PlanError(
             f"expected a dict of tensors and the name of a format, not {type(state_dict).__name__} and {to!r}"
         )
-    known, wanted = known_with(mapping)
+    known, wanted = catalogue_with(mapping)
     target = known.get(to)
     if not target.rules:
         raise MappingError(f"{to} (kind {target.kind}) has no rules and cannot be written; pass the name of a format")

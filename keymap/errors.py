@@ -1,7 +1,7 @@
-"""The errors: one base class, one subclass for each kind of refusal.
+"""The errors that keymap raises: one base class, and one subclass for each kind of error.
 
-A refusal leaves the model unchanged: it comes before any weight is written. The message of an error that comes later
-(out of memory, a file that changes during the load) says "half loaded".
+An error leaves the model unchanged, because every check runs before the first byte of a weight is written. If something
+fails after that (no memory, another process writes to the file), the message says that the model is "half loaded".
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ SHOWN = 8  # keys that a message lists
 
 
 def some(keys: Iterable[str], count: int = SHOWN) -> str:
-    """The first few of many keys, for a message."""
+    """The first ``count`` keys and the number of the others, for a message."""
     listed = list(keys)
     more = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + more
 
 
 class KeymapError(Exception):
-    """Base of every error that keymap raises.
+    """Base class of keymap's errors.
 
     Attributes:
         summary: the first line of the message.
-        faults: everything that is wrong, one text each. All faults of a file or of a load are collected before the
-            error is raised; the message lists the first of them.
+        faults: all faults, one text each. keymap collects every fault of a file or of a load before it raises.
     """
 
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
@@ -38,15 +37,15 @@ class KeymapError(Exception):
 
 
 class ConfigurationWarning(UserWarning):
-    """The weights fit, but the model's configuration differs from the source's, so its outputs will differ."""
+    """The weights fit, but the model's configuration differs from the source's, so the embeddings will differ."""
 
 
 class CheckpointError(KeymapError):
-    """The file is missing, truncated or corrupt, or keymap does not read its container."""
+    """The file is missing, truncated or corrupt, or keymap does not read files of this kind."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Reading the file would run code that it names; no code was run."""
+    """Reading the file as it asks would run code. None of that code was run."""
 
 
 class MappingError(KeymapError):
@@ -54,7 +53,7 @@ class MappingError(KeymapError):
 
 
 class DetectionError(KeymapError):
-    """No registered format claims the file, or more than one does."""
+    """No registered format matches the file, or several do."""
 
 
 class PlanError(KeymapError):
@@ -62,8 +61,8 @@ class PlanError(KeymapError):
 
 
 class VerifyError(KeymapError):
-    """A tensor that would be left out does not hold the values that this requires."""
+    """A tensor that the plan drops does not hold the values that make dropping it safe."""
 
 
 class LoadError(KeymapError):
-    """The operating system failed during the load, for example out of memory; the text says if the model is changed."""
+    """The operating system failed the load, for example out of memory. The message says what happened to the model."""

@@ -8,9 +8,9 @@ __all__ = ["data_folder", "schema_path"]
 
 
 def data_folder(name: str) -> Path:
-    """The folder ``mappings`` or ``schemas``."""
-    inside = Path(__file__).parent / name
-    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+    """The path of the folder ``mappings`` or ``schemas``."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parent.parent / name
 
 
 def schema_path() -> Path:

@@ -114,7 +114,7 @@ def test_hf_siglip_leaves_its_defaults_out_of_the_configuration(tmp_path):
         del config[tower]["hidden_act"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _, told = load(openclip.siglip(act="gelu"), path)
-    assert "gelu_tanh in the source (config.json, which leaves it to the default)" in told[0]
+    assert "gelu_tanh in the source (default, not set in config.json)" in told[0]
 
 
 # --- what a format's own code fixes ---

@@ -182,7 +182,7 @@ def test_a_folder_with_only_epoch_32_pt_is_loaded_and_told(strict, pt, tmp_path)
     result = keymap.load_checkpoint(model, tmp_path, strict)
     complete(result)
     assert_holds(model, source)
-    assert "epoch_32.pt was taken from the folder: the last epoch of a training run" in result.report.plan.notes
+    assert "chose epoch_32.pt from the folder: the last epoch of a training run" in result.report.plan.notes
 
 
 # --- loading in general: logit_scale and logit_bias ---

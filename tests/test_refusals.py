@@ -718,7 +718,7 @@ def test_a_tower_under_names_that_no_rule_owns_is_refused_even_in_part(tmp_path)
 
 def test_a_scale_that_is_a_number_and_no_tensor_is_told(tmp_path):
     torch.save({**_state(), "logit_scale": 2.5}, tmp_path / "clip.pt")
-    words = ["logit_scale", "entries that are no tensors were skipped: logit_scale"]
+    words = ["logit_scale", "skipped entries that are not tensors: logit_scale"]
     refuses(openclip.clip(), tmp_path / "clip.pt", keymap.PlanError, *words)
 
 

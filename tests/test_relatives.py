@@ -141,7 +141,7 @@ def test_a_tinyclip_that_is_being_pruned_is_refused_in_words(module, file):
     state = {**relatives.tinyclip().state_dict(), f"_image_encoder.{module}l0_module.hidden_loga": torch.zeros(128)}
     model = openclip.clip(seed=5, **TINY_VIT)
     before = bits(model)
-    with pytest.raises(keymap.DetectionError, match="while it is being pruned"):
+    with pytest.raises(keymap.DetectionError, match="with pruning masks"):
         keymap.load_checkpoint(model, file(state))
     assert_unchanged(model, before)
 
@@ -264,9 +264,7 @@ def test_the_image_half_of_altclip_loads_and_its_text_half_is_refused_in_words(t
     path = file(keys)
     model = {"flat": openclip.clip, "custom": openclip.custom}[target](quick_gelu=True, seed=5, **sizes)
     before = bits(model)
-    with pytest.raises(
-        keymap.PlanError, match=r"format hf_altclip(.|\n)*AltCLIP's text tower .* is in no OpenCLIP model"
-    ):
+    with pytest.raises(keymap.PlanError, match=r"format hf_altclip(.|\n)*no OpenCLIP model has AltCLIP's text tower"):
         keymap.load_checkpoint(model, path)
     for request in ({"towers": ("text",)}, {"strict": False}):
         with pytest.raises(keymap.PlanError, match="AltCLIP's text tower"):

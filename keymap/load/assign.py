@@ -48,7 +48,7 @@ def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.dev
             f"{plan.file}: the load failed with {type(error).__name__} ({error}); nothing was changed"
         ) from error
     for file in files_of(tensors):
-        file.unchanged()
+        file.check_unchanged()
     swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
     for holder in (held for module in view.modules.values() for held in (module._parameters, module._buffers)):
         for name, old in holder.items():
@@ -94,7 +94,7 @@ def _unconverted(plan: Plan, tensors: Tensors) -> dict[str, torch.Tensor]:
             fitting.append((lazy.position, number, entry, lazy))
     mapped: list[tuple[int, int, Entry, torch.Tensor]] = []
     for _, number, entry, lazy in sorted(fitting):  # in the file's order, so that each member is inflated once
-        block = lazy.values_alone
+        block = lazy.contiguous_block
         value = lazy.read() if block is None else block.mapped(lazy.dtype, prod(lazy.shape))
         if value.is_contiguous():
             mapped.append((value.data_ptr(), number, entry, value))

@@ -75,7 +75,7 @@ def byte_range(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> ByteRang
         lazy: its source.
         target: contiguous.
     """
-    block, dtype = lazy.values_alone, lazy.dtype
+    block, dtype = lazy.contiguous_block, lazy.dtype
     contiguous = piece.source_strides == piece.target_strides == (1,)
     same = dtype == target.dtype and dtype != torch.bool
     if block is None or not (contiguous and same and can_read_into(target)):
@@ -118,5 +118,5 @@ def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:
 
 def read_batch(batch: Batch) -> None:
     """Fill the buffers; raises CheckpointError where the file ends too early."""
-    batch.file.handed = True
-    batch.file.fill(batch.buffers, batch.start)
+    batch.file.values_read = True
+    batch.file.read_into(batch.buffers, batch.start)

@@ -60,7 +60,7 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
     half = False
     try:
         for file in files:
-            file.unchanged()
+            file.check_unchanged()
         schedule = _schedule(plan, tensors, targets)
         made, room = dict[str, torch.Tensor](), _MADE_FIRST
         for entry in schedule.temporary:
@@ -74,7 +74,7 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
             with torch.no_grad():
                 targets[entry.key].copy_(value)
         for file in files:
-            file.unchanged()
+            file.check_unchanged()
     except KeyboardInterrupt:
         if not half:
             raise
@@ -176,7 +176,7 @@ def _release_pages(sources: Iterable[str | None], tensors: Tensors) -> None:
             _, first, last = spans.get(id(file), region)
             spans[id(file)] = (file, min(first, start), max(last, stop))
     for file, first, last in spans.values():
-        file.give_back(first, last)
+        file.release_pages(first, last)
 
 
 def _finish(tasks: Sequence[Future[None]]) -> None:

@@ -86,7 +86,7 @@ def strips_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> list[Stri
         lazy: its source.
         target: contiguous.
     """
-    block, strides = lazy.values_alone, piece.source_strides
+    block, strides = lazy.contiguous_block, piece.source_strides
     if block is None or strides[-1] == 1 or piece.numel <= _MIN_ELEMENTS or not can_read_into(target):
         return []
     axis = max(range(len(strides)), key=lambda d: strides[d] if piece.shape[d] > 1 else 0)
@@ -136,14 +136,14 @@ def copy_strip(strip: Strip, scratch: Scratch) -> None:
     source_bits, target_bits = (t.view(bits).numpy() for t in (source, target)) if bits is not None else (None, None)
     view = memory.data
     places = [view[n * pitch * size : n * pitch * size + row] for n in range(rows)] if gap else []
-    strip.file.handed = True
+    strip.file.values_read = True
     for at in range(strip.first, strip.last, rows):
         count = min(rows, strip.last - at)
         if gap:  # the file may end after the last row's last element
             buffers = [*places[: count - 1], places[count - 1][: strip.span * size]]
         else:
             buffers = [view[: (count - 1) * row + strip.span * size]]
-        strip.file.fill(buffers, strip.start + at * row)
+        strip.file.read_into(buffers, strip.start + at * row)
         if source_bits is not None and target_bits is not None:
             before = (slice(None),) * axis
             numpy.copyto(target_bits[(*before, slice(at, at + count))], source_bits[(*before, slice(count))])

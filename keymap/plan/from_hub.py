@@ -9,7 +9,7 @@ from keymap.language.format import Format
 from keymap.language.rules import Check, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.to_hub import Translated
-from keymap.source.detect import holds
+from keymap.source.detect import matching_keys
 
 __all__ = ["from_hub"]
 
@@ -18,7 +18,9 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
     """Translate in place from the hub's names (in the layouts of the format) to the format's own."""
     if mapping.kind == "hub":
         return
-    extra = [variant.rules for variant in mapping.variants if holds(variant.when_hub, translated.tensors) is not None]
+    extra = [
+        variant.rules for variant in mapping.variants if matching_keys(variant.when_hub, translated.tensors) is not None
+    ]
     rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
     back = RuleTable(rules).inverse() if extra else mapping.back
     ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}

@@ -18,9 +18,9 @@ from keymap.plan.plan import Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
-from keymap.source.config import differences, unverified
 from keymap.source.detect import tower_layout
 from keymap.source.open import Source
+from keymap.source.settings import differences, unverified
 
 __all__ = ["choose_plan", "make_plan"]
 

@@ -12,7 +12,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, RuleTable, Step
-from keymap.source.detect import Detection, holds, tower_layout
+from keymap.source.detect import Detection, matching_keys, tower_layout
 
 __all__ = ["Translated", "bring_to_layouts", "file_rules", "to_hub", "tower_of"]
 
@@ -54,7 +54,7 @@ class Translated:
 
 def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     """The rules that apply to these source keys: the mapping's own, and those of the variants that fit."""
-    extra = [v.rules for v in mapping.variants if holds(v.when, tensors) is not None]
+    extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
