@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: demo test coverage coverage-page lint types mappings docs bench clean
+.PHONY: demo test check-format coverage coverage-page lint types mappings docs bench clean
 
 demo: $(DONE)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/demo.py
@@ -16,6 +16,13 @@ PROOFS := build/proofs.json
 test: $(DONE)
 	rm -f $(PROOFS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --proofs=$(PROOFS)
+
+# One format in a minute: `make check-format NAME=hf_clip`. Its mapping, then its tests, but for the slow ones.
+check-format: $(DONE)
+	@test -n "$(NAME)" || { echo "name a format: make check-format NAME=hf_clip"; exit 2; }
+	@test -f mappings/$(NAME).yaml || $(BIN)/python -m pytest --collect-only tests/formats/test_ownership.py --format=$(NAME)
+	$(BIN)/python tools/check_mappings.py mappings/$(NAME).yaml
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/formats --format=$(NAME) -m "not slow"
 
 # Of what the tests have just proved: is the page fresh, and is no cell of it worse? `coverage-page` writes it.
 coverage: $(DONE)

@@ -10,9 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)  # so that `from peers import openclip` works in every import mode
+HERE = Path(__file__).parent
+ROOMS = ("api", "formats", "language", "load", "plan", "project", "read", "refusals", "source")
+for folder in (HERE, *(HERE / room for room in ROOMS)):  # so that `from peers import openclip` works in every test
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +39,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--proofs", metavar="FILE", help="write what the tests that passed have proved, for the coverage page"
     )
+    parser.addoption("--format", metavar="NAME", dest="format_name", help="run only the tests about this format")
 
 
 def pytest_configure(config):
@@ -45,6 +48,22 @@ def pytest_configure(config):
         import proofs
 
         config.pluginmanager.register(proofs.Book(Path(path)))
+    if config.getoption("format_name"):
+        import selection
+
+        selection.refuse_unknown(config.getoption("format_name"))
+
+
+# --- the tests of one format: see selection.py ---
+
+
+def pytest_collection_modifyitems(config, items):
+    name = config.getoption("format_name")
+    if name:
+        import selection
+
+        items[:], others = selection.select(items, name)
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture

@@ -3,58 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
 import struct
-import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-SECONDS = 2.0  # of processor time: what a file of a few megabytes may take
-MEMORY = 64 << 20  # bytes beside four times the file
-
-
-class Peak:
-    """The most memory that this process had at a time, since `start`."""
-
-    def __init__(self) -> None:
-        try:
-            self.reset: Any = open("/proc/self/clear_refs", "w")  # noqa: SIM115
-            self.status: Any = open("/proc/self/status")  # noqa: SIM115
-            self.start()
-        except OSError:
-            self.reset = None
-        self.start()
-
-    def _now(self, name: str) -> int:
-        self.status.seek(0)
-        return next(int(line.split()[1]) << 10 for line in self.status if line.startswith(name))
-
-    def start(self) -> None:
-        if self.reset is None:  # the peak of the whole life: it may be told too high, never too low
-            self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-            return
-        self.reset.write("5")
-        self.reset.flush()
-        self.before = self._now("VmRSS")
-
-    def grown(self) -> int:
-        if self.reset is None:
-            return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - self.before
-        return self._now("VmHWM") - self.before
-
-
-@contextmanager
-def cheap(size: int, seconds: float = 2 * SECONDS) -> Iterator[None]:
-    """Fail where what stands inside takes more processor time (twice the limit, on a busy machine) or memory."""
-    peak = Peak()
-    start = time.process_time()
-    yield
-    took, grown = time.process_time() - start, peak.grown()
-    assert took < seconds, f"it took {took:.1f} s"
-    assert grown < 4 * size + MEMORY, f"it took {grown >> 20} MB for {size} bytes"
 
 
 def safetensors_bytes(header: Mapping[str, Any] | str, data: bytes, length: int | None = None) -> bytes:
@@ -69,7 +22,7 @@ def entry(dtype: str, shape: Sequence[Any], begin: Any, end: Any) -> dict[str, A
 
 
 def npy_bytes(descr: str, shape: str, data: bytes, order: str = "False", version: int = 1) -> bytes:
-    """An .npy file with any header values, given as the Python text they stand as."""
+    """An .npy file with any header values, given as Python text."""
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode() + b"\n"
     length = struct.pack("<H" if version == 1 else "<I", len(text))
     return b"\x93NUMPY" + bytes([version, 0]) + length + text + data

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from hostile_files import MEMORY, SECONDS, Peak
+from bounds import MEMORY, Peak
 from torch import Tensor
 
 import keymap
@@ -20,6 +20,8 @@ from fuzz.mutate import mutant
 from fuzz.seeds import KINDS, Seed
 from keymap.load.copying import materialise
 from keymap.source.open import open_sources
+
+SECONDS = 2.0  # of processor time: what a mutant may take on a machine that does nothing else
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HANG = 30.0  # seconds of the clock without a mutant done; judge.SECONDS of processor time is what a mutant may take
+HANG = 120.0  # seconds of the clock without a mutant done; judge.SECONDS of processor time is what a mutant may take
 SPACE = 3 << 30  # bytes of address space beside what the process starts with
 
 

@@ -1,0 +1,505 @@
+"""Every fault of a mapping file is reported with ``file:line:column`` and a message that helps; all of them at once."""
+
+from __future__ import annotations
+
+import pytest
+
+import keymap
+from keymap.errors import MappingError
+from keymap.language.compile import compile_mapping
+from keymap.language.yaml_marks import parse_yaml
+from keymap.source.registry import Catalogue, registry
+
+HEAD = """format: example
+title: an example
+reference: nowhere
+layouts: {image: native_vit}
+detect: {any: [x]}
+"""  # five lines: what follows begins in line 6
+GOOD = "towers: {image: {a: b}}\n"
+
+
+def rules(*lines, more=""):
+    """The rules stand in line 8 and after, at column 5; ``more`` after them."""
+    return HEAD + "towers:\n  image:\n" + "".join(f"    {line}\n" for line in lines) + more
+
+
+def told(text, library=lambda name: None):
+    with pytest.raises(MappingError) as caught:
+        compile_mapping(text, "f.yaml", library)
+    assert all(fault.startswith("f.yaml:") for fault in caught.value.faults)
+    assert all(fault in str(caught.value) for fault in caught.value.faults)
+    return caught.value.faults
+
+
+def check(text, place, words):
+    faults = told(text)
+    assert len(faults) == 1, faults
+    assert faults[0].startswith(f"f.yaml:{place}: "), faults[0]
+    assert words in faults[0]
+
+
+# --- the file as YAML ---
+
+YAML = {
+    "an open bracket": ("format: [a\ntitle: b", "2:6", "not YAML"),
+    "a tab": ("format: a\n\ttitle: b", "2:1", "not YAML: found a tab character"),
+    "two documents": ("a: b\n---\nc: d\n", "2:1", "not YAML: but found another document"),
+    "nothing": ("", "1:1", "the file is empty"),
+    "a list": ("- a\n- b\n", "1:1", "it holds no fields"),
+    "a word": ("abc\n", "1:1", "it holds no fields"),
+    "a key twice": (HEAD + "title: again\n", "6:1", "key 'title' is given twice (first in line 2)"),
+    "a rule twice": (rules("a: b", "c: d", "a: e"), "10:5", "key 'a' is given twice (first in line 8)"),
+    "an anchor": (HEAD + "notes: [&a x]\n", "6:9", "anchors and aliases (& and *) are not used: share rules with"),
+    "an alias": (HEAD + "notes: [*a]\n", "6:9", "anchors and aliases"),
+    "a merge key": (HEAD + "towers: {image: {<<: {a: b}}}\n", "6:18", "merge keys (<<) are not used"),
+    "a tag": (
+        HEAD + "notes: [!!python/object:os.system x]\n",
+        "6:9",
+        "is not used in a mapping: leave it out, and quote",
+    ),
+    "a binary": (HEAD + "notes: [!!binary aGk=]\n", "6:9", "tag 'tag:yaml.org,2002:binary' is not used"),
+    "a tag that says what is so": (HEAD + "notes: [!!str a]\n", "6:9", "leave it out"),
+    "a tag that lies": (HEAD + "notes: [!!bool x]\n", "6:9", "leave it out"),
+    "a tag of a number that is none": (HEAD + "notes: [!!int '']\n", "6:9", "leave it out"),
+    "a tag of a list": (HEAD + "notes: !!set {a}\n", "6:8", "leave it out"),
+    "a tag of a key": (HEAD + "!!merge notes: [a]\n", "6:1", "leave it out"),
+    "a tag without a name": (HEAD + "kind: ! format\n", "6:7", "leave it out"),
+    "a date": (HEAD + "notes: [2024-01-01]\n", "6:9", "quote the text"),
+    "a key that is no text": (HEAD + "? [a]\n: b\n", "6:3", "a key must be plain text"),
+    "too deep": ("a: " + "[" * 14 + "]" * 14, "1:15", "nested deeper than 12 levels"),
+    "too long": ("# " + "x" * (1 << 20), "1:1", "a mapping has at most 131072"),
+    "a control character": ("a: \x00b\n", "1:1", "not YAML"),
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_malformed_yaml_is_refused(name):
+    check(*YAML[name])
+
+
+def test_a_bomb_of_aliases_is_refused_at_once():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    with pytest.raises(MappingError, match=r"f.yaml:1:5: anchors and aliases"):
+        parse_yaml("\n".join(lines), "f.yaml")
+
+
+# --- fields ---
+
+FIELDS = {
+    "an unknown field": (HEAD + "ignored: {a: b}\n" + GOOD, "6:1", "no field 'ignored' here; did you mean 'ignore'?"),
+    "a field of nowhere": (HEAD + "zzz: 1\n" + GOOD, "6:1", "there is no field 'zzz' here; known: format, kind, title"),
+    "an unknown operation": (rules("a: {to: b, veiw: a -> a}"), "8:16", "no field 'veiw' here; did you mean 'view'?"),
+    "an unknown evidence": (HEAD + "aliases: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),
+    "a text for a list": (HEAD + "notes: text\n" + GOOD, "6:1", "'text' is not of type 'array'"),
+    "a number for a target": (
+        rules("a: 7"),
+        "8:5",
+        "7 does not stand here (one rule: source key(s) to",
+    ),
+    "an empty target": (rules('a: ""'), "8:5", "should be non-empty"),
+    "an empty reason": (rules("a: b", more="ignore:\n  a: ''\n"), "10:3", "should be non-empty"),
+    "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "'fromat' is not one of ['format', 'bridge', 'hub'"),
+    "a name in capitals": (HEAD.replace("example", "Example", 1) + GOOD, "1:1", "The mapping's name, the same as the"),
+    "an unknown dtype": (rules("a: b", more="dtypes:\n  a: float8\n"), "10:3", "'float8' is not one of"),
+    "a shape of two": (rules("a: b", more="shapes:\n  a: [2]\n"), "10:7", "1 was expected"),
+    "a size of none": (rules("a: b", more="sizes: {c: 0}\n"), "9:9", "0 is less than the minimum of 1"),
+    "an axis below none": (rules("(a|b): {to: c, concat: -1}"), "8:20", "-1 is less than the minimum of 0"),
+    "half an axis": (
+        rules("(a|b): {to: c, concat: 0.5}"),
+        "8:20",
+        "0.5 does not stand here (an axis: its number",
+    ),
+    "a power": (rules("a: {to: b, times: cube 1, oneway: true}"), "8:16", "does not match '^sqrt [0-9]$'"),
+    "one tied target": (rules("a: {to: [b]}"), "8:9", "too short"),
+    "one part": (rules("(a|b): {to: c, concat: 0, parts: [1]}"), "8:31", "too short"),
+    "a part in words": (rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"), "8:39", '"x" does not stand here'),
+    "nothing for a target": (rules("a: null"), "8:5", "null does not stand here (one rule"),
+    "a list for a rule": (rules("a: [b, c]"), "8:5", "does not stand here (one rule"),
+    "a field of the hub": (HEAD + "scalars: [a]\n" + GOOD, "6:1", "there is no field 'scalars' here"),
+    "a variant without the way back": (
+        rules("a: b", more="variants:\n  - when: {all: [x]}\n    towers: {image: {c: d}}\n"),
+        "10:5",
+        "'when_hub' is a required property",
+    ),
+    "a respelling of two towers": (
+        "format: r\nkind: bridge\ntitle: t\nbetween: {image: [trunk, naflex], text: [native, flat]}\n" + GOOD,
+        "4:1",
+        "2 entries stand here; the limit is 1",
+    ),
+    "a format without evidence": (HEAD.replace("detect: {any: [x]}\n", "") + GOOD, "1:1", "'detect' is a required"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_schema_refuses(name):
+    check(*FIELDS[name])
+
+
+# --- patterns ---
+
+PATTERNS = {
+    r"a\.b": "'\\' at character 2 of 'a\\.b': a dot outside a group is already a dot",
+    r"\d": "only \\d and \\w exist, inside a group",
+    "^a": "a pattern always matches the whole key: leave ^ out",
+    "a$": "a pattern always matches the whole key: leave $ out",
+    "a*": "'*' at character 2 of 'a*': write (\\d+), (\\w+), ([^.]+), (a|b) or, at the end, (.+)",
+    "a.+b": "'+' at character 3 of 'a.+b': write",
+    "a?": "list the alternatives instead: (|x), or mark the rule optional",
+    "a[0-9]": "'[' at character 2 of 'a[0-9]': only the group ([^.]+) exists",
+    "a{2}": "only the groups (\\d+), (\\w+), ([^.]+), (a|b) and (.+) exist",
+    "a|b": "'|' at character 2",
+    "é": "'é' at character 1 of 'é': keys hold letters, digits and _",
+    "((a|b)|c)": "is neither one of (\\d+), (\\w+), ([^.]+), (.+) nor a list of plain alternatives (a|b)",
+    "(a|b.*)": "nor a list of plain alternatives (a|b)",
+    "(.*)": "is neither one of",
+    "(?:a)": "is neither one of",
+    "(?P<n>a)": "is neither one of",
+    "(a": "the group that opens at character 1 of '(a' is not closed",
+    "a)": "')' at character 2 of 'a)'",
+    "(a|a)": "lists an alternative twice",
+    r"(\d+)(\d+)": "two open-ended groups need literal text between them",
+    r"(\w+)([^.]+)": "two open-ended groups need literal text between them",
+    r"(\d+)(|x)(\w+)": "two open-ended groups need literal text between them",
+    r"(\d+)1": "'1' follows an open-ended group that can match it too; no unique reading",
+    r"(\w+)_b": "'_b' follows an open-ended group that can match it too",
+    r"([^.]+)/b": "'/b' follows an open-ended group that can match it too",
+    r"(\d+)(a|1)": "'(a|1)' follows an open-ended group that can match it too",
+    r"(\d+)(|x)1": "follows an open-ended group that can match it too",
+    "(.+).b": "(.+) stands only at the end; use ([^.]+) or (\\w+) before",
+    "(.+)(a|b)": "(.+) stands only at the end",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_outside_the_subset_say_what_to_write(pattern):
+    check(rules(f"'{pattern}': b"), "8:5", PATTERNS[pattern])
+
+
+@pytest.mark.parametrize(
+    ("where", "place"),
+    [
+        ("ignore:\n  a*: why\n", "10:3"),
+        ("dtypes:\n  a*: float16\n", "10:3"),
+        ("shapes:\n  a*: [1]\n", "10:3"),
+        ("aliases:\n  - when: {all: [x]}\n    a*: b\n", "11:5"),
+        ("aliases:\n  - when: {none: [b, 'a*']}\n    a: b\n", "10:22"),
+        (
+            "variants:\n  - when: {all: [x]}\n    when_hub: {any: [y]}\n    towers:\n      image:\n        a*: b\n",
+            "14:9",
+        ),
+        ("variants:\n  - when: {all: ['a*']}\n    when_hub: {any: [y]}\n    towers: {image: {c: d}}\n", "10:18"),
+    ],
+)
+def test_a_pattern_is_checked_in_every_field(where, place):
+    check(rules("m: n", more=where), place, "'*' at character 2 of 'a*'")
+
+
+LOOKUP = "lookups:\n  one: {b: 1, c: 1}\n  part: {b: 1}\n  pair: {b: 1, c: 2}\n"
+TARGETS = {
+    "a capture lost": (
+        ("a(b|c)", "d"),
+        "group 1 is captured and not used by the target: several keys would become one",
+    ),
+    "an index lost": ((r"a(\d+).(w|b)", r"d.\2"), "Use it as \\1, or say how they join: concat, stack or rows"),
+    "a group that is not there": (("a(b|c)", r"d.\2"), "'d.\\2' uses group 2, which the source pattern does not have"),
+    "a group twice": (("a(b|c)", r"d.\1.\1"), "uses a group twice: the way back could not tell which one to believe"),
+    "a letter after the backslash": (("a(b|c)", r"d\x"), "after a backslash stands the number of a group"),
+    "a backslash at the end": (("a(b|c)", "d\\"), "after a backslash stands the number of a group"),
+    "an unknown lookup": (("a(b|c)", "d<1:pear>"), "there is no lookup 'pear'; known: one, pair, part"),
+    "a lookup of a number": ((r"a(\d+)", "d<1:pair>"), "a lookup needs a group of alternatives (a|b)"),
+    "a lookup that is not one-to-one": (("a(b|c)", "d<1:one>"), "gives two alternatives one name: no way back"),
+    "a lookup that does not cover": (("a(b|c)", "d<1:part>"), "lookup 'part' has no entry for c"),
+    "arithmetic on a word": ((r"a(\w+)", "d<1+1>"), "arithmetic needs a (\\d+) group"),
+    "arithmetic on alternatives": (("a(0|1)", "d<1+1>"), "arithmetic needs a (\\d+) group"),
+    "a fold that skips": ((r"a(\d+).(0|2)", "d<1*2+2>"), "group 2 must list 0 to 1, as (0|1|...)"),
+    "a fold of two open indices": ((r"a(\d+).(\d+)", "d<1*2+2>"), "group 2 must list 0 to 1"),
+    "an angle that is not closed": ((r"a(\d+)", "d<1"), "the < at character 2 is not closed"),
+    "an angle with something else": ((r"a(\d+)", "d<i>"), "write <1+1>, <1*6+2>, <1:lookup> or <name> with unstack"),
+    "groups of its own without a cut": (("a", "b(c|d)"), "say how the tensor is cut, with split or unstack"),
+    "two open groups side by side": ((r"a(\d+).b(\d+)", r"c.\1\2"), "two open-ended groups need literal text between"),
+    "a digit after an index": ((r"a(\d+)", r"c.\g"), "after a backslash stands the number of a group"),
+    "what an index could take in": ((r"a(\d+).b", r"c.<1+1>0"), "'0' follows an open-ended group"),
+    "the rest in the middle": ((r"a.(.+)", r"b.\1.c"), "(.+) stands only at the end"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_that_have_no_way_back(name):
+    (source, target), words = TARGETS[name]
+    check(rules(f"'{source}': '{target}'", more=LOOKUP), "8:5", words)
+
+
+# --- operations ---
+
+OPERATIONS = {
+    "two joins": ("(a|b): {to: c, concat: 0, stack: 0}", "concat and stack: a rule has one of them"),
+    "two cuts": ("a: {to: '(b|c)', split: [1, 1], unstack: l}", "split and unstack: a rule has one of them"),
+    "concat of one key": ("a: {to: b, concat: 0}", "concat needs a group (a|b) that the target lacks"),
+    "concat of an index": (r"a(\d+): {to: b, concat: 0}", "for an index (\\d+) use stack"),
+    "stack of words": (r"a(\w+): {to: b, stack: 0}", "counts its members by (\\d+) or (a|b) groups only"),
+    "stack of two lists": ("a(b|c).(d|e): {to: b, stack: 0}", "joins one group of alternatives; the target lacks 2"),
+    "an axis that the view lacks": (
+        "(a|b): {to: c, concat: d}",
+        "axis 'd' is not an axis of its own on the right side",
+    ),
+    "an axis inside a group": ("(a|b): {to: c, concat: d, view: a d -> (a d)}", "axis 'd' is not an axis of its own"),
+    "parts for another number": ("(a|b): {to: c, concat: 0, parts: [1, 1, 1]}", "one length for each of 2 members"),
+    "two stars": ("(a|b): {to: c, concat: 0, parts: ['*', '*']}", "at most one '*'"),
+    "parts of a stack": ("(a|b): {to: c, stack: 0, parts: [1, 1]}", "parts goes with concat"),
+    "parts of nothing": ("a: {to: b, parts: [1, 2]}", "parts goes with concat"),
+    "order with another name": ("(a|b): {to: c, concat: 0, order: [a, c]}", "must name each of ['a', 'b'] once"),
+    "order with a name too few": ("(a|b): {to: c, concat: 0, order: [a, 0]}", "must name each of ['a', 'b'] once"),
+    "order of nothing": ("a: {to: b, order: [a, 0]}", "order goes with concat"),
+    "an axis of nothing": ("a: {to: b, axis: 1}", "axis goes with split"),
+    "rows for another number": (
+        "(a|b): {to: c, rows: [[0, 1], [1, 2], [2, null]], oneway: true}",
+        "rows: one range for each of 2 members",
+    ),
+    "split in another number": ("a: {to: '(b|c)', split: [1, 1, 1]}", "one number for each of 2 alternatives"),
+    "split into nothing": ("a: {to: b, split: [1, 1]}", "split needs a group of the target's own: (a|b) for split"),
+    "unstack without its index": ("a: {to: b, unstack: l}", "unstack needs a group of the target's own: <name>"),
+    "unstack of another index": ("a: {to: 'b.<l>', unstack: k}", "or <name> with unstack"),
+    "unstack into alternatives": ("a: {to: '(b|c)', unstack: l}", "counts an index: the target needs <l>"),
+    "unstack into both": ("a: {to: 'b.<l>.(c|d)', unstack: l}", "writes one group of the target's own, here are 2"),
+    "ties of different groups": ("a: {to: ['b.(x|y)', c], split: [1, 1]}", "tied targets must use the same groups"),
+    "add not said to be one-way": ("a: {to: b, add: c}", "add cannot be undone: say oneway: true"),
+    "times not said to be one-way": ("a: {to: b, times: 2}", "times cannot be undone: say oneway: true"),
+    "plus not said to be one-way": ("a: {to: b, plus: 2}", "plus cannot be undone: say oneway: true"),
+    "rows not said to be one-way": ("(a|b): {to: c, rows: [[0, 1], [1, null]]}", "rows cannot be undone"),
+    "add of something else": ("a: {to: b, add: 'c[x]', oneway: true}", "write a key, or key[0] for one row of it"),
+    "rest of a fixed key": ("a: {to: b, rest: true}", "rest: true needs a pattern with (.+)"),
+    "a view of one side": ("a: {to: b, view: a b -> a}", "the sides of view 'a b -> a' do not balance: b"),
+    "an axis twice": ("a: {to: b, view: a a -> a}", "names an axis twice on one side"),
+    "a group left open": ("a: {to: b, view: (a b -> a b}", "view '(a b' leaves a group open"),
+    "a group never opened": ("a: {to: b, view: a b) -> a b}", "closes a group that it never opened"),
+    "a group within a group": ("a: {to: b, view: ((a) b) -> a b}", "a group within a group"),
+    "two arrows": ("a: {to: b, view: a -> a -> a}", "a view is 'left -> right'"),
+    "a number for an axis": ("a: {to: b, view: a 2 -> a 2}", "write axis names, 1 and ( ) groups"),
+    "a then that does not balance": ("a: {to: b, then: a -> b}", "do not balance: a, b"),
+    "a table that is not there": ("a.: {to: b., table: t}", "table 't': it must exist (known: none is declared)"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_that_make_no_sense(name):
+    line, words = OPERATIONS[name]
+    check(rules(line), "8:5", words)
+
+
+def test_a_view_without_an_arrow():
+    check(rules("a: {to: b, view: a b}"), "8:16", "einops-like: 'd h k -> (h k) d'")
+
+
+# --- tables ---
+
+
+def table(*lines, name="t"):
+    return f"tables:\n  {name}:\n" + "".join(f"    {line}\n" for line in lines)
+
+
+TABLES = {
+    "itself": (rules("a.: {to: b., table: t}", more=table("c.: {to: d., table: t}")), "11:5", "not contain itself"),
+    "itself by another": (
+        rules("a.: {to: b., table: t}", more=table("c.: {to: d., table: u}") + "  u:\n    c.: {to: d., table: t}\n"),
+        "13:5",
+        "not contain itself",
+    ),
+    "with a view": (rules("a.: {to: b., table: t, view: a -> a}", more=table("c: d")), "8:5", "no operation besides"),
+    "with two targets": (rules("a.: {to: [b., c.], table: t}", more=table("c: d")), "8:5", "has one target"),
+    "a wrong line, told where it stands": (rules("a.: {to: b., table: t}", more=table("c*: d")), "11:5", "of 'a.c*'"),
+    "a group of its own by its own number": (
+        rules(r"a(\d+).: {to: b\1., table: t}", more=table("(c|d): e")),
+        "11:5",
+        "group 1 is captured and not used by the target",
+    ),
+    "the prefix's group lost": (
+        rules(r"a(\d+).: {to: b., table: t}", more=table("c: d")),
+        "11:5",
+        "group 1 of the prefix is captured and not used",
+    ),
+    "a group that the line lacks": (
+        rules(r"a(\d+).: {to: b\1., table: t}", more=table(r"c: d\1")),
+        "11:5",
+        "uses group 1, which the source pattern does not have",
+    ),
+    "of a file that is not there": (HEAD + "uses: [nobody]\n" + GOOD, "6:8", "no mapping 'nobody' to use tables of"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    check(*TABLES[name])
+
+
+def test_a_fault_in_a_table_of_another_file_names_that_file():
+    shared = parse_yaml("format: s\nkind: tables\ntitle: s\ntables:\n  t:\n    c*: d\n", "shared.yaml")
+    text = rules("a.: {to: b., table: t}", more="uses: [s]\n")
+    with pytest.raises(MappingError) as caught:
+        compile_mapping(text, "f.yaml", {"s": shared}.get)
+    assert caught.value.faults[0].startswith("shared.yaml:6:5: '*' at character 4")
+
+
+# --- ownership, within one file ---
+
+OWNERS = {
+    "one key": (
+        rules("a.(x|y): p.\\1", "a.(y|z): q.\\1"),
+        "9:5",
+        "key 'a.y' is claimed by two rules, 'a.(x|y): p.\\1'",
+    ),
+    "one key on the way back": (rules("a: p.x", "b.(x|y): p.\\1"), "9:5", "on the way back, key 'p.x' is claimed by"),
+    "an open pattern and a literal": (rules(r"a.(\w+): p.\1", "a.b: q"), "9:5", "key 'a.b' is claimed by two rules"),
+    "two open patterns": (rules(r"(\w+).b: p.\1", r"a.([^.]+): q.\1"), "9:5", "key 'a.b' is claimed by two rules"),
+    "shifted indices": (rules(r"a(\d+): p<1+1>", r"b(\d+): p\1"), "9:5", "on the way back, key 'p1' is claimed"),
+    "two rest rules": (
+        rules(r"(.+): {to: 'p.\1', rest: true}", r"x.(.+): {to: 'q.\1', rest: true}"),
+        "8:5",
+        "more than one rule says rest: true",
+    ),
+    "a variant and the rules": (
+        rules(
+            "a: b",
+            more="variants:\n  - when: {all: [x]}\n    when_hub: {all: [y]}\n    towers:\n      image:\n        a: d\n",
+        ),
+        "14:9",
+        "key 'a' is claimed by two rules",
+    ),
+    "two rules of accepts": (
+        rules("m: n", more="aliases:\n  - a.(.+): b.\\1\n    a.c: d\n"),
+        "11:5",
+        "key 'a.c' is claimed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_two_rules_for_one_key(name):
+    text, place, words = OWNERS[name]
+    faults = told(text)
+    assert any(fault.startswith(f"f.yaml:{place}: ") and words in fault for fault in faults), faults
+
+
+# --- evidence, and the hub's fields ---
+
+
+@pytest.mark.parametrize(
+    ("evidence", "column"), [("any: ['(.+)']", 16), ("all: [a, '(.+)']", 19), ("any: [a], none: ['(.+)']", 27)]
+)
+def test_evidence_that_matches_every_key_is_refused(evidence, column):
+    text = rules("a: b").replace("any: [x]", evidence)
+    check(text, f"5:{column}", "(.+) matches every file: it is no evidence")
+
+
+def test_a_file_only_name_needs_its_meaning():
+    text = "format: h\nkind: hub\ntitle: t\nlayouts: {}\npositions: {}\nabsent_means: {a: 0}\nfile_only: [a, b]\n"
+    check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means: no model has it")
+
+
+def test_all_faults_of_a_file_are_reported_at_once():
+    text = rules(r"a\.b: c", "d: {to: e, view: a b -> a}", "(f|g): h").replace("[x]", "['x*']")
+    faults = told(text)
+    assert [fault.split(": ")[0] for fault in faults] == ["f.yaml:5:16", "f.yaml:8:5", "f.yaml:9:5", "f.yaml:10:5"]
+    faults = told(HEAD + "ignored: {}\nnotes: 7\n" + GOOD.replace("a: b", "a: {to: b, viev: a -> a}"))
+    assert sorted(fault.split(": ")[0] for fault in faults) == ["f.yaml:6:1", "f.yaml:7:1", "f.yaml:8:29"]
+
+
+@pytest.mark.parametrize("field", ["ignore:\n  (a|x): noise\n", "unsupported:\n  text:\n    (a|x): no place\n"])
+def test_a_key_that_a_rule_owns_cannot_be_left_out_too(field):
+    told_of = field.partition(":")[0]
+    check(rules("a: b", more=field), "8:5", f"key 'a' is claimed by rule 'a: b' and left out by '{told_of}: (a|x)'")
+
+
+# --- all files together ---
+
+
+def refused(folder, name, text):
+    """Add a file to the shipped ones; the text of the refusal."""
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
+    before = dict(known.mappings)
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(MappingError) as caught:
+        known.add([folder / name])
+    assert known.mappings == before
+    return str(caught.value)
+
+
+RESPELLING = "format: other_way\nkind: bridge\ntitle: t\nbetween: {image: [native_vit, clip_trunk]}\n" + GOOD
+TOGETHER = {
+    "the name is taken": (
+        "openai.yaml",
+        rules("a: b").replace("example", "openai", 1),
+        "the name 'openai' is taken by",
+    ),
+    "another file name": ("mine.yaml", rules("a: b"), "mine.yaml:1:1: format 'example' belongs into example.yaml"),
+    "an unknown spelling": (
+        "example.yaml",
+        rules("a: b").replace("native_vit", "nativ_vit"),
+        "'nativ_vit' is not one of ['native_resnet', 'native_vit'",
+    ),
+    "an unknown spelling of a respelling": (
+        "other_way.yaml",
+        RESPELLING.replace("clip_trunk", "trunc"),
+        "'trunc' is not one of",
+    ),
+    "an unknown tower": (
+        "example.yaml",
+        rules("a: b").replace("{image: native_vit}", "{images: native_vit}"),
+        "example.yaml:4:11: there is no field 'images' here; did you mean 'image'?",
+    ),
+    "a second path": ("other_way.yaml", RESPELLING, "bridges of a tower form a forest"),
+    "a second hub": (
+        "example.yaml",
+        HEAD.replace("layouts: {image: native_vit}\n", "kind: hub\n")
+        + "layouts: {}\npositions: {}\nabsent_means: {}\n"
+        + GOOD,
+        "there must be one hub",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_faults_that_only_all_files_together_show(name, tmp_path):
+    file, text, words = TOGETHER[name]
+    assert words in refused(tmp_path, file, text)
+
+
+def test_bridges_that_form_a_cycle_are_refused(tmp_path):
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
+    for one, two in (("clip_trunk", "naflex"), ("native_vit", "naflex")):
+        text = RESPELLING.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")
+        text = text.replace("a: b", "visual.a: visual.b")
+        (tmp_path / f"{one}_{two}.yaml").write_text(text, encoding="utf-8")
+    known.add([tmp_path / "clip_trunk_naflex.yaml"])
+    assert [step.target for step in known.path("image", "native_vit", "naflex")] == ["clip_trunk", "naflex"]
+    with pytest.raises(MappingError, match="a second path between image layouts native_vit and naflex"):
+        known.add([tmp_path / "native_vit_naflex.yaml"])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
+    (tmp_path / "latin.yaml").write_bytes("title: é".encode("latin-1"))
+    with pytest.raises(MappingError, match=r"latin.yaml cannot be read"):
+        known.add([tmp_path / "latin.yaml"])
+    with pytest.raises(MappingError, match=r"nowhere.yaml cannot be read"):
+        known.add([tmp_path / "nowhere.yaml"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MappingError, match=r"the folder has no .yaml file"):
+        keymap.register_mappings(tmp_path / "empty")
+    with pytest.raises(MappingError, match="the file does not exist"):
+        keymap.register_mappings(tmp_path / "gone.yaml")
+
+
+def test_one_bad_file_of_two_adds_none(tmp_path):
+    known = Catalogue(dict(registry().mappings), dict(registry().files))
+    (tmp_path / "example.yaml").write_text(rules("a: b"), encoding="utf-8")
+    (tmp_path / "second.yaml").write_text(rules("a: b", "(c|d): e").replace("example", "second", 1), encoding="utf-8")
+    with pytest.raises(MappingError, match=r"second.yaml:9:5"):
+        known.add(sorted(tmp_path.glob("*.yaml")))
+    assert "example" not in known.mappings
+
+
+def test_an_unknown_format_lists_near_names():
+    with pytest.raises(MappingError, match=r"there is no format 'hf_clop'; did you mean hf_clip"):
+        registry().get("hf_clop")
