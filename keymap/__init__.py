@@ -1,7 +1,7 @@
-"""Load any CLIP-family checkpoint into an existing OpenCLIP model, by rules that are data.
+"""Load any CLIP-family checkpoint into an existing OpenCLIP model. Each format is one YAML file of rules.
 
 >>> import keymap
->>> all(keymap.list_formats().values())  # of every format, by its name, what it is
+>>> "hf_clip" in keymap.list_formats()
 True
 """
 

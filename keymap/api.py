@@ -1,4 +1,4 @@
-"""The public functions: one way through, read → unwrap → detect → plan → verify → load → report."""
+"""The public functions: read → unwrap → detect → plan → verify → load → report."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from keymap.errors import ConfigurationWarning, KeymapError, PlanError
-from keymap.load.assign import assign_plan, refuse_unassignable
-from keymap.load.execute import load_plan, refuse_unwritable, verify_plan
+from keymap.errors import ConfigurationWarning
+from keymap.load.assign import assign_plan
+from keymap.load.execute import load_plan
+from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.plan.describe import Described, configurations_for, describe
-from keymap.plan.model import ModelView, view_model
-from keymap.plan.plan import Plan, Request, checked_facts
-from keymap.plan.planner import make_plan
+from keymap.plan.model import view_model
+from keymap.plan.plan import Plan, without_failed
+from keymap.plan.planner import choose_plan
+from keymap.plan.request import check_model, make_request
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
-from keymap.source.open import PathLike, Source, open_sources
+from keymap.source.open import PathLike, open_sources
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python's cyclic collector waits meanwhile.
+def _without_gc() -> Iterator[None]:
+    """Disable cyclic garbage collection meanwhile.
 
-    A plan is thousands of small objects, and none of them is garbage; to look at every object of a process that has
-    imported torch and its relatives takes longer than the load of a model.
+    A plan is thousands of small objects, and none of them is garbage. To visit every object of a process that has
+    imported torch takes longer than the load of a model.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -43,58 +44,8 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _request(
-    file: str,
-    strict: bool,
-    towers: Sequence[str] | str | None,
-    source_grid: Sequence[int] | None,
-    facts: Mapping[str, int] | None,
-) -> Request:
-    grid = None
-    if source_grid is not None:
-        sizes = list(source_grid) if isinstance(source_grid, (tuple, list)) else []
-        if len(sizes) != 2 or any(type(n) is not int or n < 1 for n in sizes):
-            raise PlanError(f"source_grid={source_grid!r}: give (h, w), the rows and columns of patches")
-        grid = (sizes[0], sizes[1])
-    if not isinstance(towers, (str, tuple, list, set, type(None))):
-        raise PlanError(f"towers={towers!r}: give a name or a tuple of names, as ('image',)")
-    chosen = (towers,) if isinstance(towers, str) else tuple(towers) if towers is not None else None
-    return Request(file, strict, chosen, grid, checked_facts(facts))
-
-
-def _refuse_other(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        hint = "; load into the model, not into its state dict" if isinstance(model, Mapping) else ""
-        raise PlanError(f"the model is a {type(model).__name__}, no torch.nn.Module{hint}")
-
-
-def _plan(sources: Sequence[Source], model: ModelView, request: Request) -> tuple[Plan, Source]:
-    """The plan of the one state dict that fits the model.
-
-    Raises:
-        PlanError: none fits, or several do.
-    """
-    plans: list[tuple[Plan, Source]] = []
-    errors: list[tuple[str, KeymapError]] = []
-    for one in sources:
-        try:
-            plans.append((make_plan(one, model, request), one))
-        except KeymapError as error:
-            if len(sources) == 1:
-                raise
-            errors.append((one.unwrapped.wrapper, error))
-    if len(plans) == 1:
-        return plans[0]
-    if plans:
-        names = ", ".join(repr(one.unwrapped.wrapper) for _, one in plans)
-        raise PlanError(f"{request.file}: {len(plans)} state dicts in it fit the model; pass wrapper=, one of {names}")
-    faults = [
-        f"wrapper={name!r}: {fault}" for name, error in errors for fault in (error.faults or (error.summary,))[:3]
-    ]
-    raise PlanError(f"{request.file}: none of the {len(sources)} state dicts in it fits the model", faults)
-
-
-@_uncollected()
+# long: signature and docstring; the body is the steps in order
+@_without_gc()
 def load_checkpoint(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -113,64 +64,55 @@ def load_checkpoint(
 
     Args:
         model: a CLIP, CustomTextCLIP or CoCa model, or any module with their keys.
-        checkpoint_path: a .pt, .pth, .bin, .safetensors, .npz file; what it is, its content tells.
-        strict: every key of the model must be filled, and every key of the file used or known to carry no
-            weights. ``False`` loads what fits and reports the rest; it still refuses when almost nothing
-            (less than a tenth) of a tower in the file would load.
-        weights_only: refuse a pickle that asks for anything but tensors and plain data.
-        device: where tensors go with ``assign=True``; a copying load writes where the model's tensors are.
-        mapping: name of the source format, or path of a YAML file; None detects it.
-        towers: load only these: ``("image",)``, ``("text",)``; ``strict`` holds within them.
-        wrapper: which state dict of the file to take, as ``"state_dict_ema"``.
-        source_grid: (h, w) of the file's position embedding, in patches, where nothing tells it.
-        assign: hand the file's tensors over instead of copying; makes a model on the meta device usable. The
-            model then reads from the file for as long as it lives: do not overwrite the file in place (save to
-            another name, then rename), or the process may be killed.
-        facts: what no weight tells, as ``{"image.heads": 12}``.
+        checkpoint_path: a .pt, .pth, .bin, .safetensors or .npz file, an index of shards, or a folder. Files are
+            recognised by their content.
+        strict: every key of the model must be filled, and every key of the file must be used or known to carry no
+            weights. ``False`` loads what fits and reports the rest; it still refuses when less than a tenth of a
+            tower in the file would load.
+        weights_only: refuse a pickle that needs anything but tensors and plain data.
+        device: where tensors go with ``assign=True``. Without it the tensors stay where the model has them.
+        mapping: the name of the source format, or the path of a YAML file; None detects the format.
+        towers: load only these towers, for example ``("image",)`` or ``("text",)``; ``strict`` applies within them.
+        wrapper: which state dict of the file to load, for example ``"state_dict_ema"``.
+        source_grid: (h, w) of the file's position embedding, in patches. Needed where neither the file nor its
+            configuration shows it.
+        assign: use the file's tensors directly and allocate only those that need converting. This makes a model on
+            the meta device usable. The model then reads from the file for as long as it lives: do not overwrite
+            the file in place (save to another name, then rename), or the process may be killed.
+        facts: settings that shapes cannot show, for example ``{"image.heads": 12}``; most are read from the model.
 
     Returns:
-        The keys left over, and ``.report``.
+        The missing and unexpected keys, and ``.report``.
 
     Raises:
         KeymapError: the load is refused (see its subclasses). The model is then bit for bit what it was.
     """
     start = time.perf_counter()
-    _refuse_other(model)
-    try:
-        target_device = torch.device(device)
-        torch.empty(0, device=target_device)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise PlanError(f"device={device!r} is no device that torch has here: {error}") from None
-    found = open_sources(checkpoint_path, weights_only, mapping, wrapper)
-    hub = found[0].known.hub
+    check_model(model)
+    target_device = checked_device(device)
+    sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
+    hub = sources[0].known.hub
     view = view_model(model, hub)
-    plan, source = _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))
+    plan, source = choose_plan(sources, view, make_request(hub, sources[0].file, strict, towers, source_grid, facts))
     tensors = source.unwrapped.tensors
     if assign:
         refuse_unassignable(view, plan, hub.causal_masks, target_device)
     else:
         refuse_unwritable(view, plan)
-    bad = verify_plan(plan, tensors, strict)
-    if bad:
-        lost = [source for check in bad for source in check.layout.sources]
-        layouts = {id(check.layout) for check in bad}
-        plan = replace(
-            plan,
-            entries=tuple(entry for entry in plan.entries if id(entry.layout) not in layouts),
-            unexpected_keys=(*plan.unexpected_keys, *lost),
-            dropped={key: why for key, why in plan.dropped.items() if key not in lost},
-        )
-    for difference in plan.warnings:  # before anything is written: a filter may make errors of them
+    failed = verify_plan(plan, tensors, strict)
+    if failed:
+        plan = without_failed(plan, failed)
+    for difference in plan.warnings:  # before anything is written: a filter may turn them into errors
         warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
-    made: list[str] = []
+    allocated: list[str] = []
     if assign:
-        made = assign_plan(plan, tensors, view, target_device)
+        allocated = assign_plan(plan, tensors, view, target_device)
     else:
         load_plan(plan, tensors, view.tensors)
-    return LoadResult(Report(plan, time.perf_counter() - start, tuple(made)))
+    return LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
 
 
-@_uncollected()
+@_without_gc()
 def plan_load(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -185,7 +127,7 @@ def plan_load(
 ) -> Plan:
     """A dry run of `load_checkpoint`: the plan, made from names, shapes and dtypes alone.
 
-    The model may be on the meta device, as for a load with ``assign=True``.
+    The arguments are those of `load_checkpoint`. The model may be on the meta device.
 
     Returns:
         The plan, with ``.pieces``, ``.missing_keys``, ``.unexpected_keys`` and ``.explain(key=None)``.
@@ -193,15 +135,18 @@ def plan_load(
     Raises:
         KeymapError: as the load would, apart from values that only the load reads and memory that only it writes.
     """
-    _refuse_other(model)
-    found = open_sources(checkpoint_path, weights_only, mapping, wrapper)
-    view = view_model(model, found[0].known.hub)
-    return _plan(found, view, _request(found[0].file, strict, towers, source_grid, facts))[0]
+    check_model(model)
+    sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
+    hub = sources[0].known.hub
+    request = make_request(hub, sources[0].file, strict, towers, source_grid, facts)
+    return choose_plan(sources, view_model(model, hub), request)[0]
 
 
-@_uncollected()
+@_without_gc()
 def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: str | None = None) -> Inspection:
     """What a checkpoint is: container, format, wrappers, keys. No weights are read.
+
+    A file of an unknown format is not an error: ``.format`` is None, and ``.evidence`` holds the reasons.
 
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
@@ -216,17 +161,17 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
     if found is not None:
         evidence, towers = found.evidence, describe(source.known, to_hub(found, {}).tensors)
     return Inspection(
-        source.file,
-        source.container,
-        found.mapping.name if found is not None else None,
-        evidence,
-        unwrapped.wrapper,
-        tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
-        unwrapped.prefixes,
-        towers,
-        configurations_for(source.known, towers),
-        tensors,
-        dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
-        {**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
-        (*source.notes, *unwrapped.notes),
+        path=source.file,
+        container=source.container,
+        format=found.mapping.name if found is not None else None,
+        evidence=evidence,
+        wrapper=unwrapped.wrapper,
+        other_wrappers=tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
+        prefixes=unwrapped.prefixes,
+        towers=towers,
+        configurations=configurations_for(source.known, towers),
+        tensors=tensors,
+        dtypes=dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
+        config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
+        notes=(*source.notes, *unwrapped.notes),
     )

@@ -1,7 +1,7 @@
-"""What keymap refuses, and why: one base class, one subclass for each kind of refusal.
+"""The errors that keymap raises: one base class, and one subclass for each kind of error.
 
-A refusal leaves the model as it was: it comes before the first byte of a weight is written. What can fail after that
-(no memory, a file that is written to meanwhile) is told with the words "half loaded".
+An error leaves the model unchanged, because every check runs before the first byte of a weight is written. If something
+fails after that (no memory, another process writes to the file), the message says that the model is "half loaded".
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ SHOWN = 8  # keys that a message lists
 
 
 def some(keys: Iterable[str], count: int = SHOWN) -> str:
-    """The first few of many keys, for a message."""
+    """The first ``count`` keys and the number of the others, for a message."""
     listed = list(keys)
     more = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + more
 
 
 class KeymapError(Exception):
-    """Base of every refusal.
+    """Base class of keymap's errors.
 
     Attributes:
         summary: the first line of the message.
-        faults: everything that was found wrong, one text each; all faults of a file or of a load are
-            collected before the error is raised.
+        faults: all faults, one text each. keymap collects every fault of a file or of a load before it raises.
     """
 
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
@@ -38,32 +37,32 @@ class KeymapError(Exception):
 
 
 class ConfigurationWarning(UserWarning):
-    """The weights fit, and the model computes something else with them: its configuration differs from the source's."""
+    """The weights fit, but the model's configuration differs from the source's, so the embeddings will differ."""
 
 
 class CheckpointError(KeymapError):
-    """The file is missing, truncated, corrupt, or not a container of tensors that keymap reads."""
+    """The file is missing, truncated or corrupt, or keymap does not read files of this kind."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Reading the file as it asks would run code; nothing of it was run."""
+    """Reading the file as it asks would run code. None of that code was run."""
 
 
 class MappingError(KeymapError):
-    """A mapping file is wrong. Every fault starts with ``file:line:column``."""
+    """A mapping file is wrong; every fault starts with ``file:line:column``. Or a format has an unknown name."""
 
 
 class DetectionError(KeymapError):
-    """No registered format claims the file, or more than one does."""
+    """No registered format matches the file, or several do."""
 
 
 class PlanError(KeymapError):
-    """The file's tensors do not fit the model: keys, shapes or dtypes."""
+    """The file's keys, shapes or dtypes do not fit the model, or an argument is wrong."""
 
 
 class VerifyError(KeymapError):
-    """A tensor does not hold the values that dropping it requires."""
+    """A tensor that the plan drops does not hold the values that make dropping it safe."""
 
 
 class LoadError(KeymapError):
-    """The system failed the load, as with memory that was not to be had; the text says what became of the model."""
+    """The operating system failed the load, for example out of memory. The message says what happened to the model."""

@@ -1,4 +1,4 @@
-"""Where the files that are no Python lie: inside the installed package, or beside it in a checkout."""
+"""Paths of the mapping files and the schema: inside the installed package, or next to it in a checkout."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["data_folder", "schema_path"]
 
 
 def data_folder(name: str) -> Path:
-    """The folder ``mappings`` or ``schemas``."""
-    inside = Path(__file__).parent / name
-    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+    """The path of the folder ``mappings`` or ``schemas``."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parent.parent / name
 
 
 def schema_path() -> Path:
-    """The JSON schema of mapping files, for editors: the installed one, or a checkout's.
+    """The path of the JSON schema of mapping files, for editors.
 
     >>> import keymap
     >>> keymap.schema_path().name

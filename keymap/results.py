@@ -1,4 +1,4 @@
-"""What the public functions answer: the account of a load, and what a file is."""
+"""What the public functions return: the report of a load, and the description of a file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Inspection", "LoadResult", "Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a load did: the plan that was carried out, the seconds it took, and what was not handed over as is.
+    """What a load did.
 
     Attributes:
-        plan: every key, with its pieces.
+        plan: the plan that was carried out: every key, with its pieces.
         seconds: from opening the file to the last copy.
-        materialised: for ``assign=True`` the keys whose tensors are not the file's own memory.
+        materialised: with ``assign=True`` the keys whose tensors were allocated; the others are the file's own memory.
     """
 
     plan: Plan
@@ -30,7 +30,7 @@ class Report:
     materialised: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan's account, with ``seconds`` and ``materialised``."""
+        """The plan as plain data, with ``seconds`` and ``materialised``."""
         return {**self.plan.to_dict(), "seconds": self.seconds, "materialised": list(self.materialised)}
 
     def __str__(self) -> str:
@@ -38,13 +38,14 @@ class Report:
 
 
 class LoadResult(dict[str, list[str]]):
-    """The keys that a load left over, as ``torch.nn.Module.load_state_dict`` names them, and the full report.
+    """The missing and unexpected keys of a load, and its report.
 
-    A dict with ``missing_keys`` and ``unexpected_keys``, which are attributes too; for ``.npz`` and ``.npy``
-    the dict is empty, as OpenCLIP's own loader returns it, and the attributes still answer.
+    A dict with ``missing_keys`` and ``unexpected_keys``, the names of ``torch.nn.Module.load_state_dict``; both are
+    attributes, too. For ``.npz`` and ``.npy`` the dict is empty, as OpenCLIP's own loader returns it; the attributes
+    still hold the keys.
 
     Attributes:
-        report: what was loaded, resized, filled, cast and dropped.
+        report: what was loaded, resized, filled, cast and ignored.
     """
 
     def __init__(self, report: Report) -> None:
@@ -73,15 +74,17 @@ class Inspection:
     """What a file is, without a model.
 
     Attributes:
-        path, container: the file, and the kind of file that it is.
-        format, evidence: the format and the keys that told it; None and the reasons where no format claims it.
-        wrapper, other_wrappers, prefixes: what stands around the state dict.
-        towers: each tower's layout and sizes, in the hub's terms.
-        configurations: of OpenCLIP's own, those whose shapes the file fits, apart from the number of positions.
+        path, container: the file, and its container, for example ``safetensors``.
+        format: its format; None where no format claims it.
+        evidence: the keys by which the format was detected; the reasons where no format claims the file.
+        wrapper, prefixes: the dict that was unwrapped, and the key prefixes that were stripped.
+        other_wrappers: further state dicts in the file.
+        towers: each tower's layout and sizes.
+        configurations: names of model configurations whose shapes the file fits, apart from the number of positions.
         tensors: shape and dtype of every tensor, by the key in the file.
-        dtypes: how many tensors there are of each dtype.
-        config_hints: what the format's configuration, in the file or beside it, tells.
-        notes: which file of a folder this is, and what else stood around the state dict.
+        dtypes: the number of tensors of each dtype.
+        config_hints: settings from the format and from a configuration file, in the checkpoint or beside it.
+        notes: which file of a folder this is, and what else the file holds.
     """
 
     path: str
@@ -119,18 +122,24 @@ class Inspection:
 
     def __str__(self) -> str:
         count = sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
-        lines = [f"{self.path}: {self.format or 'no known format'} ({self.container})"]
-        lines.append(f"  {'told by' if self.format else 'because'}: {', '.join(self.evidence[:4])}")
-        if self.wrapper or self.prefixes:
-            lines.append(f"  wrapper: {self.wrapper or 'none'}; prefixes: {' '.join(self.prefixes) or 'none'}")
+        if self.format:
+            lines = [f"{self.path}: format {self.format} ({self.container})"]
+            lines.append(f"  detected by: {', '.join(self.evidence[:4])}")
+        else:
+            lines = [f"{self.path}: unknown format ({self.container})"]
+            lines += [f"  reason: {reason.removeprefix(f'{self.path}: ')}" for reason in self.evidence[:4]]
+        if self.wrapper:
+            lines.append(f"  wrapper: {self.wrapper}")
+        if self.prefixes:
+            lines.append(f"  stripped prefixes: {' '.join(self.prefixes)}")
         if self.other_wrappers:
-            lines.append(f"  also in the file: {', '.join(map(repr, self.other_wrappers))}")
+            lines.append(f"  also in the file: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)")
         lines += [f"  {name} tower: {tower}" for name, tower in self.towers.items()]
         if self.towers:
-            fits = some(self.configurations, 6)
-            lines.append(f"  configurations of OpenCLIP that it fits: {fits or 'none that is recorded'}")
+            lines.append(f"  fits model configurations: {some(self.configurations, 6) or 'none of the known ones'}")
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())
-        lines.append(f"  {len(self.tensors)} tensors ({dtypes}), {count:,} elements")
-        lines += [f"  {name}: {value}" for name, value in self.config_hints.items()]
+        lines.append(f"  tensors: {len(self.tensors)} ({dtypes}), {count:,} elements")
+        lines += [f"  setting: {name} = {value}" for name, value in self.config_hints.items() if value != ""]
+        lines += [f"  note: {name}" for name, value in self.config_hints.items() if value == ""]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -22,7 +22,7 @@ from keymap.language.compile import compile_mapping
 from keymap.language.format import Format
 from keymap.language.yaml_marks import Marked, parse_yaml
 from keymap.paths import data_folder
-from keymap.source.samples import refuse_claims
+from keymap.source.samples import check_evidence
 
 
 def shown(file: Path) -> str:
@@ -71,7 +71,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
         lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
     if not faults:  # checks across files: names, layouts, evidence, paths of bridges
         try:
-            Catalogue().add(together, check=refuse_claims)
+            Catalogue().add(together, check=check_evidence)
         except MappingError as error:
             faults += faults_of(error)
     return lines, faults

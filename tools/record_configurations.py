@@ -26,10 +26,10 @@ from keymap.source.registry import registry
 
 FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip_configurations.yaml"
 HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json
-# Written by tools/record_configurations.py: run it again for another OpenCLIP.
+# Written by tools/record_configurations.py; run it again for another release of OpenCLIP.
 format: open_clip_configurations
 kind: configurations
-title: The configurations that OpenCLIP ships, by the fingerprints of their towers
+title: OpenCLIP's configurations, by the fingerprints of their towers
 reference: open_clip/model_configs (open_clip_torch {version})
 configurations:
 """

@@ -1,1 +1,1 @@
-"""A plan carried out: the last checks, then pieces copied or assigned into a model's memory."""
+"""Carry a plan out: the last checks, then the pieces are copied or assigned into the model."""

@@ -1,4 +1,4 @@
-"""Carrying pieces out: strided copies from a source tensor to a destination tensor."""
+"""Pieces at work: strided copies from a source tensor to a destination tensor."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from math import prod
 import torch
 
 from keymap.language.layout import Layout, Piece
+from keymap.load.resample import resample
 from keymap.plan.plan import Entry
-from keymap.plan.resize import resample
-from keymap.read import LazyTensor
+from keymap.read import LazyTensor, SourceFile
 
-__all__ = ["Tensors", "copy_pieces", "materialise", "strided", "value_of"]
+__all__ = ["Read", "Tensors", "copy_pieces", "files_of", "materialise", "strided", "value_of"]
 
-_STRIP = 3 << 15  # elements
+_BLOCK = 3 << 15  # elements that stay in a core's cache
 Read = Callable[[str], torch.Tensor]
 Tensors = Mapping[str, LazyTensor]
+
+
+def files_of(tensors: Tensors) -> list[SourceFile]:
+    """The files that tensors are mapped from, each once."""
+    return list({id(region[0]): region[0] for lazy in tensors.values() if (region := lazy.region) is not None}.values())
 
 
 def strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -27,22 +32,22 @@ def strided(tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ..
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy between views of one shape, dtype conversion included.
 
-    Where the last axis is not the source's innermost, torch goes through all of the source for a row of the target.
-    So it is given a few whole rows of the source at a time, as many as stay in a core's cache.
+    Where the last axis is not the source's innermost, torch goes through all of the source for each row of the
+    target. So it gets a few whole rows of the source at a time, as many as stay in a core's cache.
     """
-    if source.numel() <= 2 * _STRIP or source.stride(-1) == 1:
+    if source.numel() <= 2 * _BLOCK or source.stride(-1) == 1:
         target.copy_(source)
         return
     axis = max(range(source.ndim), key=lambda d: source.stride(d) if source.shape[d] > 1 else -1)
     length = source.shape[axis]
-    step = max(1, _STRIP * length // source.numel())
+    step = max(1, _BLOCK * length // source.numel())
     for start in range(0, length, step):
         rows = axis, start, min(step, length - start)
         _copy(target.narrow(*rows), source.narrow(*rows))
 
 
 def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destination: torch.Tensor) -> None:
-    """Copy plain and constant pieces into a contiguous destination; other pieces go through `materialise`.
+    """Copy plain and constant pieces into a contiguous destination; other pieces need `materialise`.
 
     Args:
         pieces: all from one source tensor, or constants.
@@ -61,11 +66,11 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
 
 
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor that a layout describes, in memory of its own.
+    """The tensor that a layout describes, in new memory.
 
     Args:
         layout: its pieces may compute (sums, factors).
-        read: a source tensor by key.
+        read: returns a source tensor by key.
         dtype: of the result; None keeps the layout's. Sums and factors are computed in float32 or better.
     """
     computes = any(p.add or p.factor != 1.0 or (p.term != 0.0 and p.source is not None) for p in layout.pieces)
@@ -95,9 +100,9 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
 
 
 def value_of(entry: Entry, tensors: Tensors) -> torch.Tensor:
-    """One tensor of the model, made in memory of its own, shape and dtype as the model's."""
-    wanted = None if entry.resize is not None else entry.dtype
-    value = materialise(entry.layout, lambda key: tensors[key].read(), wanted)
+    """One tensor of the model in new memory, with the model's shape and dtype."""
+    dtype = None if entry.resize is not None else entry.dtype
+    value = materialise(entry.layout, lambda key: tensors[key].read(), dtype)
     if entry.resize is not None:
         value = resample(value, entry.resize)
     return value.reshape(entry.shape).to(entry.dtype)

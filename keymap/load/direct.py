@@ -1,6 +1,6 @@
-"""Bytes that a file and a model have in common: the system reads them straight into the model's memory.
+"""Bytes that are the same in the file and in the model: the system reads them directly into the model's memory.
 
-One call fills many small tensors, and large ones are shared out over threads.
+One call fills many small tensors; large ones are shared out over threads.
 """
 
 from __future__ import annotations
@@ -14,105 +14,109 @@ import torch
 from keymap.language.layout import Piece
 from keymap.read import LazyTensor, SourceFile
 
-__all__ = ["Batch", "Run", "batches", "fillable", "read", "run_of"]
+__all__ = ["Batch", "ByteRange", "batches", "byte_range", "can_read_into", "read_batch"]
 
-_BATCH = 1 << 24  # bytes that one call reads
-_BUFFERS = 256  # places that one call fills; systems allow at least 1024 on Linux
-_GAP = 1 << 12  # bytes between two tensors that are read and thrown away
-_OWN = (torch.Tensor, torch.nn.Parameter)  # what has its elements in memory of its own; a subclass need not
-_scratch = memoryview(bytearray(_GAP))
+_MAX_BATCH = 1 << 24  # bytes that one call reads
+_MAX_BUFFERS = 256  # buffers that one call fills; systems allow at least 1024 on Linux
+_MAX_GAP = 1 << 12  # bytes between two tensors that are read and thrown away
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # a subclass may hold its elements elsewhere
+_thrown_away = memoryview(bytearray(_MAX_GAP))
 
 
-class Run(NamedTuple):
-    """Neighbouring bytes of a file, ``size`` of them from ``start`` on, that are neighbours in a tensor too.
+class ByteRange(NamedTuple):
+    """Contiguous bytes of a file that are contiguous in a tensor of the model, too.
 
     Attributes:
+        file: the file.
+        start: its first byte.
+        size: how many bytes.
         target: a tensor of the model, contiguous.
-        first: which of its bytes is the first of these.
+        target_start: the first byte in the target.
     """
 
     file: SourceFile
     start: int
     size: int
     target: torch.Tensor
-    first: int
+    target_start: int
 
     @property
     def memory(self) -> memoryview:
-        """Where the bytes go; it does not keep the target alive."""
-        return memoryview((c_char * self.size).from_address(self.target.data_ptr() + self.first)).cast("B")
+        """The target's memory for these bytes; it does not keep the target alive."""
+        return memoryview((c_char * self.size).from_address(self.target.data_ptr() + self.target_start)).cast("B")
 
 
 class Batch(NamedTuple):
-    """Runs that one call reads: from ``start`` on, into one place after the other.
+    """Byte ranges that one call reads: from ``start`` on, into one buffer after the other.
 
     Attributes:
-        places: the targets' memory.
-        targets: which are kept alive.
+        file, start, size: the bytes of the file.
+        buffers: the targets' memory.
+        targets: kept alive until the batch is read.
     """
 
     file: SourceFile
     start: int
-    places: list[memoryview]
+    buffers: list[memoryview]
     targets: list[torch.Tensor]
     size: int
 
 
-def fillable(target: torch.Tensor) -> bool:
+def can_read_into(target: torch.Tensor) -> bool:
     """True where the system can read into a tensor's memory."""
-    return target.is_cpu and type(target) in _OWN
+    return target.is_cpu and type(target) in _PLAIN_TYPES
 
 
-def run_of(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> Run | None:
-    """The piece as a run, or None where more than bytes must be moved: other dtypes, other orders, other devices.
+def byte_range(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> ByteRange | None:
+    """The piece as a byte range; None where it needs another dtype, another order or another device.
 
     Args:
         piece: of one source, not computed.
         lazy: its source.
         target: contiguous.
     """
-    block, dtype = lazy.values_alone, lazy.dtype
-    one = piece.source_strides == piece.target_strides == (1,)
+    block, dtype = lazy.contiguous_block, lazy.dtype
+    contiguous = piece.source_strides == piece.target_strides == (1,)
     same = dtype == target.dtype and dtype != torch.bool
-    if block is None or not (one and same and fillable(target)):
+    if block is None or not (contiguous and same and can_read_into(target)):
         return None
     size = dtype.itemsize
-    start, first = block.start + piece.source_offset * size, piece.target_offset * size
-    return Run(block.file, start, piece.shape[0] * size, target, first)
+    start, target_start = block.start + piece.source_offset * size, piece.target_offset * size
+    return ByteRange(block.file, start, piece.shape[0] * size, target, target_start)
 
 
-def batches(runs: Iterable[Run]) -> Iterator[Batch]:
-    """All runs in the order of their files, as many at a time as lie close together; large ones in several batches.
+def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:
+    """All byte ranges in the order of their files; neighbours share a batch, large ones take several.
 
     Each batch is made when it is asked for, while those before it are being read.
     """
     file: SourceFile | None = None
     start, end = 0, 0
-    places, targets = list[memoryview](), list[torch.Tensor]()
-    for run in sorted(runs, key=lambda run: (id(run.file), run.start)):
-        gap, at = run.start - end, 0
-        if file is not None and (run.file is not file or not 0 <= gap <= _GAP or len(places) >= _BUFFERS):
-            yield Batch(file, start, places, targets, end - start)
+    buffers, targets = list[memoryview](), list[torch.Tensor]()
+    for one in sorted(ranges, key=lambda one: (id(one.file), one.start)):
+        gap, at = one.start - end, 0
+        if file is not None and (one.file is not file or not 0 <= gap <= _MAX_GAP or len(buffers) >= _MAX_BUFFERS):
+            yield Batch(file, start, buffers, targets, end - start)
             file = None
         if file is None:
-            file, start, end, places, targets = run.file, run.start, run.start, [], []
+            file, start, end, buffers, targets = one.file, one.start, one.start, [], []
         elif gap:
-            places.append(_scratch[:gap])
+            buffers.append(_thrown_away[:gap])
             end += gap
-        memory = run.memory
-        targets.append(run.target)
-        while at < run.size:
-            part = memory[at : at + max(_BATCH - (end - start), 1)]
-            places.append(part)
+        memory = one.memory
+        targets.append(one.target)
+        while at < one.size:
+            part = memory[at : at + max(_MAX_BATCH - (end - start), 1)]
+            buffers.append(part)
             at, end = at + len(part), end + len(part)
-            if end - start >= _BATCH:
-                yield Batch(file, start, places, targets, end - start)
-                start, places, targets = end, [], [run.target]
-    if file is not None and places:
-        yield Batch(file, start, places, targets, end - start)
+            if end - start >= _MAX_BATCH:
+                yield Batch(file, start, buffers, targets, end - start)
+                start, buffers, targets = end, [], [one.target]
+    if file is not None and buffers:
+        yield Batch(file, start, buffers, targets, end - start)
 
 
-def read(batch: Batch) -> None:
-    """Fill the places; raises CheckpointError where the file ends before they are full."""
-    batch.file.handed = True
-    batch.file.fill(batch.places, batch.start)
+def read_batch(batch: Batch) -> None:
+    """Fill the buffers; raises CheckpointError where the file ends too early."""
+    batch.file.values_read = True
+    batch.file.read_into(batch.buffers, batch.start)

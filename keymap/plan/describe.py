@@ -1,4 +1,4 @@
-"""What a set of the hub's keys is, in sizes and words: towers, widths, layers; and which known configurations fit it.
+"""What a set of the hub's keys is: towers, widths, layers; and which recorded model configurations fit it.
 
 A *fingerprint* of a tower is a digest of its keys and shapes, without position embeddings (they are resized), scalars,
 derived buffers and keys whose absence means a value. Equal fingerprints load into each other.
@@ -19,7 +19,7 @@ from keymap.language.pattern import Side
 from keymap.plan.to_hub import tower_of
 from keymap.source.detect import tower_layout
 
-__all__ = ["Described", "Tower", "configurations_for", "describe", "in_words", "unlike"]
+__all__ = ["Described", "Tower", "configurations_for", "describe", "difference", "in_words"]
 
 
 class Tower(NamedTuple):
@@ -28,9 +28,9 @@ class Tower(NamedTuple):
     Attributes:
         layout: how its keys are named; ``canonical`` is the first of the hub's layouts that bridges lead to
             and back from.
-        sizes: what its shapes tell, by the hub's words.
+        sizes: lengths that its shapes show, by the hub's names for them.
         fingerprint: of its canonical keys and shapes.
-        uneven: its blocks differ in their shapes.
+        uneven: True where its blocks differ in their shapes.
     """
 
     layout: str
@@ -40,12 +40,12 @@ class Tower(NamedTuple):
     uneven: bool
 
     def __str__(self) -> str:
-        told = [f"{name} {size}" for name, size in self.sizes.items()]
-        told += ["blocks of different sizes, as a pruned model has"] if self.uneven else []
-        return f"{self.layout} ({', '.join(told)})" if told else self.layout
+        facts = [f"{name} {size}" for name, size in self.sizes.items()]
+        facts += ["blocks of different sizes, as in a pruned model"] if self.uneven else []
+        return f"{self.layout} ({', '.join(facts)})" if facts else self.layout
 
-    def like(self, other: Tower) -> bool:
-        """Whether nothing but the number of positions is seen to differ."""
+    def same_sizes(self, other: Tower) -> bool:
+        """True where the sizes that both show are equal, apart from the number of positions."""
         sizes, others = ({k: v for k, v in t.sizes.items() if k != "positions"} for t in (self, other))
         shared = sizes.keys() & others.keys()
         return self.canonical == other.canonical and all(sizes[k] == others[k] for k in shared) and not self.uneven
@@ -56,33 +56,36 @@ Described = Mapping[str, Tower]  # by the tower's name
 
 def in_words(towers: Described) -> str:
     """One phrase for all towers."""
-    return "; ".join(f"{name} tower {tower}" for name, tower in towers.items()) or "no tower that the hub knows"
+    return "; ".join(f"{name} tower {tower}" for name, tower in towers.items()) or "no known tower"
 
 
 def describe(known: Catalogue, layouts: Mapping[str, Layout]) -> Described:
-    """What these keys of the hub are."""
+    """The towers that these keys of the hub make up."""
     hub = known.hub
     towers = {}
     for name in hub.layouts:
-        here = tower_layout(hub, name, layouts)
-        if here is None:
+        layout = tower_layout(hub, name, layouts)
+        if layout is None:
             continue
-        keys = {key: layout for key, layout in layouts.items() if tower_of(hub, key) == name}
+        keys = {key: tensor for key, tensor in layouts.items() if tower_of(hub, key) == name}
         measured = {size: _measured(ways, keys) for size, ways in hub.measures.get(name, {}).items()}
         sizes = {size: length for size, length in measured.items() if length}
-        canonical, bridged = _canonical(known, name, here, keys)
-        towers[name] = Tower(here, canonical, sizes, _fingerprint(hub, bridged), _uneven(hub, name, keys))
+        canonical, bridged = _canonical(known, name, layout, keys)
+        towers[name] = Tower(layout, canonical, sizes, _fingerprint(hub, bridged), _uneven(hub, name, keys))
     return towers
 
 
-def unlike(known: Catalogue, title: str, file: Described, model: Described) -> str:
-    """One sentence for a file of another architecture or size than the model; empty where nothing seems to differ."""
+def difference(known: Catalogue, title: str, file: Described, model: Described) -> str:
+    """One sentence where the file's architecture or sizes differ from the model's; empty where they seem equal."""
     fits = configurations_for(known, file)
-    alike = all(tower.like(model[name]) for name, tower in file.items() if name in model)
+    alike = all(tower.same_sizes(model[name]) for name, tower in file.items() if name in model)
     if alike and (not fits or fits == configurations_for(known, model)):
         return ""
-    names = f"configurations of OpenCLIP that fit it: {some(fits, 6)}" if fits else "OpenCLIP has no such configuration"
-    return f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; {names}"
+    names = some(fits, 6) or "none of the known ones"
+    return (
+        f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; model configurations that fit the "
+        f"file: {names}"
+    )
 
 
 def _measured(ways: tuple[tuple[Side, int | None], ...], keys: Mapping[str, Layout]) -> int:
@@ -96,27 +99,28 @@ def _measured(ways: tuple[tuple[Side, int | None], ...], keys: Mapping[str, Layo
     return 0
 
 
-def _canonical(known: Catalogue, tower: str, here: str, keys: Mapping[str, Layout]) -> tuple[str, Mapping[str, Layout]]:
-    """The first of the hub's layouts that a tower can be brought to and back from, and its keys there."""
-    for there in known.hub.layouts[tower]:
-        steps = known.path(tower, here, there)
-        if steps is None or known.path(tower, there, here) is None:
+def _canonical(
+    known: Catalogue, tower: str, layout: str, keys: Mapping[str, Layout]
+) -> tuple[str, Mapping[str, Layout]]:
+    """The first of the hub's layouts that a tower can be brought to and back from, and its keys in that layout."""
+    for canonical in known.hub.layouts[tower]:
+        bridges = known.path(tower, layout, canonical)
+        if bridges is None or known.path(tower, canonical, layout) is None:
             continue
-        for step in steps:
-            applied = apply_rules(step.table, keys, {}, pass_others=True)
-            keys = applied.out
-        return there, keys
-    return here, keys
+        for bridge in bridges:
+            keys = apply_rules(bridge.table, keys, {}, pass_others=True).out
+        return canonical, keys
+    return layout, keys
 
 
 def _fingerprint(hub: Format, keys: Mapping[str, Layout]) -> str:
     left_out = {*hub.positions, *hub.scalars, *hub.absent_means}
-    told = sorted(
+    lines = sorted(
         f"{key} {list(layout.shape)}"
         for key, layout in keys.items()
         if key not in left_out and hub.ignored(key) is None
     )
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:10]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:10]
 
 
 def _uneven(hub: Format, tower: str, keys: Mapping[str, Layout]) -> bool:
@@ -130,13 +134,13 @@ def _uneven(hub: Format, tower: str, keys: Mapping[str, Layout]) -> bool:
     return any(len(found) > 1 for found in shapes.values())
 
 
-def configurations_for(known: Catalogue, told: Described) -> list[str]:
-    """Names of the recorded configurations that all towers told fit, those of equal positions first."""
+def configurations_for(known: Catalogue, towers: Described) -> list[str]:
+    """Names of the recorded configurations that all of these towers fit, those with equal positions first."""
     found = []
     for entry in known.configurations:
-        fits = all(entry.fingerprints.get(name) == tower.fingerprint for name, tower in told.items())
-        for name, rows in entry.names.items() if fits and told else ():
+        fits = all(entry.fingerprints.get(name) == tower.fingerprint for name, tower in towers.items())
+        for name, rows in entry.names.items() if fits and towers else ():
             positions = dict(zip(entry.fingerprints, rows, strict=True))
-            resized = any(tower.sizes.get("positions", 0) != positions[name] for name, tower in told.items())
+            resized = any(tower.sizes.get("positions", 0) != positions[name] for name, tower in towers.items())
             found.append((resized, f"{name} (positions resized)" if resized else name))
     return [name for _, name in sorted(found)]

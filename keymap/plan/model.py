@@ -1,4 +1,4 @@
-"""What a model tells a plan: its keys, shapes and dtypes, and the few facts that no weight holds."""
+"""What a plan needs of a model: its keys, shapes and dtypes, and the settings that weights do not show."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ModelView:
     """A model as a plan sees it.
 
     Attributes:
-        model: itself.
+        model: the module.
         tensors: parameters and persistent buffers by key, in the model's own memory.
-        facts: head counts and the like, and in words what else no weight tells.
+        facts: settings that weights do not show, for example head counts, by the hub's names.
         grids: (h, w) in patches, by the name of the fact that gives it.
     """
 
@@ -39,16 +39,27 @@ class ModelView:
         """Its modules by dotted path, each once."""
         return modules_of(self.model)
 
+    @cached_property
+    def unsaved_meta_buffers(self) -> Mapping[str, torch.Tensor]:
+        """Buffers on the meta device that no state dict holds, by dotted path."""
+        saved = set(map(id, self.tensors.values()))
+        return {
+            f"{path}.{name}".removeprefix("."): buffer
+            for path, module in self.modules.items()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_meta and id(buffer) not in saved
+        }
+
     def layouts(self) -> dict[str, Layout]:
-        """The tensors by shape and dtype, as those of a file."""
+        """The tensors by shape and dtype, like those of a file."""
         return {key: whole(key, tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
 
 
-_NOTHING = object()
+_ABSENT = object()
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by dotted path, each once, as ``named_modules()`` tells them in a tenth of its time."""
+    """A model's modules by dotted path, each once: as ``named_modules()`` gives them, in a tenth of its time."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
@@ -64,26 +75,26 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _follow(model: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path, or ``_NOTHING`` where there is none."""
-    here: Any = model
+def _attribute(model: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, or ``_ABSENT``."""
+    value: Any = model
     for name in path.split("."):
-        inner = here._modules.get(name) if isinstance(here, nn.Module) else None
-        here = getattr(here, name, _NOTHING) if inner is None else inner
-        if here is _NOTHING or here is None:
-            return here
-    return here
+        inner = value._modules.get(name) if isinstance(value, nn.Module) else None
+        value = getattr(value, name, _ABSENT) if inner is None else inner
+        if value is _ABSENT or value is None:
+            return value
+    return value
 
 
-def _told(fact: Fact, model: nn.Module) -> Any:
-    """What a model says of a fact: a number, (h, w), a word, or whether it has something; None for nothing."""
+def _fact_value(fact: Fact, model: nn.Module) -> Any:
+    """A fact as the model has it: a number, (h, w), a word, or whether an attribute holds anything; else None."""
     for path, divide in fact.paths:
-        value = _follow(model, path)
-        if value is _NOTHING:
+        value = _attribute(model, path)
+        if value is _ABSENT:
             continue
         if fact.present:
             return value is not None
-        if isinstance(value, nn.Module):  # a module is told by its class, torch's GELU also by its approximation
+        if isinstance(value, nn.Module):  # a module by its class, torch's GELU also by its approximation
             approximate = getattr(value, "approximate", "none")
             value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
         if isinstance(value, (str, bool, float)):
@@ -96,37 +107,38 @@ def _told(fact: Fact, model: nn.Module) -> Any:
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """True where a tensor's elements lie in memory of its own, which a class that dispatches for itself may lack."""
+    """True where a tensor's elements lie in memory of its own; a subclass with its own dispatch may have none."""
     kind = type(tensor)
     plain = kind is nn.Parameter or kind is torch.Tensor or kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     return plain and not tensor.is_meta
 
 
-def _odd(tensor: torch.Tensor) -> str:
-    """Why a tensor is none that a load can fill; empty for one that is."""
+def _why_unloadable(tensor: torch.Tensor) -> str:
+    """Why a load cannot fill a tensor; empty where it can."""
     if is_lazy(tensor):
         return "has no shape yet: run the model once, or set its sizes"
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        return f"is {'quantized' if tensor.is_quantized else tensor.layout}: load before, or make it dense"
+        kind = "quantized" if tensor.is_quantized else tensor.layout
+        return f"is {kind}: load before you convert it, or make it dense"
     return "is a view that negates or conjugates: clone it" if tensor.is_neg() or tensor.is_conj() else ""
 
 
 def view_model(model: nn.Module, hub: Format) -> ModelView:
-    """Read a model's keys and facts; nothing of it is changed.
+    """Read a model's keys and facts; the model is not changed.
 
     Raises:
-        PlanError: tensors of it are no dense tensors with elements of their own.
+        PlanError: a tensor of the model is lazy, sparse, quantized, or a view that negates or conjugates.
     """
     tensors = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    odd = [f"{key} {what}" for key, value in tensors.items() if (what := _odd(value))]
-    if odd:
-        raise PlanError(f"tensors of the model cannot be loaded into: {some(odd)}")
+    unloadable = [f"{key} {why}" for key, value in tensors.items() if (why := _why_unloadable(value))]
+    if unloadable:
+        raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")
     facts: dict[str, Scalar] = {}
     grids: dict[str, tuple[int, int]] = {}
-    of_grids = {position.grid_fact for position in hub.positions.values()}
+    grid_facts = {position.grid_fact for position in hub.positions.values()}
     for name, fact in hub.facts.items():
-        value = _told(fact, model)
-        if name in of_grids:
+        value = _fact_value(fact, model)
+        if name in grid_facts:
             if value is not None:
                 grids[name] = (value, value) if isinstance(value, int) else value
         elif isinstance(value, (str, int, float)):

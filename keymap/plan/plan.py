@@ -1,36 +1,36 @@
-"""The plan of a load: made from names, shapes and dtypes alone, before a byte of weights is read.
+"""The plan of a load: made from names, shapes and dtypes alone, before any weight is read.
 
-Every key, shape and dtype is settled here. What a plan does not refuse cannot fail later for a reason that
-could have been seen before, apart from the few values that `verify` reads.
+Keys, shapes and dtypes are decided here. After a plan is made, a load can fail only for the values that
+`load.preflight` checks, for memory and for input or output.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from keymap.errors import SHOWN, PlanError, some
+from keymap.errors import SHOWN, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
 
-__all__ = ["Entry", "Plan", "Request", "checked_facts", "dtype_name"]
+__all__ = ["Entry", "Plan", "dtype_name", "without_failed"]
 
 
 class Entry(NamedTuple):
-    """One tensor of the model: what fills it.
+    """One tensor of the model, and what fills it.
 
     Attributes:
         key, tower: in the model.
         layout: the pieces, at the source's size.
         shape, dtype: of the model's tensor.
         resize: how the position embedding is resampled, or None.
-        casts: conversions of dtype that its sources need, as ``float16 to float32``.
-        filled: where a constant stands in for a key that the file has not: with what, and why. Else empty.
+        filled: the constant that is used because the file lacks the key, and why. Empty for other entries.
+        casts: dtype conversions that its sources need, for example ``float16 to float32``.
     """
 
     key: str
@@ -43,49 +43,26 @@ class Entry(NamedTuple):
     casts: tuple[str, ...] = ()
 
 
-def checked_facts(facts: object) -> Mapping[str, int]:
-    """What the caller tells of a source or a target; empty for None.
-
-    Raises:
-        PlanError: it is anything but names and positive numbers.
-    """
-    if facts is None:
-        return {}
-    if isinstance(facts, Mapping) and all(
-        isinstance(name, str) and type(value) is int and value > 0 for name, value in facts.items()
-    ):
-        return facts
-    raise PlanError(f"facts={facts!r}: give names and positive numbers, as {{'image.heads': 12}}")
-
-
-class Request(NamedTuple):
-    """What the caller asked for."""
-
-    file: str
-    strict: bool = True
-    towers: tuple[str, ...] | None = None
-    source_grid: tuple[int, int] | None = None
-    facts: Mapping[str, int] = {}
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a load will do.
 
     Attributes:
         file, container: the checkpoint.
-        format, evidence: its format, and the keys that told it.
-        wrapper, prefixes: what was taken off; ``other_wrappers`` were in the file too and not taken.
-        layouts: for each tower of the file the layouts that it went through.
+        format, title: the format that was detected, or that the caller named.
+        evidence: the keys by which it was detected.
+        wrapper, prefixes: the dict that was unwrapped, and the key prefixes that were stripped.
+        other_wrappers: further state dicts in the file, which are not loaded.
+        layouts: for each tower of the file the layouts that it was converted through.
         entries: one for each tensor of the model that will be written.
-        checks: values to be seen before anything is written.
-        dropped: source keys without weights, and why.
-        missing_keys: the model's keys that nothing fills; empty under strict.
-        unexpected_keys: the file's keys that nothing uses; empty under strict.
-        mismatched: model keys whose tensor in the file does not fit, and why; empty under strict.
-        notes: what else a reader should know.
-        warnings: where the source's configuration and the model differ in what no weight tells.
-        unverified: what no weight tells, and the source does not say either.
+        checks: values to verify before anything is written.
+        dropped: keys of the file that carry no weights, and why.
+        missing_keys: the model's keys that are not filled; empty under strict.
+        unexpected_keys: the file's keys that are not used; empty under strict.
+        mismatched: keys of the model whose tensor in the file does not fit, and why; empty under strict.
+        notes: further remarks for the reader.
+        warnings: settings in which the source's configuration and the model differ.
+        unverified: settings that the weights do not show, and that the source does not state either.
         steps: every application of a rule, for `explain`.
     """
 
@@ -116,58 +93,41 @@ class Plan:
 
     @property
     def resized(self) -> dict[str, str]:
+        """The model's keys that are resized, and how."""
         return {entry.key: str(entry.resize) for entry in self.entries if entry.resize is not None}
 
     @property
     def filled(self) -> dict[str, str]:
+        """The model's keys that are filled with a constant: with which one, and why."""
         return {entry.key: entry.filled for entry in self.entries if entry.filled}
 
     @property
     def cast(self) -> dict[str, int]:
-        """Conversions of dtype, and how many tensors each concerns."""
+        """Dtype conversions, and the number of tensors for each."""
         return dict(Counter(pair for entry in self.entries for pair in entry.casts))
 
     @property
     def loaded(self) -> dict[str, int]:
-        """How many tensors each tower gets from the file."""
+        """The number of tensors that each tower gets from the file."""
         return dict(Counter(entry.tower for entry in self.entries if not entry.filled))
 
     def explain(self, key: str | None = None) -> str:
-        """How one tensor of the model is filled, or the whole plan: pieces, and the rules that made them.
+        """How one tensor of the model is filled, or all of them: the pieces, and the rules that made them.
 
         Raises:
             KeyError: the plan does not fill that key.
         """
         chosen = [entry for entry in self.entries if key is None or entry.key == key]
         if not chosen:
-            raise KeyError(f"the plan fills no {key!r}; it leaves {', '.join(self.missing_keys[:SHOWN]) or 'none'}")
+            missing = some(self.missing_keys, SHOWN)
+            raise KeyError(f"the plan does not fill {key!r}" + (f"; missing keys: {missing}" if missing else ""))
         makers: dict[str, list[Step]] = {}
         for step in self.steps:
             makers.setdefault(step[2], []).append(step)
-        lines = []
-        for entry in chosen:
-            lines.append(f"{entry.key} {list(entry.shape)} {dtype_name(entry.dtype)}")
-            for piece in entry.layout.pieces:
-                what = f"constant {piece.term:g}" if piece.source is None else piece.source
-                verb = "+=" if piece.add else "<-"
-                lines.append(
-                    f"  {list(piece.shape)} at {piece.target_offset} by {list(piece.target_strides)} {verb} {what} "
-                    f"at {piece.source_offset} by {list(piece.source_strides)}"
-                )
-            if entry.resize is not None:
-                lines.append(f"  resized {entry.resize}")
-            wanted, seen = [entry.key], set()
-            while wanted:
-                for step in makers.get(wanted.pop(), []):
-                    if step not in seen:
-                        seen.add(step)
-                        rule, sources, _ = step
-                        lines.append(f"  by {rule.text} ({rule.place})")
-                        wanted += sources
-        return "\n".join(lines)
+        return "\n".join(line for entry in chosen for line in _explained(entry, makers))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan's account as plain data; the names are those of the attributes."""
+        """The plan as plain data; the names are those of the attributes."""
         return {
             "file": self.file,
             "container": self.container,
@@ -191,37 +151,93 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.file}: {self.format} ({self.container}), {self.title}"]
+        lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
+        lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
+        return "\n".join(lines)
+
+    def _source_lines(self) -> Iterator[str]:
+        """What was unwrapped, stripped and converted."""
         if self.wrapper:
-            lines.append(f"  wrapper: {self.wrapper}")
+            yield f"wrapper: {self.wrapper}"
         if self.other_wrappers:
-            lines.append(
-                f"  also in the file, not taken: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)"
-            )
+            yield f"not loaded: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)"
         if self.prefixes:
-            lines.append(f"  prefixes cut: {' '.join(self.prefixes)}")
+            yield f"stripped prefixes: {' '.join(self.prefixes)}"
         for tower, chain in self.layouts.items():
             if len(chain) > 1:
-                lines.append(f"  {tower} tower bridged: {' -> '.join(chain)}")
-        counts = ", ".join(f"{tower} {n}" for tower, n in self.loaded.items())
-        lines.append(f"  loaded: {sum(self.loaded.values())} tensors ({counts})")
-        lines += [f"  resized {key}: {how}" for key, how in self.resized.items()]
-        lines += [f"  filled {key}: {why}" for key, why in self.filled.items()]
-        lines += [f"  cast {count} tensors {pair}" for pair, count in self.cast.items()]
-        by_reason: dict[str, list[str]] = {}
+                yield f"converted: {tower} tower, layout {' -> '.join(chain)}"
+
+    def _tensor_lines(self) -> Iterator[str]:
+        """What becomes of the tensors."""
+        loaded = self.loaded
+        counts = ", ".join(f"{tower} {n}" for tower, n in loaded.items())
+        yield f"loaded: {_count(sum(loaded.values()), 'tensor')}" + (f" ({counts})" if counts else "")
+        yield from (f"resized: {key} from {how}" for key, how in self.resized.items())
+        yield from (f"filled: {key} {how}" for key, how in self.filled.items())
+        yield from (f"cast: {_count(count, 'tensor')} from {pair}" for pair, count in self.cast.items())
+        keys_by_reason: dict[str, list[str]] = {}
         for key, why in self.dropped.items():
-            by_reason.setdefault(why, []).append(key)
-        lines += [f"  dropped {some(keys)}: {why}" for why, keys in by_reason.items()]
+            keys_by_reason.setdefault(why, []).append(key)
+        yield from (f"ignored: {some(keys)}: {why}" for why, keys in keys_by_reason.items())
         if self.missing_keys:
-            lines.append(f"  missing, left as they were: {some(self.missing_keys)}")
+            yield f"missing: {_count(len(self.missing_keys), 'key')}, left unchanged: {some(self.missing_keys)}"
         if self.unexpected_keys:
-            lines.append(f"  unexpected, not used: {some(self.unexpected_keys)}")
-        lines += [f"  does not fit: {key}: {why}" for key, why in self.mismatched.items()]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  WARNING: {warning}" for warning in self.warnings]
+            yield f"unexpected: {_count(len(self.unexpected_keys), 'key')}, not used: {some(self.unexpected_keys)}"
+        yield from (f"mismatch: {key}: {why}" for key, why in self.mismatched.items())
+
+    def _remark_lines(self) -> Iterator[str]:
+        yield from (f"note: {note}" for note in self.notes)
+        yield from (f"warning: {warning}" for warning in self.warnings)
         if self.unverified:
-            lines.append(f"  not verifiable from this file: {'; '.join(self.unverified)}")
-        return "\n".join(lines)
+            yield f"not verified (settings that the weights do not show): {'; '.join(self.unverified)}"
+
+
+def without_failed(plan: Plan, failed: Iterable[Check]) -> Plan:
+    """The plan without the tensors whose checks failed: their entries go, and their keys are unexpected."""
+    layouts = {id(check.layout) for check in failed}
+    keys = [source for check in failed for source in check.layout.sources]
+    return replace(
+        plan,
+        entries=tuple(entry for entry in plan.entries if id(entry.layout) not in layouts),
+        unexpected_keys=(*plan.unexpected_keys, *keys),
+        dropped={key: why for key, why in plan.dropped.items() if key not in keys},
+    )
+
+
+def _explained(entry: Entry, makers: Mapping[str, list[Step]]) -> Iterator[str]:
+    """The lines of one entry; ``makers`` are the steps by the key that they make."""
+    yield f"{entry.key} {list(entry.shape)} {dtype_name(entry.dtype)}"
+    if entry.filled:
+        yield f"  filled {entry.filled}"
+    elif entry.layout.copied_whole:
+        yield f"  copied from {entry.layout.pieces[0].source}"
+    else:
+        yield from (f"  {_piece_in_words(piece)}" for piece in entry.layout.pieces)
+    if entry.resize is not None:
+        yield f"  resized from {entry.resize}"
+    waiting, seen = [entry.key], set()
+    while waiting:
+        for step in makers.get(waiting.pop(), []):
+            if step not in seen:
+                seen.add(step)
+                rule, sources, _ = step
+                yield f"  by rule {rule.text} ({rule.place})"
+                waiting += sources
+
+
+def _piece_in_words(piece: Piece) -> str:
+    """Which elements go where; offsets and strides count elements."""
+    contiguous = piece.source_strides == piece.target_strides == (1,)
+    amount = f"{piece.numel} elements" if contiguous else f"elements {list(piece.shape)}"
+    target = f"offset {piece.target_offset}" + ("" if contiguous else f" and strides {list(piece.target_strides)}")
+    if piece.source is None:
+        return f"{'adds' if piece.add else 'writes'} {piece.term:g} to {amount} at {target}"
+    source = f"offset {piece.source_offset}" + ("" if contiguous else f" and strides {list(piece.source_strides)}")
+    return f"{'adds' if piece.add else 'copies'} {amount} of {piece.source} at {source} to {target}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
-"""Position embeddings of another size: read as prefix rows and a grid, resampled, put back.
+"""Position embeddings of another size: which rows are prefix and which are grid, on either side.
 
-Images: bicubic with antialias over (h, w), as OpenCLIP and timm do; text: linear over positions, without
-antialias, as OpenCLIP does. Computed in float32 (float64 for float64 weights), whatever the checkpoint's dtype.
+Image grids are resampled bicubically with antialias over (h, w), text positions linearly without antialias.
+`load.resample` computes it; here only sizes are decided.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from math import isqrt, prod
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-
 from keymap.language.format import Position
 
-__all__ = ["Resize", "ResizeError", "plan_resize", "resample"]
+__all__ = ["MismatchError", "Resize", "Rows", "plan_resize"]
+
+_LISTED_GRIDS = 16  # grids that a message offers
+
+Grid = tuple[int, int]
 
 
-class ResizeError(ValueError):
-    """A position embedding cannot be fitted; the message says why and what to give."""
+class MismatchError(ValueError):
+    """A tensor of the file does not fit the model's tensor; the message says why and what to pass."""
 
 
 class Resize(NamedTuple):
@@ -29,7 +30,7 @@ class Resize(NamedTuple):
         lead: leading axes of length one.
         source_prefix, target_prefix: rows in front of the grid, on either side.
         source_size, target_size: (h, w) for a grid, (n,) for a line of text positions.
-        assumed: True where the source's grid was taken to be square because nothing told it.
+        assumed: True where the source's grid was not given and was assumed to be square.
         apart: the grid keeps its two axes.
     """
 
@@ -46,133 +47,132 @@ class Resize(NamedTuple):
         return (self.source_prefix, self.source_size) == (self.target_prefix, self.target_size)
 
     def __str__(self) -> str:
-        def sized(size: tuple[int, ...]) -> str:
-            return "x".join(map(str, size))
-
-        told = " (taken to be square)" if self.assumed and not self.identity else ""
-        kind = "bicubic" if len(self.source_size) == 2 else "linear"
-        rows = ""
+        source, target = ("x".join(map(str, size)) for size in (self.source_size, self.target_size))
+        assumed = " (assumed to be square)" if self.assumed and not self.identity else ""
+        method = "bicubic" if len(self.source_size) == 2 else "linear"
+        zeros = ""
         if self.source_prefix != self.target_prefix:
-            rows = f", {self.target_prefix} rows of zeros for the prefix"
-        return f"{sized(self.source_size)}{told} to {sized(self.target_size)}, {kind}{rows}"
+            zeros = f", {self.target_prefix} rows before the grid filled with zeros"
+        return f"{source}{assumed} to {target}, {method}{zeros}"
 
 
-def _readings(rows: int, prefixes: Sequence[int]) -> list[tuple[int, int]]:
-    """Square readings of a number of rows: (prefix, side)."""
-    return [(p, isqrt(rows - p)) for p in prefixes if rows > p and isqrt(rows - p) ** 2 == rows - p]
+class Rows(NamedTuple):
+    """One side of a position embedding.
+
+    Attributes:
+        shape: of the tensor.
+        prefixes: how many rows may come before the grid.
+        grid: (h, w) in patches, where the caller, a configuration or the model gives it.
+    """
+
+    shape: tuple[int, ...]
+    prefixes: Sequence[int]
+    grid: Grid | None = None
 
 
-def plan_resize(
-    position: Position,
-    source_shape: Sequence[int],
-    target_shape: Sequence[int],
-    source_prefixes: Sequence[int],
-    target_prefixes: Sequence[int],
-    source_grid: tuple[int, int] | None,
-    target_grid: tuple[int, int] | None,
-) -> Resize | None:
-    """How to fit a position embedding; None where it is copied as it is.
-
-    Args:
-        position: what the hub says of the key.
-        source_shape, target_shape: of the tensor on either side.
-        source_prefixes, target_prefixes: how many rows may stand before the grid, on either side.
-        source_grid: (h, w) told by the caller or the source's configuration.
-        target_grid: (h, w) told by the model.
+def plan_resize(position: Position, source: Rows, target: Rows) -> Resize | None:
+    """How to fit a position embedding; None where it is copied unchanged.
 
     Raises:
-        ResizeError: other widths, a grid that nothing tells, two readings, or prefix rows without a place.
+        MismatchError: the widths differ, a grid cannot be inferred, or the rows before the grid differ.
     """
-    lead = position.lead
-    same = tuple(source_shape) == tuple(target_shape)
-    rank = lead + (3 if position.apart else 2)
-    if len(source_shape) != rank or len(target_shape) != rank or source_shape[-1] != target_shape[-1]:
-        if same:
-            return None
-        ranks = len(source_shape) != len(target_shape)
-        raise ResizeError(
-            f"shape {list(source_shape)} in the file, {list(target_shape)} in the model: only the number of "
-            f"positions can be resized, not the {'number of axes' if ranks else 'width'}"
-        )
-    rows, wanted = source_shape[lead], target_shape[lead]
-    if 0 in source_shape[:-1]:
-        raise ResizeError("the file's has no rows")
+    lead, same = position.lead, source.shape == target.shape
+    if not _resizable(position, source.shape, target.shape):
+        return None
     if position.apart:
-        before, after = tuple(source_shape[lead:-1]), tuple(target_shape[lead:-1])
-        if source_grid not in (None, before):
-            told, own = ("x".join(map(str, grid)) for grid in (source_grid, before))
-            raise ResizeError(f"source_grid {told} is not the grid that the file's positions have, {own}")
-        return None if same else Resize(lead, 0, 0, before, after, apart=True)
+        return _resize_apart(lead, source, target)
+    rows, wanted = source.shape[lead], target.shape[lead]
     if not position.grid:
         return None if rows == wanted else Resize(lead, 0, 0, (rows,), (wanted,))
-    if target_grid is not None:
-        target_prefix = wanted - prod(target_grid)
-        if target_prefix not in target_prefixes:
-            raise ResizeError(
-                f"the model has {wanted} positions and a grid of {target_grid[0]}x{target_grid[1]}, which leaves "
-                f"{target_prefix} rows before the grid; expected {' or '.join(map(str, target_prefixes))}"
-            )
-    else:
-        found = _readings(wanted, target_prefixes)
-        if same and source_grid is None:
-            return None
-        if len(found) != 1:
-            raise ResizeError(f"the model does not tell the grid of its {wanted} positions, and it is not square")
-        target_prefix, side = found[0]
-        target_grid = (side, side)
-    assumed = source_grid is None
-    if source_grid is not None:
-        source_prefix = rows - prod(source_grid)
-        if source_prefix not in source_prefixes:
-            raise ResizeError(
-                f"source_grid {source_grid[0]}x{source_grid[1]} does not fit {rows} positions with "
-                f"{' or '.join(map(str, source_prefixes))} rows before the grid"
-            )
-    else:
-        found = _readings(rows, source_prefixes)
-        square = target_grid[0] == target_grid[1]
-        if len(found) == 1 and (square or not same):
-            source_prefix, side = found[0]
-            source_grid = (side, side)
-        elif len(found) > 1 and same and square:
-            return None
-        else:
-            fitting = [p for p in source_prefixes if p in (0, target_prefix) and p < rows]
-            counts = {p: rows - p for p in fitting}
-            sizes = [(h, n // h, p) for p, n in counts.items() for h in range(1, n + 1) if n % h == 0]
-            choices = ", ".join(f"({h}, {w}){f' after {p} rows' if len(fitting) > 1 else ''}" for h, w, p in sizes[:16])
-            known = f"; the model's is {target_grid[0]}x{target_grid[1]}"
-            raise ResizeError(
-                f"nothing tells the grid of the file's {rows} positions{known}: pass source_grid=(h, w), "
-                f"one of {choices}"
-            )
-    if source_prefix > target_prefix:
-        raise ResizeError(
-            f"the file has {source_prefix} rows before its grid and the model has place for {target_prefix}"
-        )
-    if source_prefix and source_prefix != target_prefix:
-        raise ResizeError(f"{source_prefix} rows before the grid do not fill the model's {target_prefix}")
-    resize = Resize(lead, source_prefix, target_prefix, source_grid, target_grid, assumed)
+    if target.grid is None and source.grid is None and same:
+        return None
+    target_prefix, target_grid = _target_grid(wanted, target)
+    found = _source_grid(rows, source, same, target_prefix, target_grid)
+    if found is None:
+        return None
+    source_prefix, source_grid = found
+    if source_prefix not in (0, target_prefix):
+        raise MismatchError(f"the file has {source_prefix} rows before its grid, the model has {target_prefix}")
+    resize = Resize(lead, source_prefix, target_prefix, source_grid, target_grid, assumed=source.grid is None)
     return None if resize.identity else resize
 
 
-def resample(tensor: torch.Tensor, how: Resize) -> torch.Tensor:
-    """The tensor at its new size, float32 or float64, shape ``(1,) * lead + (rows, width)`` (or ``(h, w, width)``)."""
-    exact = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    rows = tensor.to(exact).reshape(-1, tensor.shape[-1])
-    if len(how.source_size) == 1:
-        line = F.interpolate(
-            rows.permute(1, 0).unsqueeze(0), size=how.target_size[0], mode="linear", align_corners=False
+def _resizable(position: Position, source: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """True where the tensors have the axes that the hub declares, and one width; False where they are just equal."""
+    rank = position.lead + (3 if position.apart else 2)
+    if len(source) == len(target) == rank and source[-1] == target[-1]:
+        if 0 in source[:-1]:
+            raise MismatchError("the file's tensor has no rows")
+        return True
+    if source == target:
+        return False
+    fixed = "number of axes" if len(source) != len(target) else "width"
+    raise MismatchError(
+        f"shape {list(source)} in the file, {list(target)} in the model: only the number of positions can be "
+        f"resized, not the {fixed}"
+    )
+
+
+def _resize_apart(lead: int, source: Rows, target: Rows) -> Resize | None:
+    """For a grid with two axes, whose shape shows its size."""
+    before, after = source.shape[lead:-1], target.shape[lead:-1]
+    if source.grid not in (None, before):
+        given, own = ("x".join(map(str, grid)) for grid in (source.grid or (), before))
+        raise MismatchError(f"source_grid {given} does not match the file, whose grid is {own}")
+    return None if source.shape == target.shape else Resize(lead, 0, 0, before, after, apart=True)
+
+
+def _square_grids(rows: int, prefixes: Sequence[int]) -> list[tuple[int, int]]:
+    """The ways to read a number of rows as a prefix and a square grid: (prefix, side)."""
+    return [(p, isqrt(rows - p)) for p in prefixes if rows > p and isqrt(rows - p) ** 2 == rows - p]
+
+
+def _target_grid(wanted: int, target: Rows) -> tuple[int, Grid]:
+    """The model's prefix and grid."""
+    if target.grid is None:
+        squares = _square_grids(wanted, target.prefixes)
+        if len(squares) != 1:
+            raise MismatchError(f"cannot infer the grid of the model's {wanted} positions: it may not be square")
+        prefix, side = squares[0]
+        return prefix, (side, side)
+    prefix = wanted - prod(target.grid)
+    if prefix not in target.prefixes:
+        h, w = target.grid
+        raise MismatchError(
+            f"the model has {wanted} positions and a grid of {h}x{w}, which leaves {prefix} rows before the grid; "
+            f"expected {' or '.join(map(str, target.prefixes))}"
         )
-        result = line.squeeze(0).permute(1, 0)
-    else:
-        prefix, grid = rows[: how.source_prefix], rows[how.source_prefix :]
-        if how.source_size != how.target_size:
-            image = grid.reshape(1, *how.source_size, -1).permute(0, 3, 1, 2)
-            image = F.interpolate(image, size=how.target_size, mode="bicubic", antialias=True, align_corners=False)
-            grid = image.permute(0, 2, 3, 1).reshape(prod(how.target_size), -1)
-        if how.source_prefix < how.target_prefix:
-            prefix = rows.new_zeros(how.target_prefix, rows.shape[1])
-        result = torch.cat([prefix, grid], dim=0)
-    shape = (*how.target_size, result.shape[-1]) if how.apart else result.shape
-    return result.reshape(*(1,) * how.lead, *shape)
+    return prefix, target.grid
+
+
+def _source_grid(rows: int, source: Rows, same: bool, target_prefix: int, target_grid: Grid) -> tuple[int, Grid] | None:
+    """The file's prefix and grid; None where equal shapes and square grids leave nothing to resize."""
+    if source.grid is not None:
+        prefix = rows - prod(source.grid)
+        if prefix not in source.prefixes:
+            h, w = source.grid
+            raise MismatchError(
+                f"source_grid {h}x{w} does not fit {rows} positions with "
+                f"{' or '.join(map(str, source.prefixes))} rows before the grid"
+            )
+        return prefix, source.grid
+    squares = _square_grids(rows, source.prefixes)
+    square = target_grid[0] == target_grid[1]
+    if len(squares) == 1 and (square or not same):
+        prefix, side = squares[0]
+        return prefix, (side, side)
+    if len(squares) > 1 and same and square:
+        return None
+    h, w = target_grid
+    raise MismatchError(
+        f"cannot infer the grid of the file's {rows} positions (the model's is {h}x{w}): "
+        f"pass source_grid=(h, w), one of {_choices(rows, source.prefixes, target_prefix)}"
+    )
+
+
+def _choices(rows: int, prefixes: Sequence[int], target_prefix: int) -> str:
+    """The grids that a number of rows may hold, for a message."""
+    fitting = [p for p in prefixes if p in (0, target_prefix) and p < rows]
+    grids = [(h, (rows - p) // h, p) for p in fitting for h in range(1, rows - p + 1) if (rows - p) % h == 0]
+    several = len(fitting) > 1
+    return ", ".join(f"({h}, {w}){f' after {p} rows' if several else ''}" for h, w, p in grids[:_LISTED_GRIDS])

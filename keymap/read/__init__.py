@@ -1,8 +1,7 @@
-"""read: a lazy view of a checkpoint file: names, shapes and dtypes now, values only when asked for.
+"""Open a checkpoint file lazily: read names, shapes and dtypes at once, and values only on request.
 
-A file is recognised by what it holds, not by what it is called. Everything is checked from headers before
-a tensor exists; whatever is wrong is one CheckpointError that names the file, the member or key, the
-sizes, and what to do next.
+keymap recognises a file by its content, not by its name. It checks the headers before it makes a tensor. A fault is one
+CheckpointError that names the file, the member or key and the sizes, and says what to do next.
 """
 
 from __future__ import annotations
@@ -23,70 +22,71 @@ from keymap.read.zip_file import looks_like_zip, read_directory
 __all__ = ["Checkpoint", "LazyTensor", "Record", "SourceFile", "open_checkpoint"]
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".index.json")
-OTHERS = {
+OTHER_FORMATS = {  # first bytes of files that keymap does not read: what they are, and what to do
     b"\x1f\x8b": "a gzip-compressed file; decompress it first",
     b"BZh": "a bzip2-compressed file; decompress it first",
     b"\xfd7zXZ": "an xz-compressed file; decompress it first",
     b"\x28\xb5\x2f\xfd": "a zstd-compressed file; decompress it first",
     b"\x89HDF": "an HDF5 file (Keras); convert it to safetensors",
-    b"GGUF": "a GGUF file; give the safetensors it was made from",
+    b"GGUF": "a GGUF file; pass the safetensors file that it was made from",
 }
 
 
 def open_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> Checkpoint:
-    """A lazy view of one file, or of the shards that an index names.
+    """Open one file, or all shards of an index, without reading values.
 
     Args:
         path: .safetensors, .pt in either container of torch.save, a TorchScript archive, .npz, .npy, or a
             JSON index of shards; recognised by content.
-        weights_only: True runs nothing of the file and refuses what would have to run. False hands only
-            a file that is refused for that reason to torch.load, which runs it.
+        weights_only: True runs no code of the file and refuses a file that needs it. False passes such a file
+            to torch.load, which runs its code; all other files are read in the same way as with True.
 
     Raises:
-        UnsafeCheckpointError: under weights_only=True, the file names code, and nothing of it was run.
+        UnsafeCheckpointError: with weights_only=True, the file names code. None of it was run.
         CheckpointError: the file is missing, unreadable, truncated, corrupt, hostile or of another kind.
     """
-    place = Path(path)
     try:
-        return _open(place, weights_only, index=True)
+        return _open(Path(path), weights_only, allow_index=True)
     except CheckpointError:
         raise
-    except Exception as error:  # the last net: no file may bring any other error to the caller
+    except Exception as error:  # the last resort: no file may raise any other error
         text = f"{path}: cannot be read ({type(error).__name__}: {error}); download or save the file again"
         raise CheckpointError(text) from error
 
 
-def _open(path: Path, weights_only: bool, index: bool) -> Checkpoint:
-    if os.path.isdir(path):  # which is False, not an error, for what may not be looked at
-        held = sorted(item.name for item in path.iterdir() if item.name.endswith(WEIGHTS))
-        advice = f"name one of its weight files: {held[:10]}" if held else "it holds no weight file"
+def _open(path: Path, weights_only: bool, allow_index: bool) -> Checkpoint:
+    if os.path.isdir(path):  # without permission this is False, not an error
+        weight_files = sorted(item.name for item in path.iterdir() if item.name.endswith(WEIGHTS))
+        advice = f"pass one of its weight files: {weight_files[:10]}" if weight_files else "it has no weight file"
         raise CheckpointError(f"{path}: is a directory; {advice}")
     file = SourceFile(path)
     if looks_like_zip(file):
         members = read_directory(file)
         prefix = archive_prefix(members)
         if prefix is not None:
-            safe = weights_only or is_scripted(members)  # torch.load would run an archive's code
-            return _or_trusted(file, safe, "torch", lambda: read_archive(file, members, prefix))
+            safe = weights_only or is_scripted(members)  # torch.load would run the code of a TorchScript archive
+            return _safely_or_trusted(file, safe, "torch", lambda: read_archive(file, members, prefix))
         if is_npz(members):
             return read_npz(file, members)
         fact = f"is a zip archive of {len(members)} members that torch and numpy do not write"
-        raise file.bad(f"{fact}: {list(members)[:5]}", "give a .pt, .npz or .safetensors file")
+        raise file.error(f"{fact}: {list(members)[:5]}", "pass a .pt, .npz or .safetensors file")
     if looks_like_npy(file):
         return read_npy(file)
     if looks_like_safetensors(file):
         return read_safetensors(file)
     if looks_like_pickle(file):
-        return _or_trusted(file, weights_only, "torch_legacy", lambda: read_legacy(file))
-    if index and file.data[:64].lstrip()[:1] == b"{":
-        found = read_index(file, lambda shard: _open(shard, weights_only, index=False))
-        if found is not None:
-            return found
-    raise file.bad(*_describe(file))
+        return _safely_or_trusted(file, weights_only, "torch_legacy", lambda: read_legacy(file))
+    if allow_index and file.data[:64].lstrip()[:1] == b"{":
+        sharded = read_index(file, lambda shard: _open(shard, weights_only, allow_index=False))
+        if sharded is not None:
+            return sharded
+    raise file.error(*_describe(file))
 
 
-def _or_trusted(file: SourceFile, weights_only: bool, container: str, read: Callable[[], Checkpoint]) -> Checkpoint:
-    """The restricted reading; torch.load's only where that refuses to run code and the caller allows it."""
+def _safely_or_trusted(
+    file: SourceFile, weights_only: bool, container: str, read: Callable[[], Checkpoint]
+) -> Checkpoint:
+    """Call ``read``; if it refuses to run code and the caller trusts the file, use torch.load instead."""
     try:
         return read()
     except UnsafeCheckpointError:
@@ -96,24 +96,24 @@ def _or_trusted(file: SourceFile, weights_only: bool, container: str, read: Call
 
 
 def _describe(file: SourceFile) -> tuple[str, str]:
-    """What a file of another kind seems to be, and what to do."""
+    """For a file that keymap does not read: what it seems to be, and what to do."""
     head = file.data[:1024]
-    for magic, text in OTHERS.items():
+    for magic, text in OTHER_FORMATS.items():
         if head.startswith(magic):
-            what, _, advice = text.partition("; ")
-            return f"is {what}", advice
+            kind, _, advice = text.partition("; ")
+            return f"is {kind}", advice
     if head[257:262] == b"ustar":
-        return "is a tar archive (torch before 0.1.10 saved such)", "load it with an old torch and save again"
+        return "is a tar archive (torch before 0.1.10 wrote these)", "load it with an old torch and save it again"
     text = head.decode("utf-8", "replace").strip()
     if text.startswith("version https://git-lfs.github.com/spec/"):
         return "is a git-lfs pointer, not the weights themselves", "run `git lfs pull`"
     if text[:200].lower().startswith(("<!doctype html", "<html")):
         return "is an HTML page, not weights", "download the file itself, not the page about it"
     if text.startswith(("{", "[")):
-        return "is a JSON file, without the weight_map of an index of shards", "give the weights"
+        return "is a JSON file without the weight_map of a shard index", "pass the file with the weights"
     if text and all(character.isprintable() or character.isspace() for character in text):
-        return f"is a text file that begins with {text[:40]!r}", "give a file of weights"
+        return f"is a text file that begins with {text[:40]!r}", "pass the file with the weights"
     if file.path.name.endswith(".safetensors"):
-        return "is no safetensors file: its header is damaged or the file truncated", "download it again"
+        return "is not a safetensors file: its header is damaged or the file is truncated", "download it again"
     kinds = "safetensors, torch, TorchScript, npz or npy"
-    return f"is none of {kinds} (begins with {head[:8]!r})", "give one of these, or download it again"
+    return f"is none of {kinds} (begins with {head[:8]!r})", "pass one of these, or download the file again"

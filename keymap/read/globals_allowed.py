@@ -1,7 +1,7 @@
-"""The names a pickle may use under weights_only=True, and what each stands for here.
+"""The names that a pickle may use with weights_only=True, and what keymap makes of each.
 
-Nothing below is what the name means in Python: torch._utils._rebuild_tensor_v2 makes a TensorView, which
-is three tuples and a reference; argparse.Namespace makes a Record. A name that is not here is refused.
+No name does here what it does in Python. For example, torch._utils._rebuild_tensor_v2 makes a TensorView, which is a
+reference to a storage and some numbers, and argparse.Namespace makes a Record. All other names are refused.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ UNREAD = {
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """Where tensors of a pickle take their values from; ``torch_file`` finds its bytes afterwards."""
+    """A storage that tensors of the pickle use; ``torch_file`` finds its bytes later."""
 
     key: str
     dtype: torch.dtype
     numel: int
-    first: int = 0  # of a view on a storage, in elements; older files have such
+    first: int = 0  # first element, if this is a view of a storage, as in older files
 
 
 @dataclass(eq=False, slots=True)
 class TensorView:
-    """A tensor as the pickle states it; nothing of it is checked yet."""
+    """A tensor as the pickle states it, not checked yet."""
 
     storage: Storage
     dtype: torch.dtype
@@ -91,7 +91,7 @@ class NumpyType:
 
 @dataclass(eq=False, slots=True)
 class NumpyArray:
-    """A numpy array whose values lie in the pickle itself."""
+    """A numpy array with its values, which the pickle itself holds."""
 
     descr: str = ""
     shape: tuple[int, ...] = ()
@@ -101,18 +101,18 @@ class NumpyArray:
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """An object of a class that was not imported."""
+    """An object of a class that keymap did not import."""
 
     name: str
     state: Any = None
 
 
 class AllowedGlobals:
-    """The table, with the storages that a pickle referred to.
+    """The table of allowed names, and the storages that a pickle refers to.
 
     Attributes:
-        scripted: whether classes of a TorchScript archive (``__torch__.``) may be named.
-        storages: all that were referred to, in order.
+        scripted: whether classes of a TorchScript archive (``__torch__.``) are allowed.
+        storages: all storages that the pickle refers to, in order.
     """
 
     def __init__(self, scripted: bool = False) -> None:
@@ -120,7 +120,7 @@ class AllowedGlobals:
         self.storages: list[Storage] = []
 
     def find(self, module: str, name: str) -> Global:
-        """``module.name`` in one spelling, if it is allowed; raises ForbiddenGlobalError."""
+        """The allowed name ``module.name`` in its current spelling; raises ForbiddenGlobalError for other names."""
         module = {"__builtin__": "builtins", "torch.storage": "torch"}.get(module, module)
         module = module.replace("numpy.core.", "numpy._core.").replace("pathlib._local", "pathlib")
         full = f"{module}.{name}"
@@ -129,7 +129,7 @@ class AllowedGlobals:
         if full == "builtins.unicode":
             full = "builtins.str"
         if full in UNREAD:
-            raise UnreadTensorError(f"it holds {UNREAD[full]}")
+            raise UnreadTensorError(UNREAD[full])
         known = full in _CALLS or full in NAMES_ONLY or full in DTYPES
         storage = module == "torch" and name in STORAGE_DTYPES
         if known or storage or (self.scripted and module.split(".")[0] == "__torch__"):
@@ -137,25 +137,25 @@ class AllowedGlobals:
         raise ForbiddenGlobalError(full)
 
     def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
-        """The inert value of a call; raises BadPickleError where the arguments are not the known ones."""
+        """The value of a call, which runs no code of the file; raises BadPickleError for unknown arguments."""
         function = _CALLS.get(name)
         if function is None:
             if name.startswith("__torch__."):
                 return Instance(name)
-            raise BadPickleError(f"it calls {name}, which may only be named")
-        made = 0
+            raise BadPickleError(f"it calls {name}, which a pickle may name but not call")
+        nbytes = 0
         for value in arguments:
             kind = type(value)
             if kind in SIZES:
-                made += len(value) * SIZES[kind]
-        spend(made)
+                nbytes += len(value) * SIZES[kind]
+        spend(nbytes)
         try:
             return function(*arguments)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError):
             raise BadPickleError(f"it calls {name} with arguments that it does not take") from None
 
     def build(self, target: Any, state: Any) -> None:
-        """Give an Instance, a numpy array or a numpy dtype its state; raises BadPickleError for the rest."""
+        """Set the state of an Instance, a numpy array or a numpy dtype; raises BadPickleError for others."""
         if type(target) is Instance and target.state is None:
             target.state = state
         elif type(target) is NumpyType and type(state) is tuple and state[1:2] in (("<",), (">",), ("|",), ("=",)):
@@ -168,14 +168,15 @@ class AllowedGlobals:
                 raise BadPickleError("a numpy array holds Python objects")
             target.descr, target.shape, target.fortran, target.raw = dtype.descr, shape, fortran, raw
         else:
-            raise BadPickleError(f"it gives state to a {type(target).__name__}")
+            raise BadPickleError(f"it sets the state of a {type(target).__name__}")
 
+    # long: 17 branches, one check for each field of the reference
     def persistent(self, reference: Any) -> Storage:
-        """The storage that a tensor lies in; raises BadPickleError for any other reference."""
+        """The storage of a tensor; raises BadPickleError for any other reference."""
         if type(reference) is not tuple or len(reference) < 5 or reference[0] != "storage":
             if type(reference) is tuple and reference[:1] == ("module",):
                 raise ForbiddenGlobalError("torch.nn.Module (with its source code)")
-            raise BadPickleError("it refers to something outside that is no storage")
+            raise BadPickleError("it refers to an external object that is not a storage")
         kind, key, numel = reference[1], reference[2], reference[4]
         dtype = STORAGE_DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
         if dtype is None or type(key) is not str or type(numel) is not int or numel < 0:
@@ -208,7 +209,7 @@ def _tensor_v2(
     flags: Any = None,
 ) -> TensorView:
     if flags:
-        raise UnreadTensorError("it holds a tensor that is conjugated or negated only when used")
+        raise UnreadTensorError("a lazily conjugated or negated tensor")
     return _tensor(storage, offset, shape, strides)
 
 
@@ -241,7 +242,7 @@ def _plain_dict(items: Any = ()) -> dict[Any, Any]:
     if items == ():
         return {}
     if type(items) not in (dict, list, tuple):
-        raise TypeError  # a text falls apart into its characters
+        raise TypeError  # a string would split into its characters
     pairs = list(items.items()) if type(items) is dict else list(items)
     check_keys(key for key, _ in pairs)
     return dict(pairs)
@@ -266,7 +267,7 @@ def _bytearray(*arguments: Any) -> bytearray:
     if len(arguments) == 2:
         return bytearray(_encode(*arguments))
     if type(arguments[0]) not in (bytes, bytearray):
-        raise TypeError  # a number would ask for that many bytes
+        raise TypeError  # a number n would allocate n bytes
     return bytearray(arguments[0])
 
 
@@ -278,7 +279,7 @@ def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise TypeError  # the text of a value that shares much could be endless
+        raise TypeError  # str() of nested shared values could take for ever
     return value
 
 
@@ -367,7 +368,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def record_of(instance: Instance, convert: Callable[[Any], Any]) -> Record:
-    """The Record of an Instance, its attributes converted; a state that is no dict is kept as "state"."""
+    """The Record of an Instance with converted attributes; a state that is not a dict is the attribute "state"."""
     if instance.state is None:
         return Record(instance.name, {})
     converted = convert(instance.state)

@@ -1,4 +1,4 @@
-"""What every reader gives back, and the one mapped file that all of them read from."""
+"""The types that every reader returns, and the memory-mapped file that they read from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-try:  # the same checksum at four times the speed, where it is installed
+try:  # if installed: the same checksum, four times as fast
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
@@ -26,25 +26,25 @@ from keymap.errors import CheckpointError, UnsafeCheckpointError
 
 MAX_DIMS = 64
 MAX_INT64 = 2**63 - 1
-MAX_KEY = 2048  # characters; a real key has less than 200
-FEW = 120_000  # tensors that a file of any size may hold, and one more for each PER_TENSOR bytes
+MAX_KEY = 2048  # characters; real keys have fewer than 200
+FEW = 120_000  # a file of any size may hold this many tensors, and one more for each PER_TENSOR bytes
 PER_TENSOR = 1 << 12
-SMALL = 1 << 24  # bytes that a tensor or member may have beside four times its file: deflated, or repeating
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for ever
-CHECK_STEP = 1 << 19  # bytes that are read to make their checksum
-INFLATE_STEP = 1 << 14  # deflated bytes handed to zlib at a time; it makes up to 1032 of each
+SMALL = 1 << 24  # a deflated or repeating tensor may need this many bytes, and four times the size of its file
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # opening a pipe would block for ever
+CHECK_STEP = 1 << 19  # bytes to read at a time for a checksum
+INFLATE_STEP = 1 << 14  # deflated bytes to pass to zlib at a time; one byte inflates to 1032 at most
 
 
 class LazyTensor(NamedTuple):
-    """A tensor of a file, known by shape and dtype; its values are read only when asked for.
+    """The shape and dtype of a tensor in a file; ``read`` reads its values.
 
     Attributes:
         shape: sizes, outermost first; () for a scalar.
         dtype: as the file states it (numpy's two-byte void is bfloat16).
-        values: the raw bytes, or a function that gives the tensor.
-        strides: in elements of the bytes; row-major where None.
-        offset: first element.
-        shift: bytes of the files that are read before this one.
+        values: the raw bytes, or a function that returns the tensor.
+        strides: in elements; None for row-major.
+        offset: index of the first element within ``values``.
+        bytes_before: total size of the shards that come before this tensor's file.
     """
 
     shape: tuple[int, ...]
@@ -52,21 +52,23 @@ class LazyTensor(NamedTuple):
     values: Block | Callable[[], torch.Tensor]
     strides: tuple[int, ...] | None = None
     offset: int = 0
-    shift: int = 0
+    bytes_before: int = 0
 
     def read(self) -> torch.Tensor:
-        """A CPU tensor of that shape and dtype, with any strides.
+        """Return a CPU tensor of this shape and dtype, with any strides.
 
-        Where the container permits, its memory is the file's own, mapped privately: writing to it is allowed, never
-        reaches the file, and is seen by a later ``read`` from the same Checkpoint. Raises CheckpointError where the
-        values have to be inflated and cannot be, or the file was written to.
+        If the container permits, the tensor's memory is a private mapping of the file. You may write to it: the file
+        does not change, and a later ``read`` from the same Checkpoint sees the new values.
+
+        Raises:
+            CheckpointError: the values do not inflate, or the file was written to after it was opened.
         """
         block, shape, dtype = self.values, self.shape, self.dtype
         if not isinstance(block, Block):
             return block()
-        block.file.unchanged()
-        block.file.handed = True
-        whole = block.nbytes - block.nbytes % dtype.itemsize
+        block.file.check_unchanged()
+        block.file.values_read = True
+        whole = block.nbytes - block.nbytes % dtype.itemsize  # bytes of complete elements
         if whole == 0 or 0 in shape:
             if block.crc is not None:
                 block.load()
@@ -81,23 +83,23 @@ class LazyTensor(NamedTuple):
 
     @property
     def position(self) -> int:
-        """Byte position of the values, for reading in file order."""
+        """Byte position of the values, for reading tensors in file order."""
         block = self.values
         if not isinstance(block, Block):
-            return self.shift
-        return self.shift + block.start + (self.offset * self.dtype.itemsize if block.crc is None else 0)
+            return self.bytes_before
+        return self.bytes_before + block.start + (self.offset * self.dtype.itemsize if block.crc is None else 0)
 
     @property
     def region(self) -> tuple[SourceFile, int, int] | None:
-        """The file, and from which byte to which its mapping holds the values; None where they are not mapped."""
+        """The file, and the first and last byte (exclusive) of the mapped values; None if they are not mapped."""
         block = self.values
         if not isinstance(block, Block) or block.crc is not None:
             return None
         return block.file, block.start, block.start + block.nbytes
 
     @property
-    def values_alone(self) -> Block | None:
-        """The bytes, where they are the values as they stand, row-major, and nothing besides."""
+    def contiguous_block(self) -> Block | None:
+        """The block, if it is stored uncompressed and holds exactly this tensor's values in row-major order."""
         block = self.values
         if not isinstance(block, Block) or self.strides is not None or self.offset or block.crc is not None:
             return None
@@ -105,23 +107,23 @@ class LazyTensor(NamedTuple):
 
     @property
     def check(self) -> Callable[[], None] | None:
-        """Raises CheckpointError where the values are not those that were written.
+        """A function that raises CheckpointError if the checksum of the values is wrong.
 
-        None where the container has no checksum of its own (safetensors), or none that its writers must set (torch).
+        None if the container has no checksum (safetensors), or none that its writers must set (torch).
         """
         block = self.values
-        return block.check if isinstance(block, Block) and (block.crc is not None or block.seal) else None
+        return block.check if isinstance(block, Block) and (block.crc is not None or block.stored_crc) else None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A lazy view of one checkpoint file, or of the shards that one index names.
+    """One checkpoint file, or all shards of one index, opened without reading values.
 
     Attributes:
         path: the file that was opened.
         container: "safetensors", "torch", "torch_legacy", "torchscript", "npz" or "npy".
-        tree: as the file nests it; leaves are LazyTensor, Record or plain Python values. A file that
-            holds one value that is not a dict has it under the key "".
+        tree: nested as in the file; leaves are LazyTensor, Record or plain Python values. If the file
+            holds one value that is not a dict, its key is "".
         metadata: the ``__metadata__`` of safetensors, else empty.
     """
 
@@ -133,71 +135,71 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An object of the file whose class was not imported: the class's name, and its attributes."""
+    """An object whose class keymap did not import: the name of the class, and the attributes."""
 
     name: str
     state: Mapping[str, Any]
 
 
 class SourceFile:
-    """A regular file mapped privately: readable, writable in memory, never changed on disk.
+    """A regular file in a private memory mapping: writable in memory, never changed on disk.
 
     Attributes:
-        path: where it lies.
+        path: the path of the file.
         size: bytes.
-        data: the mapping; slices of it are copies, tensors from ``Block.load`` are not.
+        data: the mapping. Slices of it are copies; tensors from ``Block.mapped`` share its memory.
         status: of the file when it was opened.
-        handed: whether values were read from it.
-        inflated: the deflated member that was read last, by its first byte: several tensors may lie in one.
+        values_read: whether any values were read from it.
+        inflated: first byte and content of the deflated member that was read last; several tensors may share one.
     """
 
     def __init__(self, path: Path) -> None:
-        """Map ``path``; raise CheckpointError where it is no readable, regular, non-empty file."""
+        """Map ``path``; raise CheckpointError if it is not a readable, regular, non-empty file."""
         self.path = path
-        self.handed = False
+        self.values_read = False
         self.inflated: tuple[int, torch.Tensor] | None = None
         try:
             handle = os.open(path, _READ)
             try:
                 self.status = os.fstat(handle)
                 if not stat.S_ISREG(self.status.st_mode):
-                    raise self.bad("is not a regular file", "give the path of a checkpoint file")
+                    raise self.error("is not a regular file", "pass the path of a checkpoint file")
                 if self.status.st_size == 0:
-                    raise self.bad("is empty (0 bytes)", "download or save it again")
-                self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)  # which keeps a descriptor of its own
+                    raise self.error("is empty (0 bytes)", "download or save it again")
+                self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)  # duplicates the descriptor
                 self.size = len(self.data)
             finally:
                 os.close(handle)
         except FileNotFoundError:
-            raise self.bad("does not exist", "check the path") from None
+            raise self.error("does not exist", "check the path") from None
         except PermissionError:
-            raise self.bad("may not be read (permission denied)", "change its permissions") from None
+            raise self.error("is not readable (permission denied)", "change its permissions") from None
         except (OSError, ValueError) as error:
-            raise self.bad(f"cannot be opened: {error}", "check the path") from error
+            raise self.error(f"cannot be opened: {error}", "check the path") from error
 
-    def unchanged(self) -> None:
-        """Raise CheckpointError where the file was written to since it was opened.
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if the file was written to after it was opened.
 
-        A file that was removed or replaced is not: the mapping keeps what was opened.
+        Removing or replacing the file does no harm: the mapping keeps the old content.
         """
         size = self.data.size()
-        if size >= self.size:  # beyond the end of a file that shrank there is no memory, and a read ends the process
+        if size >= self.size:  # in a file that shrank, a read beyond the new end would kill the process
             try:
                 now = os.stat(self.path)
             except OSError:
                 return
-            if not self._is(now) or now.st_mtime_ns == self.status.st_mtime_ns:
+            if not self._is_same_file(now) or now.st_mtime_ns == self.status.st_mtime_ns:
                 return
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
-        half = ": a model that was being filled from it is half loaded" if self.handed else ""
-        raise self.bad(fact, f"wait until it is whole and load again{half}")
+        half = "; a model that was being loaded from it is half loaded" if self.values_read else ""
+        raise self.error(fact, f"wait until the file is complete and load it again{half}")
 
     @cached_property
     def handle(self) -> int | None:
         """A descriptor of the file, open as long as this object lives.
 
-        None where the system has no call to read by it, where there is no descriptor left (of many shards each needs
-        one), and where another file lies at the path now: the mapping holds what was opened.
+        None if the system has no ``preadv``, if the process has no free descriptor (each shard needs one), or if the
+        path is now another file; then values are read from the mapping.
         """
         if not hasattr(os, "preadv"):
             return None
@@ -205,93 +207,97 @@ class SourceFile:
             handle = os.open(self.path, _READ)
         except OSError:
             return None
-        if self._is(os.fstat(handle)):
+        if self._is_same_file(os.fstat(handle)):
             weakref.finalize(self, os.close, handle)
             return handle
         os.close(handle)
         return None
 
-    def _is(self, other: os.stat_result) -> bool:
-        """Whether a status is of this file, not of another one that took its place."""
+    def _is_same_file(self, other: os.stat_result) -> bool:
+        """Whether a status belongs to this file, not to another one that replaced it."""
         return (other.st_dev, other.st_ino) == (self.status.st_dev, self.status.st_ino)
 
-    def fill(self, places: Sequence[memoryview], start: int) -> None:
-        """Read the bytes from ``start`` on into one place after the other, 1024 at most.
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
+        """Fill the buffers, 1024 at most, one after the other with the bytes from ``start`` on.
 
-        The system copies them, where it can (see ``handle``). Nothing is mapped then, so that no page is faulted in and
-        given back again, and a file that shrinks meanwhile gives an error where a mapping would end the process.
+        If possible, the system copies the bytes without the mapping (see ``handle``). That saves page faults, and if
+        the file shrinks meanwhile, the read fails with an error; a read from the mapping would kill the process.
 
-        Raises CheckpointError where the file ends before the places are full.
+        Raises:
+            CheckpointError: the file ends before the buffers are full.
         """
-        stop = start + sum(map(len, places))
+        stop = start + sum(map(len, buffers))
         while start < stop:
-            count = self._read(places, start)
+            count = self._read_once(buffers, start)
             start += count
             if start == stop:
                 return
             if count == 0:
-                self.unchanged()
-                half = "the model is half loaded" if self.handed else "wait until it is whole and load again"
-                raise self.bad(f"ends at byte {start} while it is read", half)
+                self.check_unchanged()
+                half = "the model is half loaded" if self.values_read else "wait until it is complete and load it again"
+                raise self.error(f"ends at byte {start} while it is read", half)
             full = 0
-            while count >= len(places[full]):
-                count -= len(places[full])
+            while count >= len(buffers[full]):
+                count -= len(buffers[full])
                 full += 1
-            places = [places[full][count:], *places[full + 1 :]]
+            buffers = [buffers[full][count:], *buffers[full + 1 :]]
 
-    def _read(self, places: Sequence[memoryview], start: int) -> int:
-        """Read once, and tell how many bytes it were."""
+    def _read_once(self, buffers: Sequence[memoryview], start: int) -> int:
+        """Read into the buffers with one system call; return the number of bytes."""
         if self.handle is not None:
-            return os.preadv(self.handle, places, start)
-        self.unchanged()
+            return os.preadv(self.handle, buffers, start)
+        self.check_unchanged()
         with memoryview(self.data) as view:
-            part = view[start : start + len(places[0])]
-            places[0][: len(part)] = part
-            return len(part)
+            content = view[start : start + len(buffers[0])]
+            buffers[0][: len(content)] = content
+            return len(content)
 
-    def refuse_many(self, count: int) -> None:
-        """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size holds."""
-        most = FEW + self.size // PER_TENSOR
-        if count > most:
-            raise self.bad(f"holds {count} or more tensors; the limit for its size is {most}", "save fewer, or stacked")
+    def limit_tensors(self, count: int) -> None:
+        """Raise CheckpointError for more tensors, or entries, than a checkpoint of this size may hold."""
+        limit = FEW + self.size // PER_TENSOR
+        if count > limit:
+            fact = f"holds {count} or more tensors; the limit for a file of {self.size} bytes is {limit}"
+            raise self.error(fact, "save fewer tensors, for example stack them")
 
-    def refuse_large(self, name: str, nbytes: int) -> None:
-        """Raise CheckpointError for a tensor, or member, that would take far more memory than the file has."""
-        most = 4 * self.size + SMALL
-        if nbytes > most:
-            fact = f"{brief(name)} would take {nbytes} bytes of memory, far more than the file has ({self.size})"
-            raise self.bad(fact, "save it as it is, not as a view that repeats elements or as a bomb of zeros")
+    def limit_memory(self, name: str, nbytes: int) -> None:
+        """Raise CheckpointError for a tensor or member that needs far more memory than the size of the file."""
+        limit = 4 * self.size + SMALL
+        if nbytes > limit:
+            fact = f"{brief(name)} needs {nbytes} bytes of memory, far more than the {self.size} bytes of the file"
+            raise self.error(
+                fact, "save the tensor itself, not a view that repeats elements or a highly compressed copy"
+            )
 
-    def give_back(self, start: int, stop: int) -> None:
-        """Give the memory of the whole pages within ``start`` to ``stop`` back; they are mapped anew when read again.
+    def release_pages(self, start: int, stop: int) -> None:
+        """Free the memory of the complete pages between ``start`` and ``stop``; a later read maps them again.
 
-        Only for pages that nobody has written to. Nothing happens where the system has no such call.
+        Call it only for pages that nobody has written to. It does nothing if the system cannot do it.
         """
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and last > first:
             self.data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
-    def bad(self, fact: str, advice: str) -> CheckpointError:
-        """A refusal that names the file, the fact and what to do next."""
+    def error(self, fact: str, advice: str) -> CheckpointError:
+        """An error that names the file, says what is wrong and what to do next."""
         return CheckpointError(f"{self.path}: {fact}; {advice}")
 
-    def unsafe(self, fact: str, advice: str, faults: Sequence[str] = ()) -> UnsafeCheckpointError:
-        """A refusal of something that would run code."""
+    def unsafe_error(self, fact: str, advice: str, faults: Sequence[str] = ()) -> UnsafeCheckpointError:
+        """The same, for a file that would run code."""
         return UnsafeCheckpointError(f"{self.path}: {fact}; {advice}", faults)
 
 
 class Block(NamedTuple):
-    """The raw bytes of one array or storage: a region of the file, as it is or deflated.
+    """The raw bytes of one array or storage: a region of the file, stored uncompressed or deflated.
 
     Attributes:
-        file: where the region lies.
+        file: the file.
         name: the member or key, for messages.
         start: first byte of the region.
         stored: bytes in the file.
-        nbytes: bytes that ``load`` gives.
-        skip: bytes before those that ``load`` leaves out (an array's header); only used when deflated.
-        crc: the checksum of all inflated bytes, or None for a region stored as it is.
-        seal: of a member stored as it is: its first byte, its length and its checksum.
+        nbytes: bytes of the content, without those that are skipped.
+        skip: bytes to skip at the start of the inflated content (an array's header); 0 if uncompressed.
+        crc: the checksum of all inflated bytes; None if uncompressed.
+        stored_crc: first byte, length and checksum of the whole member, if it is uncompressed and has a checksum.
     """
 
     file: SourceFile
@@ -301,85 +307,87 @@ class Block(NamedTuple):
     nbytes: int
     skip: int = 0
     crc: int | None = None
-    seal: tuple[int, int, int] | None = None
+    stored_crc: tuple[int, int, int] | None = None
 
     def check(self) -> None:
-        """Raise CheckpointError where the bytes are not those that the checksum was made of; nothing is kept."""
+        """Raise CheckpointError if the checksum of the bytes is wrong; keep none of them in memory."""
         if self.crc is not None:
             total, crc = 0, 0
-            for part in self._inflate(self.skip + self.nbytes):
-                total, crc = total + len(part), crc32(part, crc)
-            self._judge(total, crc, self.crc)
-        elif self.seal is not None:
-            first, length, wanted = self.seal
-            crc, room = 0, memoryview(bytearray(min(CHECK_STEP, length)))
+            for chunk in self._inflate(self.skip + self.nbytes):
+                total, crc = total + len(chunk), crc32(chunk, crc)
+            self._compare(total, crc, self.crc)
+        elif self.stored_crc is not None:
+            first, length, expected = self.stored_crc
+            crc, buffer = 0, memoryview(bytearray(min(CHECK_STEP, length)))
             for start in range(first, first + length, CHECK_STEP):
-                place = room[: min(CHECK_STEP, first + length - start)]
-                self.file.fill([place], start)
-                crc = crc32(place, crc)
-            self._judge(self.skip + self.nbytes, crc, wanted)
+                stored = buffer[: min(CHECK_STEP, first + length - start)]
+                self.file.read_into([stored], start)
+                crc = crc32(stored, crc)
+            self._compare(self.skip + self.nbytes, crc, expected)
 
-    def _judge(self, total: int, crc: int, wanted: int | None) -> None:
+    def _compare(self, total: int, crc: int, expected_crc: int | None) -> None:
+        """Raise CheckpointError if the size or the checksum is not the declared one."""
         declared = self.skip + self.nbytes
-        if total != declared or crc != wanted:
-            what = "its checksum differs" if total == declared else f"it does not inflate to {declared} bytes"
-            raise self.file.bad(f"member {self.name!r} is corrupt: {what}", "download the file again")
+        if total != declared or crc != expected_crc:
+            reason = "its checksum differs" if total == declared else f"it does not inflate to {declared} bytes"
+            raise self.file.error(f"member {self.name!r} is corrupt: {reason}", "download the file again")
 
     def head(self, count: int) -> bytes:
-        """The first bytes, ``count`` of them or all; raises CheckpointError where they do not inflate."""
+        """The first ``count`` bytes, or all if there are fewer; raises CheckpointError if they do not inflate."""
         if self.crc is None:
             return self.file.data[self.start : self.start + min(count, self.nbytes)]
         return b"".join(self._inflate(count))[:count]
 
     def mapped(self, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """So many elements, one at least, of a region stored as it is: the mapping's own memory, none of it read."""
+        """The first ``count`` elements (at least 1) of an uncompressed region, as a view of the mapping."""
         return torch.frombuffer(self.file.data, dtype=dtype, offset=self.start, count=count)
 
     def load(self) -> torch.Tensor:
-        """A deflated region as a uint8 tensor of shape (nbytes,), in memory that all tensors in the region share.
+        """Inflate the region into a uint8 tensor of shape (nbytes,); all tensors in the region share its memory.
 
-        Raises CheckpointError where it is corrupt, or longer or shorter than declared.
+        Raises:
+            CheckpointError: the region is corrupt, or longer or shorter than declared.
         """
         if self.file.inflated is not None and self.file.inflated[0] == self.start:
             return self.file.inflated[1]
-        self.file.inflated = None  # before the next one takes memory
+        self.file.inflated = None  # free the last one before allocating the next
         result = torch.empty(self.nbytes, dtype=torch.uint8)
         target = result.numpy().data
         total, crc = self.skip + self.nbytes, 0
         at = -self.skip
-        for part in self._inflate(total):
-            crc = crc32(part, crc)
-            begin, end = at, at + len(part)
+        for chunk in self._inflate(total):
+            crc = crc32(chunk, crc)
+            begin, end = at, at + len(chunk)
             at = end
             if end > self.nbytes:
                 break
             if end > 0:
-                target[max(begin, 0) : end] = part[max(-begin, 0) :]
-        self._judge(self.skip + at, crc, self.crc)
+                target[max(begin, 0) : end] = chunk[max(-begin, 0) :]
+        self._compare(self.skip + at, crc, self.crc)
         self.file.inflated = self.start, result
         return result
 
     def _inflate(self, limit: int) -> Iterator[bytes]:
-        """Inflated parts, never more than ``limit`` + 1 bytes in all, whatever the region claims."""
-        machine = zlib.decompressobj(-zlib.MAX_WBITS)
-        made, stop = 0, self.start + self.stored
-        room = memoryview(bytearray(min(INFLATE_STEP, self.stored)))
+        """Inflated chunks, never more than ``limit`` + 1 bytes in all, whatever the region claims."""
+        decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflated, stop = 0, self.start + self.stored
+        buffer = memoryview(bytearray(min(INFLATE_STEP, self.stored)))
         for at in range(self.start, stop, INFLATE_STEP):
-            deflated = room[: min(INFLATE_STEP, stop - at)]
-            self.file.fill([deflated], at)
+            deflated = buffer[: min(INFLATE_STEP, stop - at)]
+            self.file.read_into([deflated], at)
             try:
-                part = machine.decompress(deflated, limit + 1 - made)
+                chunk = decompressor.decompress(deflated, limit + 1 - inflated)
             except zlib.error as error:
                 fact = f"member {self.name!r} does not decompress ({error})"
-                raise self.file.bad(fact, "download the file again") from error
-            made += len(part)
-            yield part
-            if made > limit or machine.eof:
+                raise self.file.error(fact, "download the file again") from error
+            inflated += len(chunk)
+            yield chunk
+            if inflated > limit or decompressor.eof:
                 return
 
 
 class _Brief(reprlib.Repr):
-    """Python's own shortening, and of a value that it would first spell whole just the kind, or the beginning."""
+    """Python's reprlib; values that it would first format completely are shown by their type or their beginning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,12 +407,12 @@ _brief = _Brief()
 
 
 def brief(value: object) -> str:
-    """A short text of any value of a hostile file: never long, never slow, however it nests."""
+    """A short text for any value of a hostile file. It is never long and never slow, however the value nests."""
     return _brief.repr(value)
 
 
 def element_count(shape: Sequence[object]) -> int | None:
-    """The product of ``shape``, or None where it is no shape that a tensor can have."""
+    """The number of elements, or None if no tensor can have this shape."""
     count, extent = 1, 1
     if len(shape) > MAX_DIMS:
         return None
@@ -419,7 +427,7 @@ def element_count(shape: Sequence[object]) -> int | None:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a row-major tensor of ``shape``."""
+    """The strides, in elements, of a row-major tensor of ``shape``."""
     strides, step = [0] * len(shape), 1
     for axis in range(len(shape) - 1, -1, -1):
         strides[axis] = step
@@ -436,15 +444,16 @@ def lazy_view(
 ) -> LazyTensor:
     """A tensor over ``block``; the caller has checked that the view lies inside it.
 
-    Raises CheckpointError where it would take far more memory than the file has.
-
     Args:
-        block: the raw bytes; those beyond a whole number of elements are left out.
-        dtype: how they are read.
+        block: the raw bytes; an incomplete element at the end is ignored.
+        dtype: of the tensor.
         shape: of the tensor.
-        strides: in elements; row-major where None.
-        offset: first element.
+        strides: in elements; None for row-major.
+        offset: index of the first element.
+
+    Raises:
+        CheckpointError: the tensor needs far more memory than the size of the file.
     """
     values = prod(shape) * dtype.itemsize
-    block.file.refuse_large(block.name, values if block.crc is None else max(block.nbytes, values))
+    block.file.limit_memory(block.name, values if block.crc is None else max(block.nbytes, values))
     return LazyTensor(shape, dtype, block, strides, offset)

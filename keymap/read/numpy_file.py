@@ -1,4 +1,4 @@
-"""numpy's .npy array and .npz archive, read without numpy's loader and without pickle."""
+"""Read numpy's .npy arrays and .npz archives without numpy's loader and without pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, e
 from keymap.read.zip_file import AGAIN
 
 MAGIC = b"\x93NUMPY"
-MAX_HEADER = 4096  # a plain array's is under 200 bytes
+MAX_HEADER = 4096  # the header of a plain array has fewer than 200 bytes
 DESCR = re.compile(r"([<>|=]?)([?a-zA-Z])(\d*)")
 
 DTYPES = {
@@ -31,96 +31,84 @@ DTYPES = {
     "f8": torch.float64,
     "c8": torch.complex64,
     "c16": torch.complex128,
-    "V2": torch.bfloat16,  # how numpy writes a dtype of two bytes that it does not know
+    "V2": torch.bfloat16,  # numpy writes a two-byte dtype that it does not know in this way
 }
-KINDS = {"O": "Python objects", "U": "texts", "S": "byte strings", "M": "dates", "m": "time spans"}
+NOT_NUMBERS = {"O": "Python objects", "U": "texts", "S": "byte strings", "M": "dates", "m": "time spans"}
 
 
 def torch_dtype(descr: object) -> torch.dtype | str:
-    """The dtype of a numpy type string such as ``<f4``, or words for why there is none."""
+    """The dtype for a numpy type string such as ``<f4``, or a text that says why there is none."""
     match = DESCR.fullmatch(descr) if isinstance(descr, str) else None
     if match is None:
-        return (
-            f"has the structured dtype {brief(descr)}" if isinstance(descr, list) else f"has the dtype {brief(descr)}"
-        )
+        structured = "structured " if isinstance(descr, list) else ""
+        return f"has the {structured}dtype {brief(descr)}"
     order, kind, size = match.groups()
-    if kind in KINDS:
-        return f"holds {KINDS[kind]} (dtype {brief(descr)})"
+    if kind in NOT_NUMBERS:
+        return f"holds {NOT_NUMBERS[kind]} (dtype {brief(descr)})"
     dtype = DTYPES.get(kind + size)
     if dtype is None:
-        return f"has the dtype {brief(descr)}, which torch lacks"
+        return f"has the dtype {brief(descr)}, which torch does not have"
     if order == ">" and dtype.itemsize > 1:
         return f"is big-endian (dtype {brief(descr)})"
     return dtype
 
 
 def looks_like_npy(file: SourceFile) -> bool:
-    """Whether the file begins as every .npy does."""
+    """Whether the file begins like an .npy file."""
     return file.data[: len(MAGIC)] == MAGIC
 
 
 def read_npy(file: SourceFile) -> Checkpoint:
-    """One array, under the key ""; raises CheckpointError where it is no plain array."""
+    """One array, under the key ""; raises CheckpointError if it is not a plain array."""
     block = Block(file, file.path.name, 0, file.size, file.size)
     return Checkpoint(file.path, "npy", {"": array_of(block)})
 
 
 def is_npz(members: dict[str, Block]) -> bool:
-    """Whether an archive holds .npy members."""
+    """Whether an archive has .npy members."""
     return any(name.endswith(".npy") for name in members)
 
 
 def read_npz(file: SourceFile, members: dict[str, Block]) -> Checkpoint:
-    """Every member as an array under its name without ``.npy``, in file order.
+    """Every member as an array, under its name without ``.npy``, in file order.
 
-    Raises CheckpointError for a member that is no plain array, naming it.
+    Raises:
+        CheckpointError: a member is not a plain array; the message names it.
     """
     others = [name for name in members if not name.endswith(".npy")]
     if others:
-        raise file.bad(f"is an .npz with members that are no arrays: {others[:5]}", "save the arrays alone")
+        raise file.error(f"is an .npz with members that are not arrays: {others[:5]}", "save only the arrays")
     ordered = sorted(members.items(), key=lambda item: item[1].start)
     return Checkpoint(file.path, "npz", {name[: -len(".npy")]: array_of(block) for name, block in ordered})
 
 
 def array_of(block: Block) -> LazyTensor:
-    """The array in ``block``: the header is read and checked, the values are not.
+    """The array in ``block``; reads and checks the header, not the values.
 
-    Raises CheckpointError, naming the member: no header, a dtype without a counterpart in torch, sizes
-    that differ from the block's; UnsafeCheckpointError for an array of Python objects, which is a pickle.
+    Raises:
+        UnsafeCheckpointError: an array of Python objects, which is a pickle.
+        CheckpointError: no header, a dtype that torch does not have, or sizes that differ from the block's;
+            the message names the member.
     """
     file, name = block.file, f"array {block.name!r}"
-    raw = block.head(MAX_HEADER + 12)
-    if raw[:6] != MAGIC or len(raw) < 12:
-        raise file.bad(f"{name} does not begin as a numpy array", AGAIN)
-    if raw[6] not in (1, 2, 3):
-        raise file.bad(f"{name} has the unknown header version {raw[6]}.{raw[7]}", AGAIN)
-    begin = 10 if raw[6] == 1 else 12
-    length = int.from_bytes(raw[8:begin], "little")
-    if length > MAX_HEADER:
-        raise file.bad(f"{name} has a header of {length} bytes, the limit is {MAX_HEADER}", AGAIN)
-    if begin + length > len(raw):
-        raise file.bad(f"{name} is truncated inside its header", AGAIN)
-    header = _parse_header(raw[begin : begin + length])
-    if header is None:
-        raise file.bad(f"{name} has a header that is not descr, fortran_order and shape", AGAIN)
-    descr, fortran, shape = header
+    descr, fortran, shape, skip = _read_header(block, name)
     dtype = torch_dtype(descr)
     if isinstance(dtype, str):
         if "Python objects" in dtype:
             fact = f"{name} {dtype}: it is a pickle, and nothing of it was run"
-            raise file.unsafe(fact, "save the arrays as numbers, allow_pickle=False")
-        raise file.bad(f"{name} {dtype}", "save it as a plain little-endian array of numbers")
+            raise file.unsafe_error(fact, "save the arrays as numbers, with allow_pickle=False")
+        raise file.error(f"{name} {dtype}", "save it as a plain little-endian array of numbers")
     count = element_count(shape) if isinstance(shape, tuple) else None
     if count is None or type(fortran) is not bool:
-        raise file.bad(f"{name} has an impossible shape {brief(shape)} or order {brief(fortran)}", AGAIN)
-    skip, needs = begin + length, count * dtype.itemsize
-    if block.nbytes - skip != needs:
-        fact = f"{name}: shape {shape} of {dtype} needs {needs} bytes, the file holds {block.nbytes - skip}"
-        raise file.bad(fact, AGAIN)
+        raise file.error(f"{name} has an impossible shape {brief(shape)} or order {brief(fortran)}", AGAIN)
+    needed = count * dtype.itemsize
+    if block.nbytes - skip != needed:
+        fact = f"{name}: shape {shape} of {dtype} needs {needed} bytes, but the file holds {block.nbytes - skip}"
+        raise file.error(fact, AGAIN)
     if block.crc is None:
-        values = Block(file, block.name, block.start + skip, needs, needs, seal=block.seal)
+        values = Block(file, block.name, block.start + skip, needed, needed, stored_crc=block.stored_crc)
     else:
-        values = Block(file, block.name, block.start, block.stored, needs, skip, block.crc)
+        values = Block(file, block.name, block.start, block.stored, needed, skip, block.crc)
     strides = None
     if fortran and len(shape) > 1:
         steps = [1]
@@ -130,9 +118,32 @@ def array_of(block: Block) -> LazyTensor:
     return lazy_view(values, dtype, shape, strides)
 
 
-@functools.lru_cache(maxsize=1024)  # the arrays of an archive share few headers
+def _read_header(block: Block, name: str) -> tuple[Any, Any, Any, int]:
+    """descr, fortran_order and shape as written in the header, and the position of the values in the block.
+
+    Raises:
+        CheckpointError: the header is missing, truncated, too long or unknown.
+    """
+    file, raw = block.file, block.head(MAX_HEADER + 12)
+    if raw[:6] != MAGIC or len(raw) < 12:
+        raise file.error(f"{name} does not begin like a numpy array", AGAIN)
+    if raw[6] not in (1, 2, 3):
+        raise file.error(f"{name} has the unknown header version {raw[6]}.{raw[7]}", AGAIN)
+    begin = 10 if raw[6] == 1 else 12
+    length = int.from_bytes(raw[8:begin], "little")
+    if length > MAX_HEADER:
+        raise file.error(f"{name} has a header of {length} bytes; the limit is {MAX_HEADER}", AGAIN)
+    if begin + length > len(raw):
+        raise file.error(f"{name} is truncated inside its header", AGAIN)
+    header = _parse_header(raw[begin : begin + length])
+    if header is None:
+        raise file.error(f"{name} has a header that is not descr, fortran_order and shape", AGAIN)
+    return (*header, begin + length)
+
+
+@functools.lru_cache(maxsize=1024)  # many arrays of an archive have the same header
 def _parse_header(raw: bytes) -> tuple[Any, Any, Any] | None:
-    """descr, fortran_order and shape as they stand, or None where the header is anything else."""
+    """descr, fortran_order and shape as written, or None if the header is anything else."""
     try:
         header = ast.literal_eval(raw.decode("utf-8").strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

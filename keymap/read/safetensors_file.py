@@ -1,4 +1,4 @@
-"""safetensors: eight bytes of length, a JSON header, then the values of all tensors without a gap."""
+"""Read safetensors: the length of a JSON header in eight bytes, the header, the values of all tensors without gaps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keymap.errors import CheckpointError
 from keymap.read.lazy import Block, Checkpoint, LazyTensor, SourceFile, brief, element_count
 
 MAX_HEADER = 100_000_000  # bytes
-PARSED = 1 << 26  # bytes that what is parsed of a header may take, beside four times the file
+PARSED = 1 << 26  # a parsed header may take this many bytes of memory, and four times the size of the file
 AGAIN = "download or save the file again"
 
 DTYPES = {
@@ -39,11 +39,11 @@ DTYPES = {
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object that gives one key twice."""
+    """A JSON object has one key twice."""
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The dict of a JSON object; raises DuplicateKeyError, which Python's own reader would not."""
+    """The dict of a JSON object; raises DuplicateKeyError if a key occurs twice, which Python's json accepts."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -54,91 +54,95 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def parse_json(file: SourceFile, raw: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in ``raw``; raises CheckpointError for anything else, named ``what``."""
-    return _parsed(file, raw, what, without_duplicates)
+def parse_json(file: SourceFile, raw: bytes, name: str) -> dict[str, Any]:
+    """The JSON object in ``raw``; raises CheckpointError, with ``name``, for anything else and for duplicate keys."""
+    return _load_json(file, raw, name, without_duplicates)
 
 
 def _parse_header(file: SourceFile, raw: bytes) -> dict[str, Any]:
-    """As `parse_json`, in half the time and memory: the texts of a plain header can be counted.
+    """The same as `parse_json` in half the time and memory, because a plain header has a known number of strings.
 
-    Python's own dicts keep the last of equal keys. A text takes two quotation marks, and an entry has five texts: its
-    key, its fields and its dtype. Where there are more, a key is there twice, or the header has more than it needs.
+    Without a hook, Python's json keeps the last of equal keys. An entry has five strings: its key, three field names
+    and its dtype; each takes two quotation marks. If there are more, a key may occur twice: parse the header again.
     """
-    header = _parsed(file, raw, "its header", None)
+    header = _load_json(file, raw, "its header", None)
     metadata = header.get("__metadata__")
-    texts = 5 * len(header)
+    strings = 5 * len(header)
     if "__metadata__" in header:
-        texts += 2 * (len(metadata) if isinstance(metadata, dict) else 0) - 4
-    if raw.count(b'"') == 2 * texts and b"\\" not in raw:
+        strings += 2 * (len(metadata) if isinstance(metadata, dict) else 0) - 4
+    if raw.count(b'"') == 2 * strings and b"\\" not in raw:
         return header
     del header
     return parse_json(file, raw, "its header")
 
 
-def _parsed(
-    file: SourceFile, raw: bytes, what: str, hook: Callable[[list[tuple[str, Any]]], Any] | None
+def _load_json(
+    file: SourceFile, raw: bytes, name: str, hook: Callable[[list[tuple[str, Any]]], Any] | None
 ) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=hook)
     except DuplicateKeyError as error:
-        raise file.bad(f"{what} gives the key {brief(error.args[0])} twice", AGAIN) from None
+        raise file.error(f"{name} has the key {brief(error.args[0])} twice", AGAIN) from None
     except (ValueError, RecursionError) as error:
-        raise file.bad(f"{what} is not valid JSON ({error})", AGAIN) from None
+        raise file.error(f"{name} is not valid JSON ({error})", AGAIN) from None
     if not isinstance(value, dict):
-        raise file.bad(f"{what} is not a JSON object", AGAIN)
+        raise file.error(f"{name} is not a JSON object", AGAIN)
     return value
 
 
 def looks_like_safetensors(file: SourceFile) -> bool:
-    """Whether the file begins with a length and an opening brace; truncated files count, text does not."""
+    """Whether the file begins with a length and an opening brace. True for truncated files, False for text."""
     length = int.from_bytes(file.data[:8], "little")
     fits = 2 <= length <= file.size - 8
     return file.data[8:9] == b"{" and (fits or b"\0" in file.data[:8] or file.path.suffix == ".safetensors")
 
 
 def read_safetensors(file: SourceFile) -> Checkpoint:
-    """All tensors from the header alone; raises CheckpointError, with every fault, before one is made."""
+    """All tensors, from the header alone.
+
+    Raises:
+        CheckpointError: the header is wrong; all faults of its entries are in one error.
+    """
     if file.size < 8:
-        raise file.bad(f"is truncated: {file.size} bytes, no room for a header length", AGAIN)
+        raise file.error(f"is truncated: it has {file.size} bytes, fewer than a header length", AGAIN)
     length = int.from_bytes(file.data[:8], "little")
     if length > MAX_HEADER:
-        raise file.bad(f"its header claims {length} bytes, more than the limit of {MAX_HEADER}", AGAIN)
+        raise file.error(f"its header claims {length} bytes; the limit is {MAX_HEADER}", AGAIN)
     if length > file.size - 8:
-        fact = f"is truncated: its header claims {length} bytes, the file has {file.size - 8} after the length"
-        raise file.bad(fact, AGAIN)
+        fact = f"is truncated: its header claims {length} bytes, but {file.size - 8} bytes follow"
+        raise file.error(fact, AGAIN)
     raw = file.data[8 : 8 + length]
-    file.refuse_many(raw.count(b'"dtype"'))
-    texts = length if raw.isascii() else 8 * length  # one wide character makes every other one of a text as wide
-    parsed = texts + 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')
+    file.limit_tensors(raw.count(b'"dtype"'))
+    text_bytes = length if raw.isascii() else 8 * length  # one wide character widens all others of its string
+    parsed = text_bytes + 64 * (raw.count(b",") + raw.count(b"[") + raw.count(b"{")) + 32 * raw.count(b'"')
     if parsed > 4 * file.size + PARSED:
-        raise file.bad(f"its header of {length} bytes would take {parsed} bytes of memory", AGAIN)
+        raise file.error(f"its header of {length} bytes needs {parsed} bytes of memory, too many for the file", AGAIN)
     header = _parse_header(file, raw)
     del raw
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise file.bad("its __metadata__ is not an object of texts", AGAIN)
-    file.refuse_many(len(header))
+        raise file.error("its __metadata__ is not an object of strings", AGAIN)
+    file.limit_tensors(len(header))
 
     faults: list[str] = []
-    found: list[tuple[int, int, str, LazyTensor]] = []
+    entries: list[tuple[int, int, str, LazyTensor]] = []
     base = 8 + length
-    room = file.size - base
-    for key in list(header):  # what was read of it is given up at once: of tiny tensors it is the largest part
+    available = file.size - base
+    for key in list(header):  # pop each entry: for many tiny tensors the parsed header takes the most memory
         try:
-            found.append(_entry(file, base, room, key, header.pop(key)))
+            entries.append(_entry(file, base, available, key, header.pop(key)))
         except ValueError as error:
             faults.append(f"{brief(key)}: {error}")
-    found.sort(key=lambda item: item[:2])
+    entries.sort(key=lambda item: item[:2])
     if not faults:
-        faults = _layout_faults(found, room)
+        faults = _layout_faults(entries, available)
     if faults:
         raise CheckpointError(f"{file.path}: its header does not describe its tensors; {AGAIN}", faults)
-    return Checkpoint(file.path, "safetensors", {item[2]: item[3] for item in found}, metadata)
+    return Checkpoint(file.path, "safetensors", {item[2]: item[3] for item in entries}, metadata)
 
 
-def _entry(file: SourceFile, base: int, room: int, key: str, entry: Any) -> tuple[int, int, str, LazyTensor]:
-    """One line of the header, as (begin, end, key, tensor); raises ValueError, in words, where it is no good."""
+def _entry(file: SourceFile, base: int, available: int, key: str, entry: Any) -> tuple[int, int, str, LazyTensor]:
+    """One entry of the header as (begin, end, key, tensor); raises ValueError with the fault if it is wrong."""
     try:
         name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError):
@@ -155,24 +159,24 @@ def _entry(file: SourceFile, base: int, room: int, key: str, entry: Any) -> tupl
     size = end - begin
     if begin < 0 or size < 0:
         raise ValueError(f"data_offsets {offsets} run backwards")
-    if end > room:
-        raise ValueError(f"truncated: ends at {end}, the file has {room} bytes of values")
+    if end > available:
+        raise ValueError(f"truncated: its values end at byte {end}, but the file has {available} bytes of values")
     if size != count * dtype.itemsize:
-        needs = count * dtype.itemsize
-        raise ValueError(f"shape {shape} of {name} needs {needs} bytes, data_offsets give {size}")
+        needed = count * dtype.itemsize
+        raise ValueError(f"shape {shape} of {name} needs {needed} bytes, but data_offsets give {size}")
     return begin, end, key, LazyTensor(tuple(shape), dtype, Block(file, key, base + begin, size, size))
 
 
-def _layout_faults(found: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:
-    """Holes, overlaps and left-over bytes, of entries sorted by offset."""
+def _layout_faults(entries: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:
+    """Gaps, overlaps and bytes without a tensor; the entries are sorted by offset."""
     faults: list[str] = []
-    at, before = 0, None
-    for begin, end, key, _ in found:
+    at, previous = 0, None
+    for begin, end, key, _ in entries:
         if begin != at:
-            kind = "overlap of" if begin < at else "hole of"
-            last = "the header" if before is None else brief(before)
-            faults.append(f"{brief(key)}: {kind} {abs(begin - at)} bytes with {last}, which ends at {at}")
-        at, before = max(at, end), key
+            neighbour = "the header" if previous is None else brief(previous)
+            fault = f"overlap of {at - begin} bytes with" if begin < at else f"gap of {begin - at} bytes after"
+            faults.append(f"{brief(key)}: {fault} {neighbour}, which ends at byte {at}")
+        at, previous = max(at, end), key
     if at != size:
-        faults.append(f"{size - at} bytes after the last tensor belong to none")
+        faults.append(f"{size - at} bytes after the last tensor belong to no tensor")
     return faults

@@ -1,8 +1,8 @@
-"""A JSON index of shards (``*.index.json`` with a weight_map), read as one checkpoint."""
+"""Read the shards of a JSON index (``*.index.json`` with a weight_map) as one checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +10,50 @@ from keymap.errors import CheckpointError
 from keymap.read.lazy import Checkpoint, LazyTensor, SourceFile, brief
 from keymap.read.safetensors_file import parse_json
 
-MAX_INDEX = 1 << 21  # bytes; read, they take up to twenty times as much
+MAX_INDEX = 1 << 21  # bytes; the parsed index takes up to twenty times as many
 MAX_SHARDS = 1000
-MAX_FAULTS = 20  # after which no further shard is opened
+MAX_FAULTS = 20  # after this many, open no further shard
 AGAIN = "download the index and all shards again"
 
 
-def read_index(file: SourceFile, open_one: Callable[[Path], Checkpoint]) -> Checkpoint | None:
-    """All shards that the index names, or None for JSON that is no index.
+def read_index(file: SourceFile, open_shard: Callable[[Path], Checkpoint]) -> Checkpoint | None:
+    """All shards that the index names as one checkpoint, or None if the JSON is not an index.
 
-    Raises CheckpointError, with every fault: a shard that is missing, unreadable or not a plain file
-    beside the index; a key that two places give or only one of index and shard knows.
+    Raises:
+        CheckpointError: with all faults. A shard is missing, unreadable or not a plain file beside the index; or a key
+            is in two shards, or in only one of index and shard.
     """
     if file.size > MAX_INDEX:
-        raise file.bad(
-            f"is a text of {file.size} bytes; an index of shards has at most {MAX_INDEX}", "give the weights"
-        )
-    index = parse_json(file, file.data[: file.size], "the JSON")
-    places = index.get("weight_map")
-    if not isinstance(places, dict):
+        fact = f"is a JSON file of {file.size} bytes; a shard index has at most {MAX_INDEX}"
+        raise file.error(fact, "pass the file with the weights")
+    weight_map = parse_json(file, file.data[: file.size], "the JSON").get("weight_map")
+    if not isinstance(weight_map, dict):
         return None
-    file.refuse_many(len(places))
-    faults = [
-        f"{brief(key)}: {brief(name)} is not a plain file name beside the index"
-        for key, name in places.items()
-        if not isinstance(name, str) or not _plain(name)
-    ]
-    if faults:
-        raise CheckpointError(f"{file.path}: its weight_map leads elsewhere; {AGAIN}", faults[:MAX_FAULTS])
-    shards: dict[str, set[str]] = {}
-    for key, name in places.items():
-        shards.setdefault(name, set()).add(key)
-    if len(shards) > MAX_SHARDS:
-        raise file.bad(f"is an index of {len(shards)} shards, the limit is {MAX_SHARDS}", "join them")
+    expected_keys = _keys_by_shard(file, weight_map)
+    faults: list[str] = []
     tree: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     containers: set[str] = set()
-    base = 0
-    for name, expected in shards.items():
+    bytes_before = 0
+    for name, expected in expected_keys.items():
         if len(faults) > MAX_FAULTS:
-            faults.append("the other shards were not looked at")
+            faults.append("the remaining shards were not checked")
             break
         path = file.path.parent / name
         if leads_out(path, file.path.parent, file.path.resolve().parent):
             faults.append(f"shard {name!r} is a link that leaves the index's folder")
             continue
         try:
-            shard = open_one(path)
+            shard = open_shard(path)
         except CheckpointError as error:
             faults.append(f"shard {name!r} ({len(expected)} keys): {error}")
             continue
         containers.add("torch" if shard.container == "torch_legacy" else shard.container)
         metadata.update(shard.metadata)
-        leaves = {key: value for key, value in shard.tree.items() if isinstance(value, LazyTensor)}
-        faults += [f"{brief(key)} is not in its shard {name!r}" for key in sorted(expected - leaves.keys())]
-        faults += [f"{brief(key)} of shard {name!r} is no tensor" for key in shard.tree.keys() - leaves.keys()]
-        for key, value in leaves.items():
-            if key not in expected:
-                stated = f"in {places[key]!r}" if key in places else "unsupported"
-                faults.append(f"{brief(key)} is in shard {name!r}; the index has it {stated}")
-            else:
-                tree[key] = value._replace(shift=base)
-        base += path.stat().st_size
+        tensors = {key: value for key, value in shard.tree.items() if isinstance(value, LazyTensor)}
+        faults += _shard_faults(name, shard, tensors, expected, weight_map)
+        tree |= {k: lazy._replace(bytes_before=bytes_before) for k, lazy in tensors.items() if k in expected}
+        bytes_before += path.stat().st_size
     if not faults and not containers <= {"safetensors"} and not containers <= {"torch"}:
         faults.append(f"its shards are of several kinds: {sorted(containers)}")
     if faults:
@@ -79,20 +61,56 @@ def read_index(file: SourceFile, open_one: Callable[[Path], Checkpoint]) -> Chec
     return Checkpoint(file.path, containers.pop() if containers else "safetensors", tree, metadata)
 
 
+def _keys_by_shard(file: SourceFile, weight_map: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The keys that an index expects in each shard; raises CheckpointError for bad names and too many shards."""
+    file.limit_tensors(len(weight_map))
+    faults = [
+        f"{brief(key)}: {brief(name)} is not a plain file name beside the index"
+        for key, name in weight_map.items()
+        if not isinstance(name, str) or not _plain(name)
+    ]
+    if faults:
+        fact = "its weight_map names files outside its folder"
+        raise CheckpointError(f"{file.path}: {fact}; {AGAIN}", faults[:MAX_FAULTS])
+    keys: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        keys.setdefault(name, set()).add(key)
+    if len(keys) > MAX_SHARDS:
+        raise file.error(f"is an index of {len(keys)} shards; the limit is {MAX_SHARDS}", "join the shards")
+    return keys
+
+
+def _shard_faults(
+    name: str, shard: Checkpoint, tensors: Mapping[str, LazyTensor], expected: set[str], weight_map: Mapping[str, str]
+) -> list[str]:
+    """Differences between the keys of a shard and those that the index expects in it."""
+    faults = [f"{brief(key)} is not in its shard {name!r}" for key in sorted(expected - tensors.keys())]
+    faults += [f"{brief(key)} of shard {name!r} is not a tensor" for key in shard.tree.keys() - tensors.keys()]
+    for key in tensors:
+        if key not in expected:
+            index_says = (
+                f"the index has it in {weight_map[key]!r}" if key in weight_map else "the index does not list it"
+            )
+            faults.append(f"{brief(key)} is in shard {name!r}, but {index_says}")
+    return faults
+
+
 def _plain(name: str) -> bool:
-    """Whether a name stays in its folder on every system, and can be shown."""
+    """Whether a name is a printable file name without a folder, on every system."""
     short = len(name.encode("utf-8", "replace")) <= 255
     return short and name.isprintable() and not any(mark in name for mark in "/\\:") and name.strip(". ") != ""
 
 
-def leads_out(path: Path, *homes: Path) -> bool:
-    """Whether a path leads, by a link, out of these folders.
+def leads_out(path: Path, *allowed: Path) -> bool:
+    """Whether a path is a link to a file outside these folders.
 
-    A download cache is no way out: what lies in its ``snapshots/<revision>/`` are links into its ``blobs/``.
+    Links within a Hugging Face download cache are allowed: ``snapshots/<revision>/`` links into ``blobs/``.
     """
     try:
-        place, inside = path.resolve(), {home.resolve() for home in homes}
-        caches = {up.parent / "blobs" for home in inside for up in (home, *home.parents) if up.name == "snapshots"}
-        return inside.isdisjoint(place.parents) and place.parent not in {cache.resolve() for cache in caches}
-    except (OSError, RuntimeError):  # links that lead to each other
+        target, folders = path.resolve(), {folder.resolve() for folder in allowed}
+        caches = {
+            up.parent / "blobs" for folder in folders for up in (folder, *folder.parents) if up.name == "snapshots"
+        }
+        return folders.isdisjoint(target.parents) and target.parent not in {cache.resolve() for cache in caches}
+    except (OSError, RuntimeError):  # for example a circle of links
         return True

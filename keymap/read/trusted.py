@@ -1,4 +1,4 @@
-"""weights_only=False: what torch.load gives, as a tree. It runs the file's code; the caller asked for it."""
+"""weights_only=False: read a file with torch.load, which runs the file's code. The caller asked for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ MAX_DEPTH = 100
 
 
 def read_trusted(file: SourceFile, container: str) -> Checkpoint:
-    """The file through torch.load; modules become their state dicts.
+    """Read the file with torch.load; modules become their state dicts.
 
-    Raises CheckpointError for whatever torch.load raises, and for values that nest without end.
+    Raises:
+        CheckpointError: torch.load raises any error, or the values nest too deep.
     """
     try:
         mapped = True if container == "torch" else None
         value = torch.load(file.path, map_location="cpu", weights_only=False, mmap=mapped)
     except Exception as error:
         fact = f"torch.load with weights_only=False raises {type(error).__name__}: {error}"
-        raise file.bad(fact, "install what the file names, or save its state_dict() alone") from error
+        raise file.error(fact, "install the packages that the file needs, or save only its state_dict()") from error
     result = _convert(file, value, "", 0)
     return Checkpoint(file.path, container, result if isinstance(result, dict) else {"": result})
 
@@ -29,7 +30,7 @@ def read_trusted(file: SourceFile, container: str) -> Checkpoint:
 def _convert(file: SourceFile, value: Any, path: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         fact = f"it nests deeper than {MAX_DEPTH} levels, at {path[:80]!r}"
-        raise file.bad(fact, "save its state_dict() alone")
+        raise file.error(fact, "save only its state_dict()")
     if isinstance(value, torch.nn.Module):
         value = dict(value.state_dict())
     if isinstance(value, torch.Tensor):
@@ -39,8 +40,8 @@ def _convert(file: SourceFile, value: Any, path: str, depth: int) -> Any:
         items = value.items()
         return {key: _convert(file, item, f"{path}.{key}", depth + 1) for key, item in items}
     if isinstance(value, list | tuple):
-        parts = [_convert(file, item, f"{path}.{index}", depth + 1) for index, item in enumerate(value)]
-        return parts if isinstance(value, list) else tuple(parts)
+        converted = [_convert(file, item, f"{path}.{index}", depth + 1) for index, item in enumerate(value)]
+        return converted if isinstance(value, list) else tuple(converted)
     if value is None or isinstance(value, str | bytes | int | float | complex | torch.dtype):
         return value
     kind = type(value)

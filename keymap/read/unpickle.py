@@ -1,10 +1,9 @@
-"""A pickle machine of its own: it follows a pickle's opcodes and imports and calls nothing.
+"""A restricted pickle interpreter: it follows the opcodes of a pickle, and imports and calls nothing from the file.
 
-A pickle is a program. Python's own machine imports what the program names and calls it. This one hands
-every name to ``allowed`` and every call to a short table there (see globals_allowed.py), so a name that is
-not in the table ends the reading before anything happened. What a program can cost is bounded by the size of
-its file: every opcode and every call spends from a budget of memory, and each takes a time that its own bytes
-pay for.
+A pickle is a program. Python's interpreter imports what the program names, and calls it. This one passes every name and
+every call to ``allowed``, which has a short table (see globals_allowed.py). A name that is not in the table stops the
+reading before anything happens. The size of the file limits memory and time: every opcode and every call spends from a
+memory budget, and its time is proportional to its bytes.
 """
 
 from __future__ import annotations
@@ -18,25 +17,25 @@ from keymap.read.lazy import FEW
 
 MAX_INTEGER = 64  # bytes; a random generator's state needs 17
 MAX_NAME = 1024  # characters of a module and a name in it
-MAX_PARTS = 16  # of a tuple that is a key, with those of tuples in it: hashing shared, nested tuples takes for ever
-PER_TUPLE = 200  # bytes of the budget that a tuple takes as a key
-MAX_NUMBERED = 1 << 15  # keys of a dict that has others than texts: these can be made to collide, texts cannot
-MAX_HASH = 1 << 60  # above, integers share their hashes
-SLACK = 3 << 24  # bytes of memory that a pickle may take beside twice its file
-PER_STORAGE = 2500  # more, for each storage that it names, of those that such a file can hold
-TENSOR = 128  # bytes of a file that the smallest tensor takes with its name
-AT_ONCE = 1 << 16  # bytes that steps spend before they are counted
-GROWS = "it grows far beyond its own size when it is run"
-WIDE = 4  # bytes that each byte of a text takes, more, where one of its characters is no ASCII
-MEMO_GAP = 1024  # how far ahead of those in use the number of a stored value may be
+MAX_PARTS = 16  # items of a tuple that is a key, with those of nested tuples: hashing shared tuples could take for ever
+PER_TUPLE = 200  # bytes of the budget for each tuple that is a key
+MAX_NUMBERED = 1 << 15  # keys of a dict with keys that are not strings: an attacker can make them collide
+MAX_HASH = 1 << 60  # larger integers share their hashes
+SLACK = 3 << 24  # bytes of memory that a pickle may take in addition to twice the size of its file
+PER_STORAGE = 2500  # and for each storage that it names, as many as the file can hold
+TENSOR = 128  # bytes of the file for the smallest tensor with its name
+AT_ONCE = 1 << 16  # count the spent bytes when they exceed this
+GROWS = "it takes far more memory than its size allows"
+WIDE = 4  # extra bytes of memory for each byte of a string with a non-ASCII character
+MEMO_GAP = 1024  # a new memo number may exceed the count of stored values by this
 
 
 class BadPickleError(Exception):
-    """The pickle is malformed or asks for what no checkpoint needs. The text is one short fact."""
+    """The pickle is malformed, or does what no checkpoint needs. The text is one short fact."""
 
 
 class ForbiddenGlobalError(BadPickleError):
-    """The pickle names something that is not allowed; nothing was imported. The text is module.name."""
+    """The pickle names something that is not allowed. Nothing was imported. The text is module.name."""
 
 
 class UnreadTensorError(BadPickleError):
@@ -45,7 +44,7 @@ class UnreadTensorError(BadPickleError):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """An allowed name. On the machine's stack it is only this text."""
+    """An allowed name; on the stack it is nothing more than this text."""
 
     name: str
 
@@ -57,60 +56,60 @@ class Allowed(Protocol):
         """The name, if it is allowed; raises ForbiddenGlobalError."""
 
     def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
-        """The value of a call; raises BadPickleError. ``spend`` counts the bytes or items it makes."""
+        """The value of a call; raises BadPickleError. It calls ``spend`` with the bytes that it allocates."""
 
     def build(self, target: Any, state: Any) -> None:
-        """Give ``target`` its state; raises BadPickleError."""
+        """Set the state of ``target``; raises BadPickleError."""
 
     def persistent(self, reference: Any) -> Any:
-        """What the reference stands for: a storage; raises BadPickleError."""
+        """The storage of a reference; raises BadPickleError."""
 
 
 def run_pickle(data: Any, start: int, allowed: Allowed, size: int = 0) -> tuple[Any, int]:
     """The value of the pickle at ``start`` and the position after it.
 
     Args:
-        data: bytes or a mapping.
+        data: bytes or a memory mapping.
         start: first byte.
         allowed: what the pickle may name.
-        size: bytes of the file that the pickle lies in, where that is not ``data``.
+        size: bytes of the whole file; 0 if ``data`` is the whole file.
 
     Raises:
-        ForbiddenGlobalError: it names something that is not allowed.
-        BadPickleError: it is truncated, malformed, or uses an opcode that torch.save never writes.
+        ForbiddenGlobalError: the pickle names something that is not allowed.
+        BadPickleError: the pickle is truncated, malformed, or uses an opcode that torch.save never writes.
     """
     machine = _Machine(data, start, allowed, size or len(data))
     return machine.run(), machine.at
 
 
-def check_keys(keys: Iterable[Any], held: Collection[Any] = ()) -> int:
-    """How many of the keys are tuples.
+def check_keys(keys: Iterable[Any], existing: Collection[Any] = ()) -> int:
+    """The number of tuples among the keys.
 
     Raises:
-        BadPickleError: the keys, and those that are held already, cannot be hashed in little time.
+        BadPickleError: hashing the new and the existing keys could take too long.
     """
-    count, tuples = len(held), 0
+    count, tuples = len(existing), 0
     for key in keys:
         count += 1
         if type(key) is not str:
             tuples += isinstance(key, tuple)
             _check_key(key, MAX_PARTS)
             if count > MAX_NUMBERED:
-                raise BadPickleError(f"a dict or set has more than {MAX_NUMBERED} keys, and not all are texts")
+                raise BadPickleError(f"a dict or set has more than {MAX_NUMBERED} keys, and not all are strings")
     return tuples
 
 
-def _check_key(key: Any, room: int) -> int:
-    """The room that is left for parts of tuples."""
-    if isinstance(key, tuple) and len(key) <= room:
-        room -= len(key)
-        for part in key:
-            room = _check_key(part, room)
+def _check_key(key: Any, limit: int) -> int:
+    """Check one key; return how many more items of tuples it may have."""
+    if isinstance(key, tuple) and len(key) <= limit:
+        limit -= len(key)
+        for item in key:
+            limit = _check_key(item, limit)
     elif type(key) is int and not -MAX_HASH < key < MAX_HASH:
         raise BadPickleError("a dict or set has an integer of more than 60 bits as a key")
     elif key is not None and type(key) not in (str, bytes, int, float, bool, Global):
-        raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}, or one of too many parts")
-    return room
+        raise BadPickleError(f"a dict or set has a key of type {type(key).__name__}, or a tuple with too many items")
+    return limit
 
 
 class _Machine:
@@ -120,7 +119,7 @@ class _Machine:
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.budget = 2 * size + SLACK
-        self.storages, self.most = set[str](), min(size // TENSOR, FEW)
+        self.storages, self.max_storages = set[str](), min(size // TENSOR, FEW)
 
     def run(self) -> Any:
         data, steps = self.data, _STEPS
@@ -136,11 +135,11 @@ class _Machine:
                     spent = 0
                 step(self)
         except (IndexError, struct.error):
-            if self.at <= self.stop:  # it is not the data that ended
+            if self.at <= self.stop:  # another error, not the end of the data
                 raise
             raise BadPickleError(f"it is truncated at byte {self.stop} (an opcode or a number expected)") from None
         if self.below or len(self.stack) != 1:
-            raise BadPickleError("it stops with more or less than one value")
+            raise BadPickleError("it ends with more or fewer values than one")
         return self.stack[0]
 
     def take(self, count: int) -> bytes:
@@ -168,7 +167,7 @@ class _Machine:
         try:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
-            raise BadPickleError(f"a text before byte {self.at} is not UTF-8") from None
+            raise BadPickleError(f"a string before byte {self.at} is not UTF-8") from None
 
     def spend(self, amount: int) -> None:
         self.budget -= amount
@@ -180,17 +179,17 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            raise BadPickleError(f"it takes a value that is not there, before byte {self.at}")
+            raise BadPickleError(f"it takes a value from an empty stack, before byte {self.at}")
         return self.stack.pop()
 
     def top(self, kind: type) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise BadPickleError(f"it fills a {kind.__name__} that is not there, before byte {self.at}")
+            raise BadPickleError(f"it fills a {kind.__name__}, but none is on the stack, before byte {self.at}")
         return self.stack[-1]
 
     def marked(self) -> list[Any]:
         if not self.below:
-            raise BadPickleError(f"it goes back to a mark that is not there, before byte {self.at}")
+            raise BadPickleError(f"it goes back to a mark that it never set, before byte {self.at}")
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -203,14 +202,14 @@ class _Machine:
 
     def store(self, index: int) -> None:
         if not self.stack:
-            raise BadPickleError("it stores a value that is not there")
+            raise BadPickleError("it stores a value, but the stack is empty")
         if index > len(self.memo) + MEMO_GAP:
             raise BadPickleError(f"it stores value {index} after only {len(self.memo)} others")
         self.memo[index] = self.stack[-1]
 
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise BadPickleError("it names a global by something that is no text")
+            raise BadPickleError("it names a global, but the name is not a string")
         if len(module) + len(name) > MAX_NAME:
             raise BadPickleError(f"it names a global of {len(module) + len(name)} characters")
         self.push(self.allowed.find(module, name))
@@ -223,7 +222,7 @@ class _Machine:
 
 def _unknown(m: _Machine) -> None:
     code, at = bytes([m.data[m.at - 1]]), m.at - 1
-    raise BadPickleError(f"opcode {code!r} at byte {at} is none that torch.save writes")
+    raise BadPickleError(f"torch.save never writes opcode {code!r}, at byte {at}")
 
 
 def _mark(m: _Machine) -> None:
@@ -232,7 +231,7 @@ def _mark(m: _Machine) -> None:
 
 
 def _stop(m: _Machine) -> None:
-    """The end of the program, for `run`."""
+    """The end of the program; `run` stops."""
 
 
 def _protocol(m: _Machine) -> None:
@@ -242,7 +241,7 @@ def _protocol(m: _Machine) -> None:
 
 
 def _frame(m: _Machine) -> None:
-    m.take(8)  # a frame's length helps only a reader of streams
+    m.take(8)  # only a reader of streams needs the length of a frame
 
 
 def _constant(value: Any) -> Callable[[_Machine], None]:
@@ -250,7 +249,7 @@ def _constant(value: Any) -> Callable[[_Machine], None]:
 
 
 def _unpacked(count: int, signed: bool = False) -> Callable[[Any, int], tuple[int]]:
-    """Reads an integer of so many bytes, as a tuple of one; raises struct.error where the data end before it does."""
+    """A function that reads an integer of ``count`` bytes as a 1-tuple; raises struct.error at the end of the data."""
     return struct.Struct({1: "<B", 2: "<H", 4: "<i" if signed else "<I", 8: "<Q"}[count]).unpack_from
 
 
@@ -317,7 +316,7 @@ def _bytes(count: int) -> Callable[[_Machine], None]:
 
 
 def _old_string(count: int) -> Callable[[_Machine], None]:
-    def step(m: _Machine) -> None:  # Python 2 wrote texts and bytes alike
+    def step(m: _Machine) -> None:  # Python 2 wrote strings and bytes in the same way
         raw = m.take(m.number(count))
         m.spend(WIDE * len(raw) * (not raw.isascii()))
         try:
@@ -332,7 +331,7 @@ def _tuple_of(count: int) -> Callable[[_Machine], None]:
     def step(m: _Machine) -> None:
         stack = m.stack
         if len(stack) < count:
-            raise BadPickleError(f"it takes {count} values where there are {len(stack)}, before byte {m.at}")
+            raise BadPickleError(f"it takes {count} values, but the stack has {len(stack)}, before byte {m.at}")
         stack[-count:] = [tuple(stack[-count:])]
 
     return step
@@ -392,19 +391,19 @@ def _reduce(m: _Machine) -> None:
 
 
 def _new_object_ex(m: _Machine) -> None:
-    named, arguments, target = m.pop(), m.pop(), m.pop()
-    if named != {}:
-        raise BadPickleError("it makes an object with named arguments")
+    keywords, arguments, target = m.pop(), m.pop(), m.pop()
+    if keywords != {}:
+        raise BadPickleError("it makes an object with keyword arguments")
     m.call(target, arguments)
 
 
 def _build(m: _Machine) -> None:
     state = m.pop()
     if not m.stack:
-        raise BadPickleError("it gives state to a value that is not there")
+        raise BadPickleError("it sets the state of a value, but the stack is empty")
     target = m.stack[-1]
     if type(target) is dict:
-        return  # attributes of an OrderedDict, such as a state dict's _metadata
+        return  # ignore the attributes of an OrderedDict, such as a state dict's _metadata
     m.allowed.build(target, state)
 
 
@@ -412,7 +411,7 @@ def _persistent(m: _Machine) -> None:
     reference = m.pop()
     m.push(m.allowed.persistent(reference))
     key, storages = reference[2], m.storages
-    if key not in storages and len(storages) < m.most:
+    if key not in storages and len(storages) < m.max_storages:
         storages.add(key)
         m.budget += PER_STORAGE
 
@@ -428,7 +427,7 @@ def _pop(m: _Machine) -> None:
         m.marked()
 
 
-_DOES: dict[int, Callable[[_Machine], None]] = {
+_OPCODES: dict[int, Callable[[_Machine], None]] = {
     ord("\x80"): _protocol,
     ord("\x95"): _frame,
     ord("."): _stop,
@@ -478,13 +477,13 @@ _DOES: dict[int, Callable[[_Machine], None]] = {
     ord("c"): _global,
     ord("\x93"): _stack_global,
     ord("R"): _reduce,
-    ord("\x81"): _reduce,  # a new object and a call are the same to a table of names
+    ord("\x81"): _reduce,  # for this interpreter, a new object is the same as a call
     ord("\x92"): _new_object_ex,
     ord("b"): _build,
     ord("Q"): _persistent,
 }
 
-# Bytes of memory that a step takes, at most, and its value in the tree that is made of it; 40 for the others.
+# The most bytes of memory that an opcode takes, with its value in the tree made from it; 40 for all others.
 _COSTS = {ord(code): 70 for code in "(UTX\x8c\x8dCB\x8e\x96"} | {ord(code): 110 for code in "]}t\x85\x86\x87ldqr\x94"}
 _COSTS |= {ord(code): 250 for code in "R\x81\x92Q\x8f\x91"} | {ord(code): 16 for code in "N)\x88\x89hj20.eaus\x90b"}
-_STEPS = [(_DOES.get(code, _unknown), _COSTS.get(code, 40)) for code in range(256)]
+_STEPS = [(_OPCODES.get(code, _unknown), _COSTS.get(code, 40)) for code in range(256)]

@@ -1,4 +1,4 @@
-"""Which format a set of keys is, which layout a tower has: evidence, read from names and ranks alone."""
+"""Detect the format of a set of keys and the layout of a tower from evidence: names and numbers of dimensions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
 
-_LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
+_SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
-__all__ = ["Detection", "apply_aliases", "detect", "holds", "refuse_in_words", "tower_layout", "uses_aliases"]
+__all__ = ["Detection", "apply_aliases", "check_refused", "detect", "matching_keys", "tower_layout", "uses_aliases"]
 
 
 class Detection(NamedTuple):
-    """The format of a file, and its tensors under the format's preferred keys.
+    """The format of a file, and its tensors with the keys that the format's rules use.
 
     Attributes:
         mapping: the format.
         tensors: layouts by key, after the format's `aliases`.
-        evidence: what told the format, in words.
-        faults, steps: of `aliases`.
+        evidence: the keys that match the format's evidence.
+        faults, steps: of applying `aliases`.
     """
 
     mapping: Format
@@ -36,8 +36,8 @@ class Detection(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
-    """The names that begin with a text; ``names`` are in order, so others are not looked at."""
+def _with_prefix(start: str, names: Sequence[str]) -> Iterator[str]:
+    """The names that begin with a text; ``names`` are sorted, so a search finds the first one."""
     at = bisect_left(names, start)
     while at < len(names) and names[at].startswith(start):
         yield names[at]
@@ -45,16 +45,16 @@ def _beginning(start: str, names: Sequence[str]) -> Iterator[str]:
 
 
 def _candidates(side: Side, tensors: Mapping[str, Shaped], names: Sequence[str]) -> Iterator[str]:
-    """The names that a side may match, told by how they begin."""
+    """The names that a side may match, judged by their beginning."""
     for start in side.starts:
         if side.literal:
             yield from (start,) * (start in tensors)
         else:
-            yield from _beginning(start, names)
+            yield from _with_prefix(start, names)
 
 
-def _witness(clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str]) -> str | None:
-    """The first key, in order, that a clue matches."""
+def _matching_key(clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str]) -> str | None:
+    """The first key, in sorted order, that a clue matches."""
     for key in _candidates(clue.side, tensors, names):
         fits = clue.ndim is None or len(tensors[key].shape) == clue.ndim
         if fits and key.endswith(clue.side.ends) and clue.side.match(key) is not None:
@@ -62,69 +62,74 @@ def _witness(clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str]) ->
     return None
 
 
-def holds(evidence: Evidence, tensors: Mapping[str, Shaped], names: Sequence[str] | None = None) -> list[str] | None:
-    """The keys that bear the evidence out, or None where it does not hold; ``names`` are the keys in order."""
+def matching_keys(
+    evidence: Evidence, tensors: Mapping[str, Shaped], names: Sequence[str] | None = None
+) -> list[str] | None:
+    """Keys that match the evidence, one for each clue of `all` and `any`; None if the evidence does not match.
+
+    Args:
+        evidence: clues; all of `all`, one of `any` and none of `none` must match.
+        tensors: anything with a shape, by key.
+        names: the keys in sorted order, if the caller has them.
+    """
     names = sorted(tensors) if names is None else names
     found: list[str] = []
     for clue in evidence.all:
-        witness = _witness(clue, tensors, names)
-        if witness is None:
+        key = _matching_key(clue, tensors, names)
+        if key is None:
             return None
-        found.append(witness)
-    some = [witness for clue in evidence.any if (witness := _witness(clue, tensors, names)) is not None]
-    if evidence.any and not some:
+        found.append(key)
+    optional = [key for clue in evidence.any if (key := _matching_key(clue, tensors, names)) is not None]
+    if evidence.any and not optional:
         return None
-    if any(_witness(clue, tensors, names) is not None for clue in evidence.none):
+    if any(_matching_key(clue, tensors, names) is not None for clue in evidence.none):
         return None
-    return [*found, *some]
+    return [*found, *optional]
 
 
-def _refused(refusal: Refusal, tensors: Mapping[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
-    """The keys that show a file to be of a kind that is refused; None for another file.
-
-    ``names`` are the keys in order, ``keys`` all of them in one text.
-    """
-    if refusal.contains and not any(part in keys for part in refusal.contains):
+def _refused_keys(refusal: Refusal, tensors: Mapping[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
+    """Keys that match a refusal; None if it does not apply. ``names`` are the sorted keys, ``keys`` one joined text."""
+    if refusal.contains and not any(fragment in keys for fragment in refusal.contains):
         return None
-    seen = holds(refusal.when, tensors, names)
-    if seen is None or not refusal.contains:
-        return seen
-    parts = [key for key in tensors if any(part in key for part in refusal.contains)]
-    return [*seen, *parts] if parts else None
+    found = matching_keys(refusal.when, tensors, names)
+    if found is None or not refusal.contains:
+        return found
+    containing = [key for key in tensors if any(fragment in key for fragment in refusal.contains)]
+    return [*found, *containing] if containing else None
 
 
-def refuse_in_words(
+def check_refused(
     known: Catalogue, tensors: Mapping[str, Layout], wanted: str | None = None, file: str = "the state dict"
 ) -> None:
-    """Refuse a file of a kind that a mapping says cannot be loaded.
+    """Check that no mapping refuses a file with these keys.
 
     Raises:
-        DetectionError: in the mapping's words.
+        DetectionError: a mapping refuses it; the message is the mapping's reason.
     """
     names, keys = sorted(tensors), "\n".join(tensors)
     for mapping in known.mappings.values():
         for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
-            seen = _refused(refusal, tensors, names, keys)
-            if seen is not None:
-                raise DetectionError(f"{file}: {refusal.why}", [f"told by {', '.join(seen[:3])}"])
+            found = _refused_keys(refusal, tensors, names, keys)
+            if found is not None:
+                raise DetectionError(f"{file}: {refusal.why}", [f"recognised by {', '.join(found[:3])}"])
 
 
-def _may_own(block: Alias, names: Sequence[str]) -> bool:
-    """False where the texts of a block's rules show that it owns none of the keys, which are in order."""
+def _may_match(block: Alias, names: Sequence[str]) -> bool:
+    """False if the literal texts of a block's rules occur in none of the sorted keys."""
     for rule in block.table.rules:
-        words = [token for token in rule.source.tokens if isinstance(token, str)]
+        literals = [token for token in rule.source.tokens if isinstance(token, str)]
         for start in rule.source.starts:
-            if any(all(word in key for word in words) for key in _beginning(start, names)):
+            if any(all(literal in key for literal in literals) for key in _with_prefix(start, names)):
                 return True
     return False
 
 
 def _applies(block: Alias, tensors: Mapping[str, Shaped], names: Sequence[str]) -> bool:
-    return _may_own(block, names) and (block.when is None or holds(block.when, tensors, names) is not None)
+    return _may_match(block, names) and (block.when is None or matching_keys(block.when, tensors, names) is not None)
 
 
 def uses_aliases(mapping: Format, tensors: Mapping[str, Shaped]) -> bool:
-    """True where `accept` would give the keys other names."""
+    """Whether `aliases` of the format would rename any of the keys."""
     names = sorted(tensors)
     return any(_applies(block, tensors, names) for block in mapping.aliases)
 
@@ -135,7 +140,7 @@ def apply_aliases(
     facts: Mapping[str, int],
     names: Sequence[str] | None = None,
 ) -> tuple[Mapping[str, Layout], tuple[Fault, ...], tuple[Step, ...]]:
-    """The tensors under the keys that the format writes; ``names`` are their keys in order."""
+    """The tensors with the keys that the format writes, and the faults and steps; ``names`` are the sorted keys."""
     faults: list[Fault] = []
     steps: list[Step] = []
     for block in mapping.aliases:
@@ -149,10 +154,10 @@ def apply_aliases(
 
 
 def tower_layout(hub: Format, tower: str, tensors: Mapping[str, Shaped]) -> str | None:
-    """The layout that the keys of a tower have; None where they hold nothing of it."""
+    """The layout of a tower with these keys; None if they have no keys of it."""
     names = sorted(tensors)
     for name, evidence in hub.layout_evidence.get(tower, {}).items():
-        if holds(evidence, tensors, names) is not None:
+        if matching_keys(evidence, tensors, names) is not None:
             return name
     return None
 
@@ -164,50 +169,53 @@ def detect(
     facts: Mapping[str, int] | None = None,
     file: str = "the state dict",
 ) -> Detection:
-    """The one format that claims the keys, or the one that the caller names.
+    """The format of the keys, or the one that the caller wants.
 
     Raises:
-        DetectionError: no format claims the file, or several do.
+        DetectionError: no format matches, or several do.
     """
     found: list[Detection] = []
     names = sorted(tensors)
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
-        accepted, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
-        evidence = holds(mapping.detect, accepted, names if accepted is tensors else None)
-        if evidence is not None or wanted is not None:
-            said = tuple(evidence) if evidence is not None else ("named by the caller",)
-            found.append(Detection(mapping, accepted, said, faults, steps))
+        renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
+        keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
+        if keys is not None or wanted is not None:
+            evidence = tuple(keys) if keys is not None else ("named by the caller",)
+            found.append(Detection(mapping, renamed, evidence, faults, steps))
     if len(found) == 1:
         return found[0]
     if found:
         raise DetectionError(
-            f"{file}: {len(found)} formats claim its keys; name one with mapping=...",
+            f"{file}: {len(found)} formats match its keys; choose one with mapping='...'",
             [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
         )
-    raise DetectionError(f"{file}: no known format has these keys", _near(known, tensors))
+    raise DetectionError(f"{file}: no known format has these keys", _hints(known, tensors))
 
 
-def _near(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
-    """What the keys look like, for a file that nobody claims."""
+def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
+    """Hints for a file that no format matches: its keys, the nearest format, a prefix, all formats."""
     keys = list(tensors)
     shown = ", ".join(f"{key!r} {list(tensors[key].shape)}" for key in keys[:5])
-    lines = [f"it holds {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {shown}{' ...' if len(keys) > 5 else ''}"]
+    hints = [f"it has {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {shown}{' ...' if len(keys) > 5 else ''}"]
     scores = []
-    some = {key: tensors[key] for key in keys[:: len(keys) // _LOOKED_AT + 1]}  # all, where they are not too many
+    sample = {key: tensors[key] for key in keys[:: len(keys) // _SAMPLED_KEYS + 1]}  # all keys of a normal file
     for mapping in known.formats:
         table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
-        accepted, _, _ = apply_aliases(mapping, some, {})
-        scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
+        renamed, _, _ = apply_aliases(mapping, sample, {})
+        scores.append((sum(table.find(key) is not None for key in renamed), mapping.name))
     best, name = max(scores, default=(0, ""))
     if best:
-        looked = f"{len(some)} of the " if len(some) < len(keys) else ""
-        lines.append(f"nearest is {name}, whose rules know {best} of {looked or 'the '}{len(keys)} keys")
+        of_keys = (
+            f"{len(sample)} sampled of its {len(keys)} keys" if len(sample) < len(keys) else f"its {len(keys)} keys"
+        )
+        hints.append(f"the nearest format is {name}: its rules match {best} of {of_keys}")
     for prefix in known.containers.prefixes:
         without = [key for key in keys if not key.startswith(prefix)]
         if len(without) < len(keys) / 2:
-            told = ", ".join(without[:5])
-            lines.append(
-                f"{len(keys) - len(without)} keys begin with {prefix!r}, which is cut only where all do: {told}"
+            hints.append(
+                f"{len(keys) - len(without)} keys begin with {prefix!r}; keymap strips it only if all keys do, "
+                f"and these do not: {', '.join(without[:5])}"
             )
-    lines.append(f"known formats: {', '.join(sorted(m.name for m in known.formats))}; a new one is a YAML file")
-    return lines
+    formats = ", ".join(sorted(m.name for m in known.formats))
+    hints.append(f"known formats: {formats}; to add one, write a YAML mapping (docs/rule-language.md)")
+    return hints

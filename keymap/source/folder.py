@@ -1,4 +1,4 @@
-"""Which file of a folder is meant: the first that the declared table names, or the only one that holds weights."""
+"""Choose the checkpoint in a folder: the first match of the declared table, or the only weight file."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from keymap.read.shards import leads_out
 
 __all__ = ["choose_file"]
 
-_MAX_ENTRIES = 10_000  # entries of a folder that are looked at
+_MAX_ENTRIES = 10_000  # entries of a folder and its subfolders
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Names of files in a folder and its subfolders, one level down, with / between; those that can be shown."""
-    seen = 0
+    """Names of the files in a folder, and ``subfolder/name`` of those one level down, if the names are printable."""
+    count = 0
 
-    def held(place: str) -> list[os.DirEntry[str]]:
-        nonlocal seen
-        with os.scandir(place) as entries:
+    def scan(directory: str) -> list[os.DirEntry[str]]:
+        nonlocal count
+        with os.scandir(directory) as entries:
             found = sorted(islice(entries, _MAX_ENTRIES + 1), key=lambda entry: entry.name)
-        seen += len(found)
-        if seen > _MAX_ENTRIES:
-            raise CheckpointError(f"{folder}: holds more than {_MAX_ENTRIES} entries; name the checkpoint file itself")
+        count += len(found)
+        if count > _MAX_ENTRIES:
+            raise CheckpointError(f"{folder}: has more than {_MAX_ENTRIES} entries; pass the checkpoint file itself")
         return [entry for entry in found if entry.name.isprintable()]
 
-    for item in held(os.fspath(folder)):
+    for item in scan(os.fspath(folder)):
         inner: list[os.DirEntry[str]] = []
-        with suppress(OSError):  # what may not be looked into is not what is meant
+        with suppress(OSError):  # ignore what is not readable
             if item.is_file():
                 yield item.name
             elif item.is_dir():
-                inner = held(item.path)
+                inner = scan(item.path)
         for file in inner:
             with suppress(OSError):
                 if file.is_file():
@@ -45,47 +45,59 @@ def _entries(folder: Path) -> Iterator[str]:
 
 
 def choose_file(folder: Path, containers: Containers) -> tuple[Path, str]:
-    """The checkpoint of a folder, and in words why it is that one.
+    """The checkpoint of a folder, and a note that says why it was chosen.
 
     Args:
         folder: a hub repository, a folder of ``save_pretrained``, a training run.
-        containers: the table: ``files``, the preferred first, and ``folders``, what cannot be read.
+        containers: the declared table: ``files`` in order of preference, and ``folders`` that keymap does not read.
 
     Raises:
-        CheckpointError: the folder holds no weights, several files that nothing ranks, or a kind that is refused;
-            or the file that is meant is a link out of the folder.
+        CheckpointError: the folder has no weight file, several without an order of preference, or a kind that keymap
+            does not read; or the chosen file is a link that leaves the folder.
     """
     try:
         names = list(_entries(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {error}; change its permissions") from None
-
-    def chosen(name: str, why: str) -> tuple[Path, str]:
-        if leads_out(folder / name, folder):
-            there = os.path.realpath(folder / name)
-            raise CheckpointError(
-                f"{folder}: {name} is a link that leaves the folder; name {there} itself if you mean it"
-            )
-        return folder / name, f"{name} was taken from the folder: {why}"
-
     weights = [name for name in names if name.endswith(WEIGHTS)]
-    for side, why in containers.files:
-        found = [(values, name) for name in names if (values := side.match(name)) is not None]
-        if not found:
-            continue
-        numbers = [slot.names[0] for slot in side.slots if slot.kind == "int"]
-        _, name = max(found, key=lambda item: tuple(int(item[0][n]) for n in numbers))
+    preferred = _preferred(names, containers)
+    if preferred is not None:
+        name, reason = preferred
         others = [other for other in weights if other != name]
-        beside = f"; also there: {', '.join(others[:6])}{' ...' if len(others) > 6 else ''}" if others else ""
-        return chosen(name, f"{why}{beside}")
-    for side, why in containers.folders:
+        return _inside(folder, name), f"chose {name} from the folder: {reason}{_listed(others)}"
+    for side, reason in containers.folders:
         if any(side.match(name) is not None for name in names):
-            raise CheckpointError(f"{folder}: {why}")
-    own = [name for name in weights if "/" not in name] or weights
-    if len(own) == 1:
-        return chosen(own[0], "the only weight file in it")
+            raise CheckpointError(f"{folder}: {reason}")
+    candidates = [name for name in weights if "/" not in name] or weights
+    if len(candidates) == 1:
+        return _inside(folder, candidates[0]), f"chose {candidates[0]} from the folder: the only weight file"
     if not weights:
-        shown = f": {', '.join(names[:8])}" if names else ""
-        raise CheckpointError(f"{folder}: is a folder without a weight file{shown}; name a checkpoint")
-    listed = ", ".join(own[:10])
-    raise CheckpointError(f"{folder}: is a folder with several weight files; name the one to load: {listed}")
+        files = f", only {', '.join(names[:8])}" if names else ""
+        raise CheckpointError(f"{folder}: is a folder without a weight file{files}; pass a checkpoint")
+    listed = ", ".join(candidates[:10])
+    raise CheckpointError(f"{folder}: is a folder with several weight files; pass the one to load: {listed}")
+
+
+def _preferred(names: list[str], containers: Containers) -> tuple[str, str] | None:
+    """The first match of the table, of numbered files the highest, and the table's reason; None without a match."""
+    for side, reason in containers.files:
+        found = [(values, name) for name in names if (values := side.match(name)) is not None]
+        if found:
+            numbers = [slot.names[0] for slot in side.slots if slot.kind == "int"]
+            return max(found, key=lambda item: tuple(int(item[0][n]) for n in numbers))[1], reason
+    return None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a file in the folder; raises CheckpointError if it is a link that leaves the folder."""
+    if leads_out(folder / name, folder):
+        target = os.path.realpath(folder / name)
+        raise CheckpointError(f"{folder}: {name} is a link that leaves the folder; to load its target, pass {target}")
+    return folder / name
+
+
+def _listed(others: list[str]) -> str:
+    """The other weight files, for a note."""
+    if not others:
+        return ""
+    return f"; other weight files: {', '.join(others[:6])}{' ...' if len(others) > 6 else ''}"

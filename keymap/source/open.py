@@ -1,4 +1,4 @@
-"""The first three steps, read → unwrap → detect: a checkpoint on its way to a plan."""
+"""Open a checkpoint: choose its file, read it, unwrap its state dict and detect its format."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import NamedTuple
 from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.layout import Layout, whole
 from keymap.read import LazyTensor, open_checkpoint
-from keymap.source.config import Settings, read_config
-from keymap.source.detect import Detection, detect, refuse_in_words
+from keymap.source.config import read_config
+from keymap.source.detect import Detection, check_refused, detect
 from keymap.source.folder import choose_file
 from keymap.source.registry import Catalogue, registry
-from keymap.source.unwrap import Unwrapped, parts_of, unwrap
+from keymap.source.settings import Settings
+from keymap.source.unwrap import Unwrapped, submodels, unwrap
 
-__all__ = ["PathLike", "Source", "known_with", "layouts_of", "open_sources"]
+__all__ = ["PathLike", "Source", "catalogue_with", "layouts_of", "open_sources"]
 
 PathLike = str | os.PathLike[str]
 
@@ -25,12 +26,12 @@ class Source(NamedTuple):
     """One state dict of a checkpoint.
 
     Attributes:
-        known: the mappings it was looked up in.
-        file, container: the file that was read.
+        known: all known mappings.
+        file, container: the file that was read, and its kind.
         unwrapped: its tensors.
-        found: its format; None where no format claims it, for the reasons in ``refusal``.
-        settings: what its configuration says.
-        notes: which file of a folder was taken, and why.
+        found: its format; None if no format matches, and ``refusal`` says why.
+        settings: the settings that its configuration states.
+        notes: which file of a folder was chosen, and why.
     """
 
     known: Catalogue
@@ -43,67 +44,82 @@ class Source(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def known_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
-    """The registry, with a mapping file of the caller's if one is named, and the name to look for."""
+def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
+    """All known mappings and the name of the wanted one, for the argument ``mapping`` of the public functions.
+
+    Args:
+        mapping: name of a format, path of a mapping file to add, or None to detect the format.
+
+    Raises:
+        MappingError: there is no such format or file, or the file is wrong.
+    """
     known = registry()
     if mapping is None:
         return known, None
     if not isinstance(mapping, (str, os.PathLike)):
-        raise MappingError(f"mapping={mapping!r}: give the name of a format, or the path of a YAML file")
+        raise MappingError(f"mapping={mapping!r}: pass the name of a format or the path of a YAML file")
     name = os.fspath(mapping)
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
-        if known.get(name).kind not in ("format", "hub"):
+        kind = known.get(name).kind
+        if kind not in ("format", "hub"):
             formats = ", ".join(sorted(m.name for m in known.formats))
             raise MappingError(
-                f"{name} is no format of a file (its kind is {known.get(name).kind}); formats: {formats}"
+                f"mapping={name!r}: no file has this format, because its kind is {kind}; pass one of: {formats}"
             )
         return known, name
     file = Path(name)
     if not os.path.isfile(file):
-        raise MappingError(f"{name}: there is no such mapping file")
+        raise MappingError(f"mapping={name!r}: the mapping file does not exist; check the path")
     extended = Catalogue(dict(known.mappings), dict(known.files), dict(known.places))
     return extended, extended.add([file])[0].name
 
 
 def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
+    """The layout of each tensor: its own elements in their order."""
     return {key: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
 
 
 def open_sources(
     path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None
 ) -> tuple[Source, ...]:
-    """The state dicts of a checkpoint that may be meant.
+    """Open the state dicts of a checkpoint that may fit a model.
 
-    One, as a rule; several where no format claims the keys as they are, and formats claim parts of them (a teacher
-    beside a student). A lone one may be of no known format.
+    Usually this is one. There are several if no format matches the state dict, but formats match submodels of it (for
+    example a teacher and a student). If no format matches anything, the result is one Source without a format.
+
+    Args:
+        path: a checkpoint file, an index of shards, or a folder.
+        weights_only: see `open_checkpoint`.
+        mapping: see `catalogue_with`.
+        wrapper: dotted path of the wanted state dict in the file, or None.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no state dict.
+        CheckpointError: the file cannot be read, or has no state dict.
     """
-    known, wanted = known_with(mapping)
+    known, wanted = catalogue_with(mapping)
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise CheckpointError(f"the checkpoint is {path!r}: give the path of a file")
+        raise CheckpointError(f"the checkpoint is {path!r}: pass the path of a file")
     if not isinstance(wrapper, (str, type(None))):
-        raise CheckpointError(f"wrapper={wrapper!r}: give the dotted path of a state dict in the file")
-    place, notes = Path(path), tuple[str, ...]()
-    if os.path.isdir(place):  # which is False, not an error, for what may not be looked at
-        place, why = choose_file(place, known.containers)
-        notes = (why,)
-    checkpoint = open_checkpoint(place, weights_only)
+        raise CheckpointError(f"wrapper={wrapper!r}: pass the dotted path of a state dict in the file")
+    file_path, notes = Path(path), tuple[str, ...]()
+    if os.path.isdir(file_path):  # without permission this is False, not an error
+        file_path, note = choose_file(file_path, known.containers)
+        notes = (note,)
+    checkpoint = open_checkpoint(file_path, weights_only)
     file = str(checkpoint.path)
 
-    def opened(unwrapped: Unwrapped) -> Source:
+    def source_of(unwrapped: Unwrapped) -> Source:
         layouts = layouts_of(unwrapped.tensors)
         try:
-            refuse_in_words(known, layouts, wanted, file)
+            check_refused(known, layouts, wanted, file)
             found = detect(known, layouts, wanted, file=file)
         except DetectionError as error:
             return Source(known, file, checkpoint.container, unwrapped, None, error, Settings(), notes)
         settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, known.hub)
         return Source(known, file, checkpoint.container, unwrapped, found, None, settings, notes)
 
-    first = opened(unwrap(checkpoint.tree, known.containers, file, wrapper))
-    if first.found is not None:
-        return (first,)
-    parts = [opened(part) for part in parts_of(first.unwrapped, known.containers, file)]
-    return tuple(part for part in parts if part.found is not None) or (first,)
+    whole_file = source_of(unwrap(checkpoint.tree, known.containers, file, wrapper))
+    if whole_file.found is not None:
+        return (whole_file,)
+    inner = [source_of(submodel) for submodel in submodels(whole_file.unwrapped, known.containers, file)]
+    return tuple(source for source in inner if source.found is not None) or (whole_file,)

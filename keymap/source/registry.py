@@ -1,4 +1,4 @@
-"""All mappings that are known to this process: the shipped ones, those of installed packages, those registered."""
+"""All mappings that this process knows: keymap's own, those of installed packages, and registered ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from keymap.paths import data_folder
 __all__ = ["Catalogue", "list_formats", "register_mappings", "registry"]
 
 
-def _files(path: Path) -> list[Path]:
+def _yaml_files(path: Path) -> list[Path]:
+    """The file itself, or all ``*.yaml`` files of a folder; raises MappingError if there is none."""
     if path.is_dir():
-        found = sorted(path.glob("*.yaml"))
-        if not found:
-            raise MappingError(f"{path} holds no .yaml file")
-        return found
+        files = sorted(path.glob("*.yaml"))
+        if not files:
+            raise MappingError(f"{path}: the folder has no .yaml file")
+        return files
     if not path.is_file():
-        raise MappingError(f"{path}: there is no such file")
+        raise MappingError(f"{path}: the file does not exist; check the path")
     return [path]
 
 
@@ -31,68 +32,69 @@ _known: list[Catalogue] = []
 
 
 def _released(folder: Path) -> bool:
-    """True where a folder's mappings are byte for byte those of an installed release, whose tests found them right.
+    """Whether a folder's mappings are byte for byte those of an installed release, which were checked at the release.
 
-    An installation records what each of its files hashes to (PyPA's specification of ``RECORD``). A checkout has no
-    such record, so there mappings are checked in every process, as those of other packages are.
+    An installation records the hash of each file (PyPA's specification of ``RECORD``). A checkout has no such record;
+    then every process checks the mappings, as it checks those of other packages.
     """
 
-    def hashed(file: Path) -> str:
+    def hash_of(file: Path) -> str:
         digest = urlsafe_b64encode(sha256(file.read_bytes()).digest()) if file.is_file() else b""
         return digest.rstrip(b"=").decode()
 
-    place = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(folder))
     try:
         installed = {Path(os.path.abspath(file.locate())): file.hash for file in distribution("keymap").files or ()}
-        recorded = {path: told for path, told in installed.items() if path.parent == place and path.suffix == ".yaml"}
-        return set(place.glob("*.yaml")) == set(recorded) and all(
-            told is not None and told.mode == "sha256" and told.value == hashed(path) for path, told in recorded.items()
+        recorded = {
+            path: entry for path, entry in installed.items() if path.parent == folder and path.suffix == ".yaml"
+        }
+        return set(folder.glob("*.yaml")) == set(recorded) and all(
+            entry is not None and entry.mode == "sha256" and entry.value == hash_of(path)
+            for path, entry in recorded.items()
         )
-    except Exception:  # no record, one that is damaged in any way, files that cannot be read: the checks will tell
+    except Exception:  # no record, a damaged record, or unreadable files: then the mappings are checked
         return False
 
 
-def _refuse_claims(known: Catalogue, names: Iterable[str]) -> None:
-    """As `refuse_claims`, of a module that most processes never need."""
-    from keymap.source.samples import refuse_claims
+def _check_evidence(known: Catalogue, names: Iterable[str]) -> None:
+    """Call `check_evidence`; import its module only now, because most processes never need it."""
+    from keymap.source.samples import check_evidence
 
-    refuse_claims(known, names)
+    check_evidence(known, names)
 
 
 def registry() -> Catalogue:
-    """The mappings known to this process; read at first use."""
+    """All known mappings; reads them on first use."""
     if not _known:
         new = Catalogue()
         own = data_folder("mappings")
-        new.add(_files(own), released=_released(own))
+        new.add(_yaml_files(own), released=_released(own))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
-            place = point.load()
-            new.add(_files(Path(place() if callable(place) else place)), check=_refuse_claims)
+            location = point.load()
+            new.add(_yaml_files(Path(location() if callable(location) else location)), check=_check_evidence)
         _known.append(new)
     return _known[0]
 
 
 def register_mappings(path: str | os.PathLike[str]) -> list[str]:
-    """Add the mapping file, or all ``*.yaml`` files of a folder, to those that are known.
+    """Add a mapping file, or all ``*.yaml`` files of a folder, to the known mappings.
 
-    An installed package does the same with an entry point in the group ``keymap.mappings`` that names a path,
-    or a function that returns one.
-
-    A file that is registered again is read anew.
+    An installed package can do the same with an entry point in the group ``keymap.mappings``: a path, or a function
+    that returns one. Registering a file again reads it again.
 
     Returns:
-        The names of the mappings added.
+        The names of the added mappings.
 
     Raises:
         MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, a bridge would
-            give two paths between layouts, or the evidence claims what another format's rules own, or the
-            other way round. Nothing is added then.
+            make a second path between two layouts, or the evidence of two formats matches the same keys.
+            Then no mapping is added.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise MappingError(f"register_mappings({path!r}): give the path of a YAML file, or of a folder of them")
-    return [mapping.name for mapping in registry().add(_files(Path(path)), check=_refuse_claims)]
+        raise MappingError(f"register_mappings({path!r}): pass the path of a YAML file, or of a folder of YAML files")
+    return [mapping.name for mapping in registry().add(_yaml_files(Path(path)), check=_check_evidence)]
 
 
 def list_formats() -> dict[str, str]:
-    """The formats that a file may have and that `convert_state_dict` writes: name to title."""
+    """Name and title of each format that keymap detects and that `convert_state_dict` writes."""
     return {m.name: m.title for m in sorted(registry().mappings.values(), key=lambda m: m.name) if m.rules}

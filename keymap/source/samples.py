@@ -1,7 +1,7 @@
-"""Made-up state dicts of a format, from its mapping alone: for proofs that its rules run, and that it claims its own.
+"""Generate sample state dicts of a format from its mapping, to check that its rules run and its evidence is right.
 
-A sample holds every key that the rules can have, with indices 0 to 2 and a word for each open-ended group. Its
-shapes are as small as the views, joins and cuts allow; the axes of a view differ in length.
+A sample has every key that the rules can match, with indices 0 to 2 and one word for each open-ended group. Its shapes
+are as small as the views, joins and splits allow; the axes of a view differ in length.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from keymap.language.layout import Layout, whole
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule
 from keymap.language.view import Group
-from keymap.source.detect import apply_aliases, holds
+from keymap.source.detect import apply_aliases, matching_keys
 
-__all__ = ["Sample", "claims", "refuse_claims", "samples"]
+__all__ = ["Sample", "check_evidence", "evidence_faults", "samples"]
 
 Shape = tuple[int, ...]
 
-_COUNT = 3  # how many blocks, layers, experts there are
+_COUNT = 3  # blocks, layers, experts
 _WORDS = {"word": ("word",), "part": ("part",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-_FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # no prime: a fact never has the length of another axis
+_FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # not prime, so that a fact never has the length of another axis
 
 
 class Sample(NamedTuple):
-    """A state dict that does not exist.
+    """The shapes of a state dict, made up from a mapping.
 
     Attributes:
-        name: of the mapping, with the variant or the evidence that this sample shows.
+        name: of the mapping, with the variant or the evidence of this sample.
         shapes: by key.
-        facts: the lengths that the rules ask for, by the fact's name.
+        facts: the lengths that the rules need, by the name of the fact.
     """
 
     name: str
@@ -47,127 +47,161 @@ class Sample(NamedTuple):
 
 
 def _values(side: Side) -> Iterator[dict[str, str]]:
-    """Values for the variables of a side: every alternative, every index."""
+    """All values for the variables of a side: every alternative and every index."""
     choices = [[v for v, _ in slot.options] if slot.kind == "alts" else _WORDS[slot.kind] for slot in side.slots]
     for chosen in product(*choices):
         yield dict(zip((slot.names[0] for slot in side.slots), chosen, strict=True))
 
 
-class _Shapes:
-    """Shapes for the source keys of one rule."""
+class _ShapeMaker:
+    """Shapes for the source keys of one rule.
+
+    Attributes:
+        added_axes: number of axes that the rule's join adds.
+    """
 
     def __init__(self, rule: Rule, facts: dict[str, int]) -> None:
         self.rule, self.facts = rule, facts
         self.lengths: dict[str, int] = {}
-
-    def length(self, name: str) -> int:
-        told = self.rule.sizes.get(name)
-        if isinstance(told, int):
-            return told
-        if isinstance(told, str) and "." in told:
-            return self.facts.setdefault(told, _FACTS[len(self.facts) % len(_FACTS)])
-        name = told if isinstance(told, str) else name  # an axis of equal length
-        return self.lengths.setdefault(name, _PRIMES[len(self.lengths) % len(_PRIMES)])
-
-    def free(self, group: Group) -> str | None:
-        """The axis of a group whose length may be chosen."""
-        return next((name for name in group if not isinstance(self.rule.sizes.get(name), int)), None)
+        join = rule.join
+        self.added_axes = len(join.variables) - (join.kind != "stack") if join is not None else 0
 
     def shape(self, values: Mapping[str, str], rank: int) -> Shape:
-        """The shape of one key: its axes, stretched so that joins, views and cuts of the rule go through."""
-        rule, join, cut, then = self.rule, self.rule.join, self.rule.cut, self.rule.then
-        new = len(join.variables) - (join.kind != "stack") if join is not None else 0  # axes that the join adds
-        if rule.before is not None:
-            left, right = rule.before.left, rule.before.right
-        elif then is not None and not new:
-            left = right = then.left
-        else:
-            rank = len(then.left) - new if then is not None else rank
-            named = [part.axis for part in (join, cut) if part is not None] + [rule.root or 0]
-            rank = max(rank, max(named) + 1)
-            left = right = tuple((f"{axis}",) for axis in range(rank))
-        lengths = {name: self.length(name) for group in left for name in group}
-        joined: list[Group] = list(right)
-        for depth in range(new):
-            inner = join is not None and join.kind == "stack" and depth == 0
-            joined.insert(join.axis if inner and join is not None else 0, ())
-        needs = [1] * len(joined)
-        if then is not None:
-            needs = [prod(n for a in g if isinstance(n := rule.sizes.get(a), int)) for g in then.left]
-        if cut is not None and cut.lengths:
-            name = self.free((then.right if then is not None else joined)[cut.axis])
-            before_then = then.left if then is not None else joined
-            place = next((i for i, group in enumerate(before_then) if name in group), 0)
-            needs[place] *= sum(n or 1 for n in cut.lengths)
-        for group, need in zip(joined, needs, strict=True):
-            name = self.free(group)
+        """The shape of one key: its axes, long enough for the views, joins and splits of the rule."""
+        left, right = self._groups(rank)
+        lengths = {name: self._length(name) for group in left for name in group}
+        joined = self._joined_groups(right)
+        for group, factor in zip(joined, self._factors(joined), strict=True):
+            name = self._free_axis(group)
             if name is not None:
-                lengths[name] *= need
-        if join is not None and join.kind == "rows":
-            ends = [stop if stop is not None else start + 2 for start, stop in join.ranges]
-            lengths[right[0][0]] = max(ends)
-        elif join is not None and join.lengths:
-            part = join.lengths[join.members.index(values[join.variables[-1]])]
-            name = self.free(right[join.axis]) or right[join.axis][0]
-            if None in join.lengths:
-                lengths[name] = part if part is not None else lengths[name]
-            else:
-                lengths[name] *= part or 1
+                lengths[name] *= factor
+        self._fit_join(lengths, right, values)
         shape = tuple(prod(lengths[name] for name in group) for group in left)
-        if rule.take is None:
+        if self.rule.take is None:
             return shape
-        start, stop = rule.take
+        start, stop = self.rule.take
         return (shape[0] + start if stop is None else stop, *shape[1:])
+
+    def _length(self, name: str) -> int:
+        size = self.rule.sizes.get(name)
+        if isinstance(size, int):
+            return size
+        if isinstance(size, str) and "." in size:
+            return self.facts.setdefault(size, _FACTS[len(self.facts) % len(_FACTS)])
+        name = size if isinstance(size, str) else name  # an axis of equal length
+        return self.lengths.setdefault(name, _PRIMES[len(self.lengths) % len(_PRIMES)])
+
+    def _free_axis(self, group: Group) -> str | None:
+        """The axis of a group whose length the rule does not fix."""
+        return next((name for name in group if not isinstance(self.rule.sizes.get(name), int)), None)
+
+    def _groups(self, rank: int) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+        """The groups of axes of a source key, and of what the join gets."""
+        rule, then = self.rule, self.rule.then
+        if rule.before is not None:
+            return rule.before.left, rule.before.right
+        if then is not None and not self.added_axes:
+            return then.left, then.left
+        if then is not None:
+            rank = len(then.left) - self.added_axes
+        named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [rule.root or 0]
+        groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
+        return groups, groups
+
+    def _joined_groups(self, right: Iterable[Group]) -> list[Group]:
+        """The groups after the join, with an empty one for each added axis."""
+        join, joined = self.rule.join, list(right)
+        for depth in range(self.added_axes):
+            stacked = join is not None and join.kind == "stack" and depth == 0
+            joined.insert(join.axis if stacked and join is not None else 0, ())
+        return joined
+
+    def _factors(self, joined: list[Group]) -> list[int]:
+        """By how much each joined group must be longer, so that `then` and the split divide it."""
+        rule, cut, then = self.rule, self.rule.cut, self.rule.then
+        factors = [1] * len(joined)
+        if then is not None:
+            factors = [prod(n for a in g if isinstance(n := rule.sizes.get(a), int)) for g in then.left]
+        if cut is not None and cut.lengths:
+            name = self._free_axis((then.right if then is not None else joined)[cut.axis])
+            before_then = then.left if then is not None else joined
+            position = next((i for i, group in enumerate(before_then) if name in group), 0)
+            factors[position] *= sum(n or 1 for n in cut.lengths)
+        return factors
+
+    def _fit_join(self, lengths: dict[str, int], right: tuple[Group, ...], values: Mapping[str, str]) -> None:
+        """Set the length of the joined axis, if the members of the join have lengths or ranges of rows."""
+        join = self.rule.join
+        if join is None:
+            return
+        if join.kind == "rows":
+            lengths[right[0][0]] = max(stop if stop is not None else start + 2 for start, stop in join.ranges)
+        elif join.lengths:
+            length = join.lengths[join.members.index(values[join.variables[-1]])]
+            name = self._free_axis(right[join.axis]) or right[join.axis][0]
+            if None not in join.lengths:
+                lengths[name] *= length or 1
+            elif length is not None:
+                lengths[name] = length
 
 
 def _rank(key: str, evidence: Evidence) -> int:
-    """How many axes a key has that no view tells: as the evidence says, else two."""
-    asked = [clue.ndim for clue in (*evidence.all, *evidence.any) if clue.side.match(key) is not None]
-    never = [clue.ndim for clue in evidence.none if clue.side.match(key) is not None]
-    return next((n for n in (*asked, 2, 1, 3) if n is not None and n not in never), 2)
+    """The number of axes of a key without a view: as the evidence says, otherwise two."""
+    required = [clue.ndim for clue in (*evidence.all, *evidence.any) if clue.side.match(key) is not None]
+    excluded = [clue.ndim for clue in evidence.none if clue.side.match(key) is not None]
+    return next((n for n in (*required, 2, 1, 3) if n is not None and n not in excluded), 2)
 
 
 def _rule_keys(
     mapping: Format, known: Catalogue, rules: Iterable[Rule], evidence: Evidence, facts: dict[str, int]
 ) -> dict[str, Shape]:
+    """Every key that the rules match, with its shape; adds the lengths of facts to ``facts``."""
     shapes: dict[str, Shape] = {}
-    adding: list[tuple[str, Rule]] = []
+    additions: list[tuple[str, Rule]] = []
     for rule in rules:
-        made = _Shapes(rule, facts)
+        maker = _ShapeMaker(rule, facts)
         for values in _values(rule.source):
             key = rule.source.write(values)
-            if rule.match(key) is None:  # an index that the rule does not count, as 0 where names begin with 1
+            if rule.match(key) is None:  # an index below the rule's first, for example 0 if names begin with 1
                 continue
-            fixed = next((shape for side, shape in mapping.shapes if side.match(key) is not None), None)
-            if fixed is None and rule.renames and rule.targets[0].write(values) in known.hub.scalars:
-                fixed = ()
-            shapes[key] = fixed if fixed is not None else made.shape(values, _rank(key, evidence))
+            fixed = _fixed_shape(mapping, known, rule, key, values)
+            shapes[key] = fixed if fixed is not None else maker.shape(values, _rank(key, evidence))
             if rule.add is not None:
-                adding.append((key, rule))
-    for key, rule in adding:  # the two shapes have to agree; the one that no view binds gives way
+                additions.append((key, rule))
+    for key, rule in additions:  # both tensors of an addition need one shape; change the one without a view
         other, row = rule.add or ("", None)
         if other in shapes and rule.before is None:
             shapes[key] = shapes[other] if row is None else shapes[other][1:]
         elif other in shapes:
-            rows = max((_COUNT, *shapes[other][:1]))  # a `take` of the other needs its rows
+            rows = max((_COUNT, *shapes[other][:1]))  # enough for a `take` of the other
             shapes[other] = shapes[key] if row is None else (rows, prod(shapes[key]))
     return shapes
 
 
-def _borne_out(clue: Clue, shapes: Mapping[str, Shape]) -> bool:
+def _fixed_shape(mapping: Format, known: Catalogue, rule: Rule, key: str, values: Mapping[str, str]) -> Shape | None:
+    """The shape that the mapping or the hub states for a key; None if neither does."""
+    stated = next((shape for side, shape in mapping.shapes if side.match(key) is not None), None)
+    if stated is None and rule.renames and rule.targets[0].write(values) in known.hub.scalars:
+        return ()
+    return stated
+
+
+def _matches(clue: Clue, shapes: Mapping[str, Shape]) -> bool:
+    """Whether any key matches a clue."""
     return any(clue.side.match(key) is not None and clue.ndim in (None, len(s)) for key, s in shapes.items())
 
 
 def _clue_keys(clue: Clue) -> dict[str, Shape]:
+    """Keys that match a clue, with shapes."""
     rank = 2 if clue.ndim is None else clue.ndim
     return {clue.side.write(values): _PRIMES[:rank] for values in _values(clue.side)}
 
 
 def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
-    """Samples of a mapping: of its own rules, and of each variant.
+    """Samples of a mapping: one of its own rules, and one of each variant.
 
-    Where the rules tell no literal key that the evidence asks for (a prefix before ``(.+)``), the evidence's own
-    keys are added, and there is one sample more for each such clue of `any`.
+    If no key of the rules matches a clue of the evidence (because rules have ``(.+)``), the sample gets a key that
+    matches it. Each such clue of `any` has its own sample.
     """
     cases: list[tuple[str, tuple[Rule, ...], Evidence]] = [(mapping.name, mapping.rules, Evidence())]
     for number, variant in enumerate(mapping.variants, 1):
@@ -178,62 +212,66 @@ def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
         facts: dict[str, int] = {}
         shapes = _rule_keys(mapping, known, rules, evidence, facts)
         for clue in evidence.all:
-            if not _borne_out(clue, shapes):
+            if not _matches(clue, shapes):
                 shapes |= _clue_keys(clue)
-        if when.any and not any(_borne_out(clue, shapes) for clue in when.any):
+        if when.any and not any(_matches(clue, shapes) for clue in when.any):
             shapes |= _clue_keys(when.any[0])
-        untold = [clue for clue in own.any if not _borne_out(clue, shapes)]
-        if not own.any or len(untold) < len(own.any):
+        without_key = [clue for clue in own.any if not _matches(clue, shapes)]
+        if not own.any or len(without_key) < len(own.any):
             yield Sample(name, shapes, facts)
-        for clue in untold:
+        for clue in without_key:
             yield Sample(f"{name}, by {clue}", {**shapes, **_clue_keys(clue)}, facts)
 
 
 def _towers(mapping: Format, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, dict[str, Layout]]]:
-    """All keys, and those of each tower on its own, as a file of one tower holds them."""
+    """A label and the keys: first of all towers, then of each tower, because a file may have one tower only."""
     yield "", dict(layouts)
     owner = {key: found[0].tower for key in layouts if (found := mapping.table.find(key)) is not None}
-    groups = dict.fromkeys(owner.values())
-    for group in groups if len(groups) > 1 else ():
-        yield f" ({group} alone)", {key: layout for key, layout in layouts.items() if owner.get(key) == group}
+    towers = dict.fromkeys(owner.values())
+    for tower in towers if len(towers) > 1 else ():
+        yield f" ({tower} alone)", {key: layout for key, layout in layouts.items() if owner.get(key) == tower}
 
 
-def claims(known: Catalogue, new: Iterable[str] | None = None) -> Iterator[str]:
-    """Faults of evidence: a format that does not claim its own sample, or that claims another format's.
+def evidence_faults(known: Catalogue, new: Iterable[str] | None = None) -> Iterator[str]:
+    """Faults of evidence: it does not match the format's own samples, or it matches samples of another format.
 
     Args:
         known: all formats.
-        new: look only at pairs in which one of these takes part; None: at all.
+        new: check only pairs with one of these formats; None checks all pairs.
     """
     chosen = set(new) if new is not None else set(known.mappings)
     for mapping in known.formats:
         others = [m for m in known.formats if m is not mapping and (mapping.name in chosen or m.name in chosen)]
-        if not others and mapping.name not in chosen:
+        if others or mapping.name in chosen:
+            for sample in samples(mapping, known):
+                yield from _sample_faults(mapping, others, sample)
+
+
+def _sample_faults(mapping: Format, others: Iterable[Format], sample: Sample) -> Iterator[str]:
+    """Faults of evidence that one sample shows."""
+    all_layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
+    for tower, layouts in _towers(mapping, all_layouts):
+        own = matching_keys(mapping.detect, apply_aliases(mapping, layouts, {})[0])
+        if own is None:
+            if not tower:
+                yield f"{mapping.file}: its evidence does not match its own keys ({sample.name}): change `detect`"
             continue
-        for sample in samples(mapping, known):
-            layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
-            for tower, part in _towers(mapping, layouts):
-                own = holds(mapping.detect, apply_aliases(mapping, part, {})[0])
-                if own is None:
-                    if not tower:
-                        yield f"{mapping.file}: its evidence does not claim its own keys ({sample.name})"
-                    continue
-                for other in others:
-                    found = holds(other.detect, apply_aliases(other, part, {})[0])
-                    if found is not None:
-                        yield (
-                            f"{mapping.file} and {other.file} both claim the keys of {sample.name}{tower}: "
-                            f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
-                            f"Name under `none` what only the other one has"
-                        )
+        for other in others:
+            found = matching_keys(other.detect, apply_aliases(other, layouts, {})[0])
+            if found is not None:
+                yield (
+                    f"{mapping.file} and {other.file} both match the keys of {sample.name}{tower}: "
+                    f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
+                    f"Add keys that only one of them has to `detect: none` of the other"
+                )
 
 
-def refuse_claims(known: Catalogue, new: Iterable[str]) -> None:
-    """Refuse formats whose evidence does not keep them apart from the others.
+def check_evidence(known: Catalogue, new: Iterable[str]) -> None:
+    """Check that the evidence of new formats tells them apart from all others.
 
     Raises:
-        MappingError: with every pair of formats that claim the same keys.
+        MappingError: with every pair of formats that match the same keys.
     """
-    faults = tuple(claims(known, new))
+    faults = tuple(evidence_faults(known, new))
     if faults:
-        raise MappingError("the evidence of formats does not keep them apart", faults)
+        raise MappingError("the evidence of some formats matches the wrong keys", faults)

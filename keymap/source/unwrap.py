@@ -1,7 +1,7 @@
-"""Out of wrappers and prefixes: the state dict that a checkpoint holds.
+"""Strip wrapper dicts and key prefixes: find the state dict in a checkpoint.
 
-The names are a declared table (``mappings/containers.yaml``). A prefix is cut only where every key has it; a state
-dict that holds several models, or a model beside other things, is taken apart into its parts.
+The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it. A
+state dict with several models, or with a model and other things, is split into its submodels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from keymap.language.format import Containers
 from keymap.read import LazyTensor
 from keymap.read.lazy import MAX_KEY, brief
 
-__all__ = ["Unwrapped", "parts_of", "unwrap"]
+__all__ = ["Unwrapped", "submodels", "unwrap"]
 
 _MAX_DEPTH = 4
-_MAX_PREFIXES = 16  # wrapper classes around one another
+_MAX_PREFIXES = 16  # nested wrapper classes
+_Path = tuple[str, ...]
 
 
 class Unwrapped(NamedTuple):
@@ -26,9 +27,9 @@ class Unwrapped(NamedTuple):
     Attributes:
         tensors: by key, without wrapper and prefixes.
         wrapper: dotted path of the wrapper, empty for none.
-        others: paths of further state dicts in the file, which were not taken; empty text for the top level.
-        prefixes: what was cut from every key, outermost first.
-        notes: what else was cut or left: names within keys, entries that are no tensors, keys of other parts.
+        others: paths of the other state dicts in the file; "" is the top level.
+        prefixes: prefixes stripped from every key, outermost first.
+        notes: what else was stripped or skipped: segments within keys, entries that are not tensors, other submodels.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -38,109 +39,128 @@ class Unwrapped(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _held(tree: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
-    """The tensors of a dict that lie under a text."""
-    return ((key, value) for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor))
-
-
-def _flat(tree: Mapping[Any, Any]) -> dict[str, LazyTensor]:
-    return dict(_held(tree))
-
-
-def _found(
-    tree: Any, wrappers: tuple[str, ...], path: tuple[str, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[str, ...]]:
-    """Paths of dicts that hold tensors, along names of the table; of a dict that stands at several, the first."""
-    seen = set() if seen is None else seen
-    if not isinstance(tree, Mapping) or len(path) > _MAX_DEPTH or id(tree) in seen:
-        return
-    seen.add(id(tree))
-    inner = [p for name in wrappers if name in tree for p in _found(tree[name], wrappers, (*path, name), seen)]
-    here = [path] if next(_held(tree), None) is not None else []
-    most = max((len(_flat(_at(tree, p[len(path) :]))) for p in inner), default=0)
-    # A state dict with a further one in it is a state dict first; a wrapper with a stray tensor is a wrapper.
-    yield from [*inner, *here] if most and len(_flat(tree)) < most else [*here, *inner]
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name] if isinstance(tree, Mapping) and name in tree else None
-    return tree
-
-
-def _splits(tree: Any, wrapper: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Readings of a wrapper's name: a path of dicts that hold tensors, and what is left as a part of its keys."""
-    words = wrapper.split(".") if wrapper else []
-    yield (wrapper,), ""  # a name with dots in it
-    for count in range(len(words), -1, -1):
-        yield tuple(words[:count]), ".".join(words[count:])
-
-
 def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
-    """Find the state dict in what a reader returned.
+    """Find the state dict in the tree that a reader returned.
 
     Args:
         tree: nested dicts as in the file.
         containers: the declared table.
         file: for messages.
-        wrapper: dotted path to the wanted state dict, or to a part of one (``"state_dict.teacher"``, ``"teacher"``);
-            None takes the first of the table.
+        wrapper: dotted path of the wanted state dict or submodel (``"state_dict.teacher"``, ``"teacher"``);
+            None takes the first wrapper of the table.
 
     Raises:
-        CheckpointError: there is no state dict, none under ``wrapper``, or cutting makes two keys one.
+        CheckpointError: there is no state dict, or none under ``wrapper``; a key is too long or not printable; or
+            stripping gives two keys the same name.
     """
-    paths = list(_found(tree, containers.wrappers))
-    part = ""
-    if wrapper is not None:
-        for chosen, part in [*_splits(tree, wrapper), *((path, wrapper) for path in paths)]:
-            held = _flat(_at(tree, chosen)) if isinstance(_at(tree, chosen), Mapping) else {}
-            if any(key.startswith(f"{part}.") for key in held) if part else held:
-                break
-        else:
-            known = ", ".join(repr(".".join(p)) for p in paths) or "none"
-            raise CheckpointError(f"{file}: there are no tensors under {wrapper!r}; state dicts found: {known}")
-    elif paths:
-        chosen = paths[0]
-    else:
-        raise CheckpointError(f"{file}: it holds no state dict", [_what(tree, containers)])
-    state = _at(tree, chosen)
-    tensors = _flat(state)
-    odd = next((key for key in tensors if len(key) > MAX_KEY or not key.isprintable()), None)
-    if odd is not None:
-        what = f"{len(odd)} characters" if len(odd) > MAX_KEY else "characters that cannot be shown"
-        raise CheckpointError(f"{file}: the key {brief(odd)} has {what}; no model has such a key, so rename it")
+    paths = list(_state_dict_paths(tree, containers.wrappers))
+    path, submodel = _choose(tree, paths, containers, file, wrapper)
+    state = _at(tree, path)
+    tensors = dict(_tensors(state))
+    _check_keys(tensors, file)
     skipped = [_shown(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
-    notes = [f"entries that are no tensors were skipped: {some(skipped)}"] if skipped else []
+    notes = [f"skipped entries that are not tensors: {some(skipped)}"] if skipped else []
     for counter in [key for key in containers.counters if key in tensors and not tensors[key].shape]:
         del tensors[counter]
-        notes.append(f"{counter!r} was left out: it counts, and is no weight")
-    others = tuple(".".join(path) for path in paths if path != chosen)
-    whole = _cut(Unwrapped(tensors, ".".join(chosen), others, (), tuple(notes)), containers, file)
-    return _part(Unwrapped(tensors, whole.wrapper, others, (), whole.notes), part, containers, file) if part else whole
+        notes.append(f"skipped {counter!r}: it is a counter, not a weight")
+    others = tuple(".".join(other) for other in paths if other != path)
+    stripped = _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes)), containers, file)
+    if not submodel:
+        return stripped
+    return _submodel(Unwrapped(tensors, stripped.wrapper, others, (), stripped.notes), submodel, containers, file)
 
 
-def parts_of(whole: Unwrapped, containers: Containers, file: str) -> list[Unwrapped]:
-    """The models of the table that a state dict holds beside other things, each as a state dict of its own."""
-    first = {key.partition(".")[0] for key in whole.tensors if "." in key}
+def submodels(state_dict: Unwrapped, containers: Containers, file: str) -> list[Unwrapped]:
+    """The submodels of a state dict whose names are in the table, each as a separate state dict."""
+    first = {key.partition(".")[0] for key in state_dict.tensors if "." in key}
     names = [name for name in containers.parts if name in first]
-    return [_part(whole, name, containers, file, tuple(names)) for name in names]
+    return [_submodel(state_dict, name, containers, file, tuple(names)) for name in names]
 
 
-def _part(whole: Unwrapped, name: str, containers: Containers, file: str, names: tuple[str, ...] = ()) -> Unwrapped:
-    inside = {k[len(name) + 1 :]: tensor for k, tensor in whole.tensors.items() if k.startswith(f"{name}.")}
-    outside = [key for key in whole.tensors if not key.startswith(f"{name}.")]
+def _choose(
+    tree: Mapping[str, Any], paths: list[_Path], containers: Containers, file: str, wrapper: str | None
+) -> tuple[_Path, str]:
+    """The path of the wanted state dict and the name of the wanted submodel in it, "" for none."""
+    if wrapper is None:
+        if not paths:
+            raise CheckpointError(f"{file}: has no state dict", [_contents(tree, containers)])
+        return paths[0], ""
+    for path, submodel in [*_readings(wrapper), *((path, wrapper) for path in paths)]:
+        state = _at(tree, path)
+        tensors = dict(_tensors(state)) if isinstance(state, Mapping) else {}
+        if any(key.startswith(f"{submodel}.") for key in tensors) if submodel else tensors:
+            return path, submodel
+    known = ", ".join(repr(".".join(path)) for path in paths) or "none"
+    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}")
 
-    def path(part: str) -> str:
-        return f"{whole.wrapper}.{part}" if whole.wrapper else part
 
-    others = (*whole.others, *(path(other) for other in names if other != name))
-    notes = (*whole.notes, f"{len(outside)} tensors beside {name!r} were not taken: {some(outside)}") * bool(outside)
-    part = Unwrapped(inside, path(name), others, whole.prefixes, notes or whole.notes)
-    return _cut(part, containers, file)
+def _readings(wrapper: str) -> Iterator[tuple[_Path, str]]:
+    """Possible meanings of a dotted wrapper: a path of dicts, and the rest as a submodel within the keys."""
+    names = wrapper.split(".") if wrapper else []
+    yield (wrapper,), ""  # one name with dots in it
+    for count in range(len(names), -1, -1):
+        yield tuple(names[:count]), ".".join(names[count:])
 
 
-def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
-    """Without the names of wrapper classes: prefixes that every key has, and segments wherever they stand."""
+def _state_dict_paths(
+    tree: Any, wrappers: tuple[str, ...], path: _Path = (), seen: set[int] | None = None
+) -> Iterator[_Path]:
+    """Paths of dicts with tensors, along names of the table; a dict that has several paths is found once."""
+    seen = set() if seen is None else seen
+    if not isinstance(tree, Mapping) or len(path) > _MAX_DEPTH or id(tree) in seen:
+        return
+    seen.add(id(tree))
+    inner = [
+        p for name in wrappers if name in tree for p in _state_dict_paths(tree[name], wrappers, (*path, name), seen)
+    ]
+    outer = [path] if next(_tensors(tree), None) is not None else []
+    most = max((len(dict(_tensors(_at(tree, p[len(path) :])))) for p in inner), default=0)
+    # A state dict that contains a smaller one comes first. A wrapper with a stray tensor comes last.
+    yield from [*inner, *outer] if most and len(dict(_tensors(tree))) < most else [*outer, *inner]
+
+
+def _tensors(tree: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
+    """The tensors of a dict that have a string as their key."""
+    return ((key, value) for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor))
+
+
+def _at(tree: Any, path: _Path) -> Any:
+    """The value at a path; None if there is none."""
+    for name in path:
+        tree = tree[name] if isinstance(tree, Mapping) and name in tree else None
+    return tree
+
+
+def _check_keys(tensors: Mapping[str, LazyTensor], file: str) -> None:
+    """Raise CheckpointError for a key that is too long or not printable."""
+    for key in tensors:
+        if len(key) > MAX_KEY:
+            raise CheckpointError(
+                f"{file}: the key {brief(key)} has {len(key)} characters; the limit is {MAX_KEY}: rename the key"
+            )
+        if not key.isprintable():
+            raise CheckpointError(f"{file}: the key {brief(key)} has unprintable characters; rename the key")
+
+
+def _submodel(
+    state_dict: Unwrapped, name: str, containers: Containers, file: str, names: tuple[str, ...] = ()
+) -> Unwrapped:
+    """The tensors under one name, without that name and without prefixes; ``names`` are all submodels."""
+    inside = {k[len(name) + 1 :]: tensor for k, tensor in state_dict.tensors.items() if k.startswith(f"{name}.")}
+    outside = [key for key in state_dict.tensors if not key.startswith(f"{name}.")]
+
+    def path(submodel: str) -> str:
+        return f"{state_dict.wrapper}.{submodel}" if state_dict.wrapper else submodel
+
+    others = (*state_dict.others, *(path(other) for other in names if other != name))
+    notes = state_dict.notes
+    if outside:
+        notes = (*notes, f"skipped {len(outside)} tensors outside submodel {name!r}: {some(outside)}")
+    return _strip(Unwrapped(inside, path(name), others, state_dict.prefixes, notes), containers, file)
+
+
+def _strip(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
+    """Strip the names of wrapper classes: prefixes that every key has, and segments anywhere in a key."""
     tensors, prefixes, notes = dict(found.tensors), list(found.prefixes), list(found.notes)
     known = (*containers.prefixes, *(f"{name}." for name in containers.parts))
     while True:
@@ -153,49 +173,49 @@ def _cut(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
         segment = next((s for s in containers.segments if f".{s}" in keys), None)
         if segment is None:
             return Unwrapped(tensors, found.wrapper, found.others, tuple(prefixes), tuple(notes))
-        shorter: dict[str, str] = {}
+        old_keys: dict[str, str] = {}
         for key in tensors:
             name = _without(key, segment)
-            if name in shorter:
-                text = f"{file}: without the wrapper's {segment!r} two keys become one"
-                raise CheckpointError(text, [f"{shorter[name]!r} and {key!r} become {name!r}; keep one in the file"])
-            shorter[name] = key
-        changed = sum(name != key for name, key in shorter.items())
-        notes.append(f"{segment!r} was cut out of {changed} keys")
-        tensors = {name: tensors[key] for name, key in shorter.items()}
+            if name in old_keys:
+                text = f"{file}: stripping {segment!r} gives two keys the same name"
+                raise CheckpointError(text, [f"{old_keys[name]!r} and {key!r} become {name!r}: remove one of them"])
+            old_keys[name] = key
+        changed = sum(name != key for name, key in old_keys.items())
+        notes.append(f"stripped {segment!r} from {changed} keys")
+        tensors = {name: tensors[key] for name, key in old_keys.items()}
 
 
 def _without(key: str, segment: str) -> str:
     return f".{key}".replace(f".{segment}", ".")[1:]
 
 
-def _what(tree: Mapping[str, Any], containers: Containers) -> str:
-    """In words, what a file without a state dict is."""
+def _contents(tree: Mapping[str, Any], containers: Containers) -> str:
+    """What a file without a state dict has instead, and what to do."""
     if not tree:
         return "the dict is empty: save model.state_dict()"
     if list(tree) == [""]:
-        return f"it holds a {type(tree['']).__name__}, not a dict of tensors: save model.state_dict()"
+        return f"it has a {type(tree['']).__name__} instead of a dict of tensors: save model.state_dict()"
     names = ", ".join(repr(_shown(key)) for key in list(tree)[:8])
     training = [name for name in containers.training_state if name in tree]
     if training:
         return (
             f"its entries are {names}: this is training state ({', '.join(training)}) without weights; "
-            f"save model.state_dict() beside it"
+            f"save model.state_dict() too"
         )
     nested = [".".join(map(_shown, path)) for path in _paths_of_tensors(tree, (), set())]
     if nested:
-        return f"tensors lie under {some(nested)}, which is no wrapper that is known: pass wrapper={nested[0]!r}"
-    return f"its entries are {names}, and none of them is a tensor"
+        return f"it has tensors under {some(nested)}, which is not a known wrapper: pass wrapper={nested[0]!r}"
+    return f"its entries are {names}, and none of them is a tensor: save model.state_dict()"
 
 
 def _shown(key: object) -> str:
-    """A name of the file for a message."""
+    """A key of the file for a message."""
     return key if isinstance(key, str) and len(key) < 80 and key.isprintable() else brief(key)
 
 
-def _paths_of_tensors(tree: Mapping[str, Any], path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, ...]]:
-    """Paths of dicts that hold tensors, whatever their names; of a dict that stands at several, the first."""
-    if path and _flat(tree):
+def _paths_of_tensors(tree: Mapping[str, Any], path: _Path, seen: set[int]) -> Iterator[_Path]:
+    """Paths of dicts with tensors, whatever their names; a dict that has several paths is found once."""
+    if path and next(_tensors(tree), None) is not None:
         yield path
     for name, value in tree.items():
         if isinstance(value, Mapping) and isinstance(name, str) and len(path) < _MAX_DEPTH and id(value) not in seen:

@@ -161,7 +161,7 @@ def test_a_logit_bias_is_filled_and_reported_or_refused(tmp_path):
     save_file(state, tmp_path / "with.safetensors")
     model = openclip.siglip(seed=2)
     filled = keymap.load_checkpoint(model, tmp_path / "without.safetensors").report.plan.filled
-    assert filled == {"logit_bias": "with 0: the file has none"} and float(model.logit_bias) == 0
+    assert filled == {"logit_bias": "with 0, because the file has no such key"} and float(model.logit_bias) == 0
     with pytest.raises(keymap.VerifyError, match="the model has no logit_bias"):
         keymap.load_checkpoint(openclip.siglip(seed=2, logit_bias=False), tmp_path / "with.safetensors")
 
@@ -280,4 +280,4 @@ def test_settings_that_weights_do_not_show_are_compared_or_listed(tmp_path):
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "elsewhere.safetensors")
     (tmp_path / "config.json").unlink()
     result = keymap.load_checkpoint(openclip.clip(), tmp_path / "elsewhere.safetensors")
-    assert "not verifiable from this file: attention heads of the image tower" in str(result)
+    assert "not verified (settings that the weights do not show): attention heads of the image tower" in str(result)

@@ -244,8 +244,8 @@ eva_clip: the text projection transposed: differs
 + text.(token_embedding.weight|positional_embedding): text.\1
 + text.text_projection: {to: text.text_projection, view: a b -> b a}
 eva_clip: the rotary tables taken for weights: refused
-- visual.rope.freqs_(cos|sin): the cosines and sines of rotary positions, which the model computes
-+ nothing.rope.freqs_(cos|sin): the cosines and sines of rotary positions, which the model computes
+- visual.rope.freqs_(cos|sin): cosines and sines of rotary positions; the model computes them
++ nothing.rope.freqs_(cos|sin): cosines and sines of rotary positions; the model computes them
 eva_clip: the copies of the rotary tables taken for weights: refused
 - visual.blocks.(\d+).attn.rope.freqs_(cos|sin):
 + nothing.blocks.(\d+).attn.rope.freqs_(cos|sin):

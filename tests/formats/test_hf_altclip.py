@@ -31,9 +31,7 @@ def test_the_image_half_of_altclip_loads_and_its_text_half_is_refused_in_words(t
     path = file(keys)
     model = {"flat": openclip.clip, "custom": openclip.custom}[target](quick_gelu=True, seed=5, **sizes)
     before = bits(model)
-    with pytest.raises(
-        keymap.PlanError, match=r"format hf_altclip(.|\n)*AltCLIP's text tower .* is in no OpenCLIP model"
-    ):
+    with pytest.raises(keymap.PlanError, match=r"format hf_altclip(.|\n)*no OpenCLIP model has AltCLIP's text tower"):
         keymap.load_checkpoint(model, path)
     for request in ({"towers": ("text",)}, {"strict": False}):
         with pytest.raises(keymap.PlanError, match="AltCLIP's text tower"):

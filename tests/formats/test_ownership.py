@@ -22,9 +22,9 @@ import keymap
 from keymap.errors import DetectionError
 from keymap.language.compile import compile_mapping
 from keymap.language.layout import whole
-from keymap.source.detect import apply_aliases, detect, holds
+from keymap.source.detect import apply_aliases, detect, matching_keys
 from keymap.source.registry import Catalogue, registry
-from keymap.source.samples import claims, refuse_claims, samples
+from keymap.source.samples import check_evidence, evidence_faults, samples
 
 ROOT = Path(__file__).parents[2]
 KNOWN = registry()
@@ -225,7 +225,7 @@ def layouts(keys):
 def test_a_key_list_has_its_one_owner(name):
     owner, keys = ROWS[name]
     tensors = layouts(keys)
-    claiming = [m.name for m in KNOWN.formats if holds(m.detect, apply_aliases(m, tensors, {})[0]) is not None]
+    claiming = [m.name for m in KNOWN.formats if matching_keys(m.detect, apply_aliases(m, tensors, {})[0]) is not None]
     assert claiming == ([] if owner is None else [owner])
     if owner is None:
         with pytest.raises(DetectionError, match="no known format has these keys"):
@@ -241,7 +241,7 @@ def test_the_table_of_owners_lists_what_is_recorded_and_every_format():
 
 def test_no_format_claims_the_sample_of_another():
     """What a schema cannot check; for a file that is registered later, registering checks it."""
-    assert list(claims(KNOWN)) == []
+    assert list(evidence_faults(KNOWN)) == []
 
 
 @pytest.mark.parametrize("name", [m.name for m in KNOWN.formats])
@@ -273,7 +273,7 @@ def registered(folder, text, name):
     file = folder / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
     known = Catalogue(dict(KNOWN.mappings), dict(KNOWN.files))
-    return known.add([file], check=refuse_claims)
+    return known.add([file], check=check_evidence)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_copy_of_a_format_under_another_name_is_not_registered_but_used_by_its
 
 def test_a_file_that_does_not_claim_its_own_keys_is_not_registered(tmp_path):
     text = GREEDY.replace(", CLUE", "").replace("towers:", "  none: [my.bias]\ntowers:", 1)
-    with pytest.raises(keymap.MappingError, match=r"greedy.yaml: its evidence does not claim its own keys"):
+    with pytest.raises(keymap.MappingError, match=r"greedy.yaml: its evidence does not match its own keys"):
         registered(tmp_path, text, "greedy")
 
 

@@ -16,7 +16,7 @@ from keymap.language.layout import Layout, whole
 from keymap.language.rules import Check, RuleTable
 from keymap.load.copying import materialise
 from keymap.plan.to_hub import file_rules
-from keymap.source.detect import apply_aliases, holds
+from keymap.source.detect import apply_aliases, matching_keys
 from keymap.source.registry import registry
 from keymap.source.samples import samples
 
@@ -81,8 +81,8 @@ def test_a_sample_goes_there_and_back_bit_for_bit(name):
     assert_filled_once(there.out)
     there_values = values(there.out, tensors)
 
-    held = [v for v in mapping.variants if holds(v.when, layouts(sample_tensors)) is not None]
-    held_back = [v for v in mapping.variants if holds(v.when_hub, layouts(there_values)) is not None]
+    held = [v for v in mapping.variants if matching_keys(v.when, layouts(sample_tensors)) is not None]
+    held_back = [v for v in mapping.variants if matching_keys(v.when_hub, layouts(there_values)) is not None]
     assert held == held_back, "the variant is not found on the way back"
     one_way = {k for k in tensors if table.find(k)[0].oneway}
     reached = {k: v for k, v in there_values.items() if not set(there.out[k].sources) & one_way}

@@ -536,7 +536,7 @@ def test_rest_on_the_way_back_leaves_literal_keys_alone():
 
 
 def test_optional_keys_may_be_absent_and_others_may_not():
-    from keymap.plan.to_hub import incomplete
+    from keymap.plan.completeness import incomplete
 
     mapping = compiled(r"""
     l.(\d+).(w|b): m.\1.\2
@@ -545,7 +545,7 @@ def test_optional_keys_may_be_absent_and_others_may_not():
     keys = ["l.0.w", "l.0.b", "l.1.w", "l.1.b", "l.1.scale"]
     assert incomplete(mapping, mapping.rules, keys) == []
     (fault,) = incomplete(mapping, mapping.rules, keys[:3])
-    assert "tower image is there in part; it lacks l.1.b" in fault.text
+    assert "the image tower is incomplete; missing keys: l.1.b" in fault.text
     (fault,) = incomplete(mapping, mapping.rules, [*keys[:2], *(k.replace(".1.", ".2.") for k in keys[2:])])
     assert "l.1.w, l.1.b" in fault.text  # the gap
     assert incomplete(mapping, mapping.rules, ["other"]) == []
@@ -587,7 +587,8 @@ def test_variants_both_ways(both):
         want |= {"out.mlp": tensors["head.mlp.weight"], "out.fc": tensors["head.fc.weight"]}
     else:
         want |= {"out.proj": tensors["head.fc.weight"].t()}
-    from keymap.plan.to_hub import from_hub, to_hub
+    from keymap.plan.from_hub import from_hub
+    from keymap.plan.to_hub import to_hub
     from keymap.source.detect import Detection
 
     layouts = {key: whole(key, tuple(value.shape), value.dtype) for key, value in tensors.items()}

@@ -485,9 +485,9 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(MappingError, match=r"nowhere.yaml cannot be read"):
         known.add([tmp_path / "nowhere.yaml"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MappingError, match=r"holds no .yaml file"):
+    with pytest.raises(MappingError, match=r"the folder has no .yaml file"):
         keymap.register_mappings(tmp_path / "empty")
-    with pytest.raises(MappingError, match="there is no such file"):
+    with pytest.raises(MappingError, match="the file does not exist"):
         keymap.register_mappings(tmp_path / "gone.yaml")
 
 

@@ -181,7 +181,7 @@ def test_a_folder_with_only_epoch_32_pt_is_loaded_and_reported(strict, pt, tmp_p
     result = keymap.load_checkpoint(model, tmp_path, strict)
     complete(result)
     assert_holds(model, source)
-    assert "epoch_32.pt was taken from the folder: the last epoch of a training run" in result.report.plan.notes
+    assert "chose epoch_32.pt from the folder: the last epoch of a training run" in result.report.plan.notes
 
 
 # --- loading in general: logit_scale and logit_bias ---
@@ -194,7 +194,7 @@ def test_safetensors_without_logit_bias_into_siglip_is_filled_with_zero_and_repo
     result = keymap.load_checkpoint(model, st(without(source, "logit_bias")), strict)
     complete(result)
     assert_holds(model, {**source, "logit_bias": torch.zeros(())})
-    assert "logit_bias" in result.report.plan.filled and "filled logit_bias" in str(result)
+    assert "logit_bias" in result.report.plan.filled and "filled: logit_bias" in str(result)
 
 
 LOGIT_BIAS = {
@@ -526,7 +526,7 @@ def test_native_vit_28px_checkpoint_into_56px_model(target, strict, pt):
     result = keymap.load_checkpoint(model, pt(state), strict)
     complete(result)
     assert_holds(model, resized_by_open_clip(state, model))
-    assert "resized visual.positional_embedding: 2x2" in str(result) and "4x4" in str(result)
+    assert "resized: visual.positional_embedding from 2x2" in str(result) and "4x4" in str(result)
 
 
 def _grid(rows: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import keymap
 import keymap.load.direct
 from keymap.language.layout import Piece
-from keymap.load.direct import batches, read, run_of
+from keymap.load.direct import batches, byte_range, read_batch
 from keymap.read import LazyTensor, open_checkpoint
 
 SIZES = [3, 0, 1, 500, 7, 4096, 2, 1]
@@ -37,24 +37,24 @@ def all_of(lazy: LazyTensor) -> Piece:
 @pytest.mark.parametrize("buffers", [1, 2, 100])
 @pytest.mark.parametrize("chosen", [slice(None), slice(None, None, 2), slice(2, 7, 3)])
 def test_batches_fill_every_place_whatever_their_size(batch, buffers, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr(keymap.load.direct, "_BATCH", batch)
-    monkeypatch.setattr(keymap.load.direct, "_BUFFERS", buffers)
+    monkeypatch.setattr(keymap.load.direct, "_MAX_BATCH", batch)
+    monkeypatch.setattr(keymap.load.direct, "_MAX_BUFFERS", buffers)
     tensors, lazies = written(tmp_path)
     names = [name for name in list(tensors)[chosen] if tensors[name].numel()]
     targets = {name: torch.full_like(tensors[name], float("nan")) for name in names}
-    runs = [run_of(all_of(lazies[name]), lazies[name], targets[name]) for name in reversed(names)]
+    runs = [byte_range(all_of(lazies[name]), lazies[name], targets[name]) for name in reversed(names)]
     assert None not in runs
     made = list(batches(runs))
-    assert all(part.size == sum(map(len, part.places)) for part in made)
+    assert all(part.size == sum(map(len, part.buffers)) for part in made)
     assert all(part.size <= batch for part in made) or batch < 4096  # beside what a gap adds
     for part in made:
-        read(part)
+        read_batch(part)
     assert all(same_bits(targets[name], tensors[name]) for name in names)
 
 
 def test_tensors_that_lie_side_by_side_are_read_by_one_call(tmp_path):
     tensors, lazies = written(tmp_path)
-    runs = [run_of(all_of(lazies[n]), lazies[n], torch.empty_like(t)) for n, t in tensors.items() if t.numel()]
+    runs = [byte_range(all_of(lazies[n]), lazies[n], torch.empty_like(t)) for n, t in tensors.items() if t.numel()]
     (only,) = batches(runs)
     assert only.size == sum(t.nbytes for t in tensors.values())
 
@@ -62,8 +62,8 @@ def test_tensors_that_lie_side_by_side_are_read_by_one_call(tmp_path):
 def test_a_part_of_a_tensor_goes_to_a_part_of_another(tmp_path):
     tensors, lazies = written(tmp_path)
     target = torch.zeros(40)
-    run = run_of(Piece("x", (10,), 300, (1,), 20, (1,)), lazies["t3"], target)
-    read(*batches([run]))
+    run = byte_range(Piece("x", (10,), 300, (1,), 20, (1,)), lazies["t3"], target)
+    read_batch(*batches([run]))
     assert same_bits(target[20:30], tensors["t3"][300:310])
     assert not target[:20].any() and not target[30:].any()
 
@@ -81,30 +81,30 @@ def test_tensors_that_are_not_plain_bytes_are_not_read_as_one_run(name, tmp_path
     dtype, make, strides = OTHERS[name]
     _, lazies = written(tmp_path, dtype)
     piece = Piece("x", (200,), 0, strides, 0, (1,))
-    assert run_of(piece, lazies["t3"], make(500)) is None
+    assert byte_range(piece, lazies["t3"], make(500)) is None
 
 
 def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_path):
     _, lazies = written(tmp_path)
-    run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.empty(4096))
+    run = byte_range(all_of(lazies["t5"]), lazies["t5"], torch.empty(4096))
     os.truncate(run.file.path, run.start + 99)
     (batch,) = batches([run])
     with pytest.raises(keymap.CheckpointError, match=r"was written to while it was read.*half loaded"):
-        read(batch)
+        read_batch(batch)
     os.utime(run.file.path, ns=(run.file.status.st_atime_ns, run.file.status.st_mtime_ns))
     with pytest.raises(keymap.CheckpointError, match="half loaded"):
-        read(batch)
+        read_batch(batch)
 
 
 def test_an_open_file_is_read_although_its_path_was_replaced(tmp_path):
     tensors, lazies = written(tmp_path)
-    run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
+    run = byte_range(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
     (tmp_path / "b").write_bytes(b"x" * run.file.size)
     os.replace(tmp_path / "b", run.file.path)
-    read(*batches([run]))
+    read_batch(*batches([run]))
     assert same_bits(run.target, tensors["t5"])
     os.unlink(run.file.path)
-    read(*batches([run]))
+    read_batch(*batches([run]))
 
 
 def test_a_file_is_closed_with_its_last_tensor(tmp_path):
@@ -120,13 +120,13 @@ def test_a_file_is_closed_with_its_last_tensor(tmp_path):
 def test_where_no_descriptor_is_left_the_mapping_is_read(tmp_path, monkeypatch):
     """Of many shards each needs one; the mapping has its own."""
     tensors, lazies = written(tmp_path)
-    run = run_of(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
+    run = byte_range(all_of(lazies["t5"]), lazies["t5"], torch.zeros(4096))
 
     def none_left(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(os, "open", none_left)
-    read(*batches([run]))
+    read_batch(*batches([run]))
     assert run.file.handle is None
     assert same_bits(run.target, tensors["t5"])
 
@@ -134,10 +134,10 @@ def test_where_no_descriptor_is_left_the_mapping_is_read(tmp_path, monkeypatch):
 def test_a_call_that_reads_less_than_asked_goes_on(tmp_path, monkeypatch):
     tensors, lazies = written(tmp_path)
     targets = {name: torch.empty_like(t) for name, t in tensors.items() if t.numel()}
-    (batch,) = batches([run_of(all_of(lazies[n]), lazies[n], t) for n, t in targets.items()])
+    (batch,) = batches([byte_range(all_of(lazies[n]), lazies[n], t) for n, t in targets.items()])
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda handle, places, at: real(handle, [places[0][:1000]], at))
-    read(batch)
+    read_batch(batch)
     assert all(same_bits(targets[name], tensors[name]) for name in targets)
 
 

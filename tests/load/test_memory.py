@@ -40,7 +40,7 @@ def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
     which tiny models' are too small for by themselves. A `copy_` that converts dtype is one pass, too.
     """
     seen: list[str] = []
-    monkeypatch.setattr("keymap.load.transposed._SMALL", 0)
+    monkeypatch.setattr("keymap.load.transposed._MIN_ELEMENTS", 0)
 
     def counted(name, function):
         def called(*arguments):
@@ -59,8 +59,10 @@ def operations_of_the_load(model, path, monkeypatch, **options) -> list[str]:
         return called
 
     monkeypatch.setattr("keymap.api.load_plan", watched(load.load_plan, ()))
-    monkeypatch.setattr("keymap.load.execute.carry", watched(load.carry, ("copy_",)))  # which its strips stand for
-    monkeypatch.setattr("keymap.load.execute.run_of", counted("read", load.run_of))
+    monkeypatch.setattr(
+        "keymap.load.execute.copy_strip", watched(load.copy_strip, ("copy_",))
+    )  # which its strips stand for
+    monkeypatch.setattr("keymap.load.execute.byte_range", counted("read", load.byte_range))
     monkeypatch.setattr("keymap.load.execute.strips_of", counted("strips", load.strips_of))
     keymap.load_checkpoint(model, path, **options)
     return seen

@@ -15,7 +15,7 @@ import keymap
 from keymap.language.layout import Piece, cut, permute, place, whole
 from keymap.load import transposed as strips
 from keymap.load.copying import copy_pieces
-from keymap.load.transposed import Scratch, carry, parts, strips_of
+from keymap.load.transposed import Scratch, copy_strip, strip_batches, strips_of
 from keymap.read import open_checkpoint
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64, torch.complex64, torch.bool]
@@ -36,21 +36,21 @@ def lazy_of(tensor: torch.Tensor, folder):
 
 
 def carried(pieces: tuple[Piece, ...], lazy, target: torch.Tensor) -> int:
-    """How many strips fill the target; every piece must be one that strips can carry."""
+    """How many strips fill the target; every piece must be one that strips can copy."""
     found = [strip for piece in pieces for strip in strips_of(piece, lazy, target)]
     assert {id(strip.piece) for strip in found} == {id(piece) for piece in pieces}
     scratch = Scratch()
     with torch.no_grad():
-        for part in parts(found):
-            for strip in part:
-                carry(strip, scratch)
+        for batch in strip_batches(found):
+            for strip in batch:
+                copy_strip(strip, scratch)
     return len(found)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Limits that tiny tensors reach."""
-    monkeypatch.setattr(strips, "_SMALL", 0)
+    monkeypatch.setattr(strips, "_MIN_ELEMENTS", 0)
     return monkeypatch
 
 
@@ -60,7 +60,7 @@ def small(monkeypatch):
 )
 @pytest.mark.parametrize("order", [o for o in permutations(range(3)) if o[-1] != 2], ids=str)
 def test_axes_in_any_order_arrive_as_torch_would_put_them(order, most, room, rows, wide, dtype, small, tmp_path):
-    for name, value in {"_MAX_STRIP": most, "_room": lambda: room, "_ROWS": rows, "_WIDE": wide}.items():
+    for name, value in {"_MAX_STRIP": most, "_buffer_size": lambda: room, "_MAX_ROWS": rows, "_WIDE_ROW": wide}.items():
         small.setattr(strips, name, value)
     shape = (5, 4, 7)
     source = values(shape, dtype)
@@ -91,9 +91,9 @@ def test_a_part_of_a_tensor_becomes_a_part_of_another(seed, small, tmp_path):
     copy_pieces(pieces, source, wanted)
     small.setattr(strips, "_MAX_STRIP", rng.choice([40, 300, 1 << 20]))
     room = rng.choice([330, 700, 1 << 20])
-    small.setattr(strips, "_room", lambda: room)
-    small.setattr(strips, "_WIDE", rng.choice([1, 60, 1 << 20]))
-    small.setattr(strips, "_ROWS", 7)
+    small.setattr(strips, "_buffer_size", lambda: room)
+    small.setattr(strips, "_WIDE_ROW", rng.choice([1, 60, 1 << 20]))
+    small.setattr(strips, "_MAX_ROWS", 7)
     assert all(piece.source_strides[-1] != 1 for piece in pieces)
     carried(pieces, lazy_of(source, tmp_path), target)
     assert same_bits(target, wanted)
@@ -135,7 +135,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_piece_is_left_to_torch_where(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(strips, "_room", lambda: 100_000)
+    monkeypatch.setattr(strips, "_buffer_size", lambda: 100_000)
     piece, target = OTHERS[name]()
     assert strips_of(piece, lazy_of(torch.randn(300, 300), tmp_path), target) == []
 
@@ -145,4 +145,4 @@ def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_p
     (strip,) = strips_of(Piece("x", (300, 300), 0, (1, 300), 0, (300, 1)), lazy, torch.empty(300, 300))
     os.truncate(strip.file.path, strip.start + 5000)
     with pytest.raises(keymap.CheckpointError, match=r"was written to while it was read.*half loaded"):
-        carry(strip, Scratch())
+        copy_strip(strip, Scratch())

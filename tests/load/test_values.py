@@ -71,7 +71,7 @@ def test_a_model_whose_state_dict_is_a_copy_is_refused(tmp_path):
     path = saved(tmp_path / "x.safetensors", openclip.clip(seed=1).state_dict())
     model = openclip.clip(seed=2)
     model._register_state_dict_hook(lambda module, state, *rest: type(state)((k, v.clone()) for k, v in state.items()))
-    with pytest.raises(keymap.PlanError, match="does not give the model's own tensors"):
+    with pytest.raises(keymap.PlanError, match="returns copies instead of the model's own tensors"):
         keymap.load_checkpoint(model, path)
 
 

@@ -165,7 +165,7 @@ def test_any_grid_into_any_grid(tower, step, st):
     assert_only(model, source, **{key: expected})
     words = f"{step[0][0]}x{step[0][1]} to {step[1][0]}x{step[1][1]}, bicubic"
     assert result.report.plan.resized == {key: words}
-    assert f"resized {key}: {words}" in str(result)
+    assert f"resized: {key} from {words}" in str(result)
     assert result.to_dict()["resized"] == {key: words}
     with torch.no_grad():
         out = model.encode_image(images(pixels(step[1])))
@@ -197,7 +197,7 @@ def test_a_square_grid_needs_no_source_grid(tower, target, st):
     source, model = state_of(build((3, 3), 1)), build(target, 2)
     result = keymap.load_checkpoint(model, st(source))
     assert_only(model, source, **{key: by_hand(source[key], prefix, (3, 3), target)})
-    assert "3x3 (taken to be square) to" in result.report.plan.resized[key]
+    assert "3x3 (assumed to be square) to" in result.report.plan.resized[key]
 
 
 @pytest.mark.parametrize("step", [((2, 2), (4, 4)), ((1, 1), (3, 3)), ((2, 2), (4, 2)), ((2, 3), (3, 2))], ids=str)
@@ -254,7 +254,7 @@ def test_text_equals_open_clip_bit_for_bit(build, length, st):
     key = "text.positional_embedding" if "text.positional_embedding" in source else "positional_embedding"
     rows = source[key].shape[0]
     assert result.report.plan.resized == {key: f"{rows} to {expected[key].shape[0]}, linear"}
-    assert f"resized {key}" in str(result)
+    assert f"resized: {key}" in str(result)
 
 
 def test_image_and_text_at_once_from_flat_to_custom(st):
@@ -353,7 +353,7 @@ def test_a_class_token_without_a_row_and_another_grid(st):
 
 def test_a_row_for_the_class_token_without_a_place_in_the_model_is_refused(st):
     source, model = state_of(trunk((2, 2), 1)), no_embed_class((2, 2), 2)
-    refuses(model, st(source), "visual.trunk.pos_embed", "1 rows before its grid", "place for 0")
+    refuses(model, st(source), "visual.trunk.pos_embed", "1 rows before its grid", "the model has 0")
 
 
 def test_registers_without_rows_are_not_filled_in_part(st):

@@ -371,7 +371,7 @@ def test_a_frozen_torchscript_archive_is_refused_in_words(tmp_path: Path) -> Non
 def test_torchscript_modules_that_hold_themselves_are_refused(tmp_path: Path) -> None:
     loop = b"\x80\x02" + named("__torch__", "M") + b")\x81q\x00}" + text("m") + b"h\x00sb."
     path = write_zip(tmp_path / "a.pt", [("a/data.pkl", loop), ("a/constants.pkl", b"\x80\x02).")])
-    refused(path, "do not end")
+    refused(path, "endless or too many modules")
 
 
 # ---------------------------------------------------------------- lazy, mapped, private
@@ -482,15 +482,15 @@ BAD_SAFETENSORS: dict[str, tuple[bytes, list[str]]] = {
     "length_only": (b"\x02\0\0\0", ["header is damaged"]),
     "huge_header": (safetensors_bytes({"w": F}, bytes(8), 2**40), ["1099511627776", "limit"]),
     "cut_header": (safetensors_bytes({"w": F}, b"", 500), ["truncated", "claims 500"]),
-    "cut_values": (safetensors_bytes({"w": F}, bytes(7)), ["'w'", "truncated", "ends at 8"]),
+    "cut_values": (safetensors_bytes({"w": F}, bytes(7)), ["'w'", "truncated", "end at byte 8"]),
     "no_json": (safetensors_bytes("{nonsense", bytes(8)), ["not valid JSON"]),
     "no_utf8": (struct.pack("<Q", 3) + b"{\xff}", ["not valid JSON"]),
     "deep": (safetensors_bytes('{"a":' * 100_000, b""), ["not valid JSON"]),
     "doubled": (safetensors_bytes(f'{{"w":{json.dumps(F)},"w":{json.dumps(F)}}}', bytes(8)), ["'w' twice"]),
-    "hole": (safetensors_bytes({"w": entry("U8", [2], 3, 5)}, bytes(5)), ["'w'", "hole of 3"]),
+    "hole": (safetensors_bytes({"w": entry("U8", [2], 3, 5)}, bytes(5)), ["'w'", "gap of 3 bytes after the header"]),
     "overlap": (
         safetensors_bytes({"a": F, "b": entry("F32", [2], 4, 12)}, bytes(12)),
-        ["'b'", "overlap of 4"],
+        ["'b'", "overlap of 4 bytes with 'a'"],
     ),
     "left_over": (safetensors_bytes({"w": F}, bytes(11)), ["3 bytes after the last tensor"]),
     "dtype": (safetensors_bytes({"w": entry("F6_E2M3", [2], 0, 8)}, bytes(8)), ["'w'", "unknown dtype"]),
@@ -580,7 +580,7 @@ def test_a_pickled_module_is_named_in_the_error_and_read_with_weights_only_false
 def test_trust_does_not_help_a_file_that_is_broken(tmp_path: Path) -> None:
     torch.save(Evil(tmp_path / "absent" / "canary"), tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "weights_only=False raises FileNotFoundError", weights_only=False)
-    refused(write_torch(tmp_path / "b.pt", b"\x80\x02.", {}), "more or less than one value", weights_only=False)
+    refused(write_torch(tmp_path / "b.pt", b"\x80\x02.", {}), "more or fewer values than one", weights_only=False)
 
 
 # ---------------------------------------------------------------- torch: malformed and malicious pickles
@@ -618,28 +618,28 @@ BAD_PICKLES: dict[str, tuple[bytes, list[str]]] = {
     "memo_jump": (b"\x80\x02}r\xff\xff\xff\xff.", ["stores value 4294967295 after only 0 others"]),
     "no_memo": (b"\x80\x02h\x07.", ["never stored"]),
     "no_mark": (b"\x80\x02t.", ["mark"]),
-    "underflow": (b"\x80\x02R.", ["not there"]),
-    "two_values": (b"\x80\x02NN.", ["more or less than one value"]),
+    "underflow": (b"\x80\x02R.", ["empty stack"]),
+    "two_values": (b"\x80\x02NN.", ["more or fewer values than one"]),
     "instance": (b"\x80\x02(ios\nmkdir\n.", ["opcode b'i'"]),
     "extension": (b"\x80\x02\x82\x01.", ["opcode b'\\x82'"]),
     "protocol": (b"\x80\x09N.", ["protocol 9"]),
     "unhashable": (b"\x80\x02}]Ns.", ["key of type list"]),
     "slow_key": (b"\x80\x02}" + TUPLES + b"Ns.", ["key of type tuple"]),
     "endless": (SHARED, ["more than 2000000 values"]),
-    "self": (b"\x80\x02]q\x00h\x00a.", ["holds itself"]),
+    "self": (b"\x80\x02]q\x00h\x00a.", ["contains itself"]),
     "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", ["nests deeper"]),
-    "grows": (b"\x80\x02]" + ENCODE + b"00" + b"h\x00h\x01Ra" * 11_000 + b".", ["grows far beyond"]),
+    "grows": (b"\x80\x02]" + ENCODE + b"00" + b"h\x00h\x01Ra" * 11_000 + b".", ["far more memory than its size"]),
     "bytearray": (
         b"\x80\x02" + named("builtins", "bytearray") + number(2**40) + b"\x85R.",
         ["does not take"],
     ),
     "call_value": (b"\x80\x02N)R.", ["calls a NoneType"]),
-    "call_named": (b"\x80\x02" + named("builtins", "int") + b")R.", ["may only be named"]),
-    "state_of_name": (b"\x80\x02" + named("torch", "Size") + b"}b.", ["gives state to a Global"]),
+    "call_named": (b"\x80\x02" + named("builtins", "int") + b")R.", ["may name but not call"]),
+    "state_of_name": (b"\x80\x02" + named("torch", "Size") + b"}b.", ["sets the state of a Global"]),
     "items_of_name": (b"\x80\x02" + named("torch", "Size") + b"NNs.", ["fills a dict"]),
     "arguments": (b"\x80\x02" + named("torch._utils", "_rebuild_tensor_v2") + b")R.", ["does not take"]),
-    "storage_int": (b"\x80\x02K\x01Q.", ["no storage"]),
-    "keys": (b"\x80\x02}K\x01Ns.", ["keys are no texts"]),
+    "storage_int": (b"\x80\x02K\x01Q.", ["not a storage"]),
+    "keys": (b"\x80\x02}K\x01Ns.", ["a key that is not a string"]),
     "text": (b"\x80\x02X\x01\0\0\0\xff.", ["not UTF-8"]),
     "sparse": (b"\x80\x02" + named("torch._utils", "_rebuild_sparse_tensor") + b".", ["sparse", "to_dense"]),
 }
@@ -674,11 +674,11 @@ BAD_LEGACY = {
     "protocol": (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(7, 2), ["unknown protocol"]),
     "endian": (legacy(["0"], COUNT + SIX, {"little_endian": False}), ["little-endian"]),
     "unlisted": (legacy([], COUNT + SIX), ["storage '0' is not in"]),
-    "twice": (legacy(["0", "0"], COUNT + SIX), ["there twice"]),
-    "unknown": (legacy(["1"], COUNT + SIX), ["'1', unknown"]),
-    "count": (legacy(["0"], struct.pack("<q", 7) + SIX), ["has 7 elements, the pickle says 6"]),
+    "twice": (legacy(["0", "0"], COUNT + SIX), ["repeated"]),
+    "unknown": (legacy(["1"], COUNT + SIX), ["'1', which is unknown"]),
+    "count": (legacy(["0"], struct.pack("<q", 7) + SIX), ["has 7 elements, but the pickle says 6"]),
     "truncated": (legacy(["0"], COUNT + SIX[:-1]), ["truncated", "needs 24 bytes"]),
-    "magic": (pickle.dumps(0x1950A86A20F9469CFC6D, 2), ["plain pickle of a int"]),
+    "magic": (pickle.dumps(0x1950A86A20F9469CFC6D, 2), ["plain pickle of type int"]),
 }
 
 
@@ -699,8 +699,8 @@ BAD_NPY: dict[str, tuple[bytes, list[str]]] = {
     "dates": (npy_bytes("'<M8[s]'", "(1,)", TWO), ["dtype '<M8[s]'"]),
     "structured": (npy_bytes("[('a', '<f4')]", "(2,)", TWO), ["structured"]),
     "big_endian": (npy_bytes("'>f4'", "(2,)", TWO), ["big-endian"]),
-    "long_double": (npy_bytes("'<f16'", "(2,)", TWO), ["torch lacks"]),
-    "void": (npy_bytes("'|V3'", "(2,)", TWO), ["torch lacks"]),
+    "long_double": (npy_bytes("'<f16'", "(2,)", TWO), ["torch does not have"]),
+    "void": (npy_bytes("'|V3'", "(2,)", TWO), ["torch does not have"]),
     "size": (npy_bytes("'<f4'", "(3,)", TWO), ["needs 12 bytes", "holds 8"]),
     "size_overflow": (npy_bytes("'<f4'", f"({2**62}, {2**62})", TWO), ["impossible shape"]),
     "negative": (npy_bytes("'<f4'", "(-2,)", TWO), ["impossible shape"]),
@@ -760,7 +760,7 @@ BAD_ZIPS: dict[str, tuple[bytes, list[str]]] = {
     "bzip2": (zipped(zipfile.ZIP_BZIP2), ["compression method 12"]),
     "outside": (directory_field(zipped(), 42, "<I", 2**31), ["outside the file"]),
     "over_end": (directory_field(zipped(), 20, "<I", 9999), ["truncated", "9999 bytes"]),
-    "sizes": (directory_field(zipped(), 24, "<I", 3), ["stored, yet its sizes differ"]),
+    "sizes": (directory_field(zipped(), 24, "<I", 3), ["uncompressed, but its two sizes differ"]),
     "bomb": (directory_field(DEFLATED, 24, "<I", 2**31), ["claims 2147483648", "more than deflate"]),
     "longer": (directory_field(DEFLATED, 24, "<I", len(ZEROS) + 4), ["'b.npy'", "bytes"]),
     "checksum": (directory_field(DEFLATED, 16, "<I", 1), ["'b.npy'", "checksum differs"]),
@@ -780,8 +780,8 @@ def test_a_deflated_member_that_grows_past_its_size_is_stopped(tmp_path: Path) -
 
 
 def test_members_twice_or_foreign_are_refused(tmp_path: Path) -> None:
-    refused(write_zip(tmp_path / "a.npz", [("w.npy", GOOD), ("w.npy", GOOD)]), "'w.npy' is there twice")
-    refused(write_zip(tmp_path / "b.npz", [("w.npy", GOOD), ("x.txt", b"x")]), "no arrays", "x.txt")
+    refused(write_zip(tmp_path / "a.npz", [("w.npy", GOOD), ("w.npy", GOOD)]), "the member 'w.npy' twice")
+    refused(write_zip(tmp_path / "b.npz", [("w.npy", GOOD), ("x.txt", b"x")]), "not arrays", "x.txt")
     refused(write_zip(tmp_path / "c.zip", [("readme", b"x")]), "torch and numpy do not write", "readme")
     refused(write_zip(tmp_path / "d.zip", []), "zip archive of 0 members")
 
@@ -833,7 +833,7 @@ def test_an_index_that_does_not_agree_with_its_shards_is_refused(tmp_path: Path)
     put(path, change(index, d="absent.safetensors"))
     refused(path, "absent.safetensors", "does not exist")
     put(path, change(index, b=None))
-    refused(path, "'b' is in shard 'one.safetensors'", "unsupported")
+    refused(path, "'b' is in shard 'one.safetensors'", "the index does not list it")
     put(path, change(index, d="two.safetensors"))
     refused(path, "'d' is not in its shard 'two.safetensors'")
     put(path, change(index, b="two.safetensors"))

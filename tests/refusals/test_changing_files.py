@@ -117,15 +117,15 @@ def after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, act: Callable[
 
     with monkeypatch.context() as patched:
         patched.setattr(module, name, called)
-        patched.setattr(keymap.load.direct, "_BUFFERS", 1)  # so that a small file, too, takes many calls
-        patched.setattr(keymap.load.transposed, "_SMALL", 0)
+        patched.setattr(keymap.load.direct, "_MAX_BUFFERS", 1)  # so that a small file, too, takes many calls
+        patched.setattr(keymap.load.transposed, "_MIN_ELEMENTS", 0)
         yield
     assert next(count) > calls, "the load never came so far"
 
 
 def moves(kind: str) -> str:
     """The function that moves a part of such a file into the model."""
-    return "copy_pieces" if "deflated" in kind else "carry" if "npz" in kind else "read"
+    return "copy_pieces" if "deflated" in kind else "copy_strip" if "npz" in kind else "read_batch"
 
 
 def _victim(path: Path) -> Path:

@@ -340,7 +340,7 @@ def test_no_way_of_pickling_runs_anything(name: str, protocol: int, tmp_path: Pa
 )
 def test_opcodes_that_reach_out_are_unknown(code: str) -> None:
     """The extension registry, instances by name, outside references as text, and buffers out of band."""
-    with pytest.raises(BadPickleError, match=r"none that torch\.save writes"):
+    with pytest.raises(BadPickleError, match=r"torch\.save never writes opcode"):
         run_pickle(b"\x80\x05" + code.encode("latin-1") + b".", 0, AllowedGlobals())
 
 
@@ -517,16 +517,16 @@ HEADERS: dict[str, tuple[bytes, list[str]]] = {
         ["30000 or more tensors", "limit"],
     ),
     "a key of a megabyte": (safetensors_bytes({"k" * MB: entry("F32", [0], 0, 0)}, b""), ["1048576 characters",
-        "rename it"]),
+        "rename the key"]),
     "a wrong key of a megabyte": (safetensors_bytes({"k" * MB: 3}, b""), ["kkk...kkk", "needs dtype"]),
     "a key twice of a megabyte": (safetensors_bytes('{"' + "k" * MB + '":1,"' + "k" * MB + '":1}', b""), ["kkk...kkk",
         "twice"]),
-    "a key that moves the cursor": (safetensors_bytes({"a\x1b[2Jb": entry("F32", [0], 0, 0)}, b""), ["cannot be shown",
+    "a key that moves the cursor": (safetensors_bytes({"a\x1b[2Jb": entry("F32", [0], 0, 0)}, b""), ["unprintable",
         "\\x1b"]),
-    "a key that runs backwards": (safetensors_bytes({"a\u202eb": entry("F32", [0], 0, 0)}, b""), ["cannot be shown",
+    "a key that runs backwards": (safetensors_bytes({"a\u202eb": entry("F32", [0], 0, 0)}, b""), ["unprintable",
         "\\u202e"]),
     "half a character": (safetensors_bytes('{"\\ud800":' + json.dumps(entry("F32", [0], 0, 0)) + "}", b""),
-        ["cannot be shown"]),
+        ["unprintable"]),
     "a text of a megabyte for a dtype": (safetensors_bytes({"w": entry("F" * MB, [0], 0, 0)}, b""), ["unknown dtype"]),
     "a number of ten thousand digits": (safetensors_bytes('{"w":' + "9" * 10_000 + "}", b""), ["not valid JSON"]),
     "a shape of thousands": (safetensors_bytes({"w": entry("F32", [1] * 100_000, 0, 4)}, bytes(4)),
@@ -592,7 +592,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     ),
     "a pickle that grows when it is run": (
         lambda: _archive(("a/data.pkl", START + b"]" * (15 * MB) + b".")),
-        ["grows far beyond"],
+        ["far more memory than its size"],
     ),
     "code of zeros": (
         lambda: _archive(
@@ -618,7 +618,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
         lambda: _archive(("a/data.pkl", tensor_pickle([6], [1], key="../../../etc/passwd")), ("../../etc/x", b"x")),
         ["has no member a/data/../../../etc/passwd"],
     ),
-    "a name that moves the cursor": (lambda: _archive(("\x1b[2J.npy", _zeros(1))), ["cannot be shown"]),
+    "a name that moves the cursor": (lambda: _archive(("\x1b[2J.npy", _zeros(1))), ["unprintable"]),
     "a name of another case": (lambda: _archive(("A/DATA.PKL", b"")), ["torch and numpy do not write"]),
 }
 
@@ -650,7 +650,7 @@ def test_modules_of_torchscript_that_share_without_end(tmp_path: Path) -> None:
         )
     members = [("a/data.pkl", b"\x80\x04" + program + b"."), ("a/constants.pkl", b"\x80\x02).")]
     path = write_zip(tmp_path / "a.pt", members)
-    refuses(path, "do not end")
+    refuses(path, "endless or too many modules")
 
 
 @pytest.mark.parametrize("name", ["n" * 5000, 7])
@@ -771,7 +771,7 @@ def test_a_folder_without_end(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for n in range(10_001):
         (tmp_path / "checkpoints" / f"{n}").touch()
-    refuses(tmp_path, "holds more than 10000 entries")
+    refuses(tmp_path, "has more than 10000 entries")
 
 
 @pytest.mark.parametrize("way", ["pipe", "device", "socket"])
@@ -802,17 +802,17 @@ def test_a_shard_with_an_odd_name(name: str, tmp_path: Path) -> None:
 INDEXES: dict[str, tuple[Callable[[], str], list[str]]] = {
     "a shard for each key": (
         lambda: json.dumps({"weight_map": {f"k{n}": f"s{n}.safetensors" for n in range(15_000)}}),
-        ["15000 shards, the limit is 1000"],
+        ["15000 shards; the limit is 1000"],
     ),
     "shards that are not there": (
         lambda: json.dumps({"weight_map": {f"k{n}": f"s{n}.safetensors" for n in range(900)}}),
-        ["does not exist", "were not looked at"],
+        ["does not exist", "were not checked"],
     ),
     "too many keys": (
         lambda: json.dumps({"weight_map": {f"k{n}": "s.safetensors" for n in range(30_000)}}),
         ["30000 or more tensors"],
     ),
-    "two megabytes": (lambda: '{"weight_map": {"a": "' + "x" * (3 * MB) + '"}}', ["an index of shards has at most"]),
+    "two megabytes": (lambda: '{"weight_map": {"a": "' + "x" * (3 * MB) + '"}}', ["a shard index has at most"]),
     "nested": (lambda: '{"weight_map": ' + "[" * 100_000, ["not valid JSON"]),
     "the index itself": (lambda: '{"weight_map": {"a": "i.index.json"}}', ["JSON file"]),
     "a list": (lambda: '{"weight_map": ["a"]}', ["JSON file"]),

@@ -597,7 +597,7 @@ def test_no_thread_writes_after_several_interrupts(monkeypatch, tmp_path) -> Non
     path, target = good(tmp_path), model()
     begun, ended, caught, waits = list[int](), list[int](), list[int](), list[int]()
     at_work, over, sent = threading.Event(), threading.Event(), threading.Event()
-    real, wait = keymap.load.execute.read, keymap.load.execute.wait
+    real, wait = keymap.load.execute.read_batch, keymap.load.execute.wait
 
     def slowly(*arguments: Any) -> None:
         begun.append(1)
@@ -627,9 +627,9 @@ def test_no_thread_writes_after_several_interrupts(monkeypatch, tmp_path) -> Non
         waits.append(1)
         return wait(*arguments)
 
-    monkeypatch.setattr(keymap.load.execute, "read", slowly)
+    monkeypatch.setattr(keymap.load.execute, "read_batch", slowly)
     monkeypatch.setattr(keymap.load.execute, "wait", waiting)
-    monkeypatch.setattr(keymap.load.direct, "_BUFFERS", 1)  # so that a small file, too, takes many calls
+    monkeypatch.setattr(keymap.load.direct, "_MAX_BUFFERS", 1)  # so that a small file, too, takes many calls
     handler, user = signal.signal(signal.SIGINT, interrupt), threading.Thread(target=impatient)
     user.start()
     try:

@@ -1,0 +1,51 @@
+"""From the hub's names to a format's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from keymap.language.apply import apply_rules
+from keymap.language.format import Format
+from keymap.language.rules import Check, RuleTable
+from keymap.plan.completeness import incomplete
+from keymap.plan.to_hub import Translated
+from keymap.source.detect import matching_keys
+
+__all__ = ["from_hub"]
+
+
+def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mapping[str, int]) -> None:
+    """Translate in place from the hub's names (in the layouts of the format) to the format's own."""
+    if mapping.kind == "hub":
+        return
+    extra = [
+        variant.rules for variant in mapping.variants if matching_keys(variant.when_hub, translated.tensors) is not None
+    ]
+    rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
+    back = RuleTable(rules).inverse() if extra else mapping.back
+    ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}
+    applied = apply_rules(back, ready, facts)
+    left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
+    for key, layout in left.items():
+        ignored = hub.ignored(key)
+        if ignored is not None:
+            translated.dropped[key] = ignored[0]
+        elif key in hub.absent_means:
+            why = f"format {mapping.name} has no place for {key}"
+            translated.checks.append(Check(", ".join(layout.named(key)), layout, hub.absent_means[key][0], why))
+        else:
+            translated.unowned.append(key)
+    translated.tensors = applied.out
+    failed = {fault.tower for fault in applied.faults}  # their keys are missing for a reason that is listed already
+    partly = [fault for fault in incomplete(mapping, rules, applied.out) if fault.tower not in failed]
+    translated.faults += [*applied.faults, *partly]
+    translated.checks += applied.checks
+    translated.steps += applied.steps
+
+
+def _only_in_files(hub: Format, back: RuleTable, key: str) -> bool:
+    """True for a key that the hub declares `file_only` and that the format's rules do not name."""
+    if key not in hub.file_only:
+        return False
+    found = back.find(key)
+    return found is None or any(slot.kind == "rest" for slot in found[0].source.slots)

@@ -1,0 +1,298 @@
+"""The file's tensors, under the model's names, matched with the model's own.
+
+Each function looks at names, shapes and dtypes and changes nothing; what does not fit is collected, not refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from keymap.errors import some
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format, Position
+from keymap.language.layout import Layout, Piece, Shaped, join_runs, whole
+from keymap.language.rules import Check
+from keymap.plan.model import ModelView, has_memory
+from keymap.plan.plan import Entry, dtype_name
+from keymap.plan.request import Request
+from keymap.plan.resize import MismatchError, Resize, Rows, plan_resize
+from keymap.plan.to_hub import Translated, tower_of
+
+__all__ = ["Matches", "Sides", "match"]
+
+Address = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of a match.
+
+    Attributes:
+        known: the mappings.
+        format: the file's.
+        translated: the file's tensors under the hub's names, in the model's layouts.
+        file_tensors: the file's tensors by its own keys.
+        config_grid: (h, w) in patches by the source's configuration, or None.
+        model: its tensors and facts.
+        request: what the caller asked for.
+    """
+
+    known: Catalogue
+    format: Format
+    translated: Translated
+    file_tensors: Mapping[str, Shaped]
+    config_grid: tuple[int, int] | None
+    model: ModelView
+    request: Request
+
+    @cached_property
+    def hub(self) -> Format:
+        """Looked up once, for it is needed for every key."""
+        return self.known.hub
+
+    @cached_property
+    def towers(self) -> dict[str, str]:
+        """The tower of each of the model's keys."""
+        hub = self.hub
+        return {key: tower_of(hub, key) for key in self.model.tensors}
+
+    @cached_property
+    def targets(self) -> dict[str, torch.Tensor]:
+        """The model's tensors in the requested towers."""
+        towers, includes = self.towers, self.request.includes
+        return {key: tensor for key, tensor in self.model.tensors.items() if includes(towers[key])}
+
+    @cached_property
+    def addresses(self) -> dict[str, Address | None]:
+        """Where each of the targets lies in memory; equal for tied tensors, None for tensors without elements."""
+        return {key: _address(target) for key, target in self.targets.items()}
+
+
+class Matches(NamedTuple):
+    """What a match finds.
+
+    Attributes:
+        entries: what fills each tensor of the model.
+        checks: values to verify before anything is written.
+        missing: keys of the model that are not filled.
+        unexpected: keys of the file that are not used.
+        mismatched: keys of the model whose tensor in the file does not fit, and why.
+        dropped: keys of the file that carry no weights, and why.
+        notes: remarks for the report.
+    """
+
+    entries: tuple[Entry, ...]
+    checks: tuple[Check, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Mapping[str, str]
+    dropped: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def match(sides: Sides) -> Matches:
+    """Match every tensor of either side."""
+    notes: list[str] = []
+    entries: list[Entry] = []
+    mismatched: dict[str, str] = {}
+    for key, target in sides.targets.items():
+        layout = sides.translated.tensors.get(key)
+        if layout is None:
+            continue
+        try:
+            entries.append(_entry(sides, key, layout, target, notes))
+        except MismatchError as error:
+            mismatched[key] = f"{error} (from {some(layout.sources) or 'a tensor without elements'})"
+    model_only = _match_model_only(sides, entries, mismatched)
+    file_only = _match_file_only(sides)
+    return Matches(
+        entries=(*entries, *model_only.filled),
+        checks=(*_tie_checks(entries, sides.addresses), *file_only.checks),
+        missing=tuple(model_only.missing),
+        unexpected=tuple(file_only.unexpected),
+        mismatched=mismatched,
+        dropped={**sides.translated.dropped, **file_only.dropped},
+        notes=(*notes, *model_only.notes),
+    )
+
+
+# --- keys on both sides ---
+
+
+def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: list[str]) -> Entry:
+    """The entry of one key; raises MismatchError where the file's tensor cannot fill the model's."""
+    dtype, shape = target.dtype, tuple(target.shape)
+    if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
+        raise MismatchError(
+            f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: keymap does not cast between "
+            f"these dtypes"
+        )
+    position = sides.hub.positions.get(key)
+    resize = _resize(sides, position, layout, shape) if position is not None else None
+    if resize is None and layout.shape != shape:
+        if key not in sides.hub.scalars or not prod(layout.shape) == prod(shape) == 1:
+            raise MismatchError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
+        notes.append(f"{key}: reshaped from {list(layout.shape)} to {list(shape)}")
+        layout = layout._replace(shape=shape)
+    if len(layout.pieces) > 1:
+        layout = layout._replace(pieces=join_runs(layout.pieces))
+    covered = 0
+    casts: set[str] = set()
+    for piece in layout.pieces:
+        covered += 0 if piece.add else prod(piece.shape)
+        if piece.source is not None and (source_dtype := sides.file_tensors[piece.source].dtype) != dtype:
+            casts.add(f"{dtype_name(source_dtype)} to {dtype_name(dtype)}")
+    assert covered == prod(layout.shape), f"pieces of {key} fill {covered} of {prod(layout.shape)} elements"
+    return Entry(key, sides.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
+
+
+def _resize(sides: Sides, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
+    origin = sides.hub.positions.get(_key_before_bridges(sides, position.key), position)
+    prefixes = _prefixes(sides, origin)
+    grid, config_grid = sides.request.source_grid, sides.config_grid
+    if grid is None and config_grid is not None and len(layout.shape) > position.lead:
+        grid = config_grid if layout.shape[position.lead] - prod(config_grid) in prefixes else None
+    target = Rows(shape, _prefixes(sides, position), sides.model.grids.get(position.grid_fact))
+    return plan_resize(position, Rows(layout.shape, prefixes, grid), target)
+
+
+def _prefixes(sides: Sides, position: Position) -> list[int]:
+    """How many rows may come before the grid; prefix tokens may have rows of their own, or none."""
+    if isinstance(position.prefix, int):
+        return [position.prefix]
+    total = 0
+    for name in position.prefix:
+        token: Shaped | None = sides.translated.unbridged.get(name, sides.model.tensors.get(name))
+        if token is not None:
+            total += token.shape[1] if len(token.shape) == 3 else 1
+    return [0, total] if total else [0]
+
+
+def _key_before_bridges(sides: Sides, key: str) -> str:
+    """The hub key in the source's own layout that becomes this key of the model."""
+    tower = tower_of(sides.hub, key)
+    chain = sides.translated.layouts.get(tower, [])
+    for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+        for bridge in sides.known.path(tower, target, source) or []:
+            found = bridge.table.find(key)
+            key = found[0].targets[0].write(found[1]) if found is not None else key
+    return key
+
+
+def _tie_checks(entries: Sequence[Entry], addresses: Mapping[str, Address | None]) -> list[Check]:
+    """Tensors of the model that share their memory must get equal values."""
+    checks: list[Check] = []
+    first_at: dict[Address, Entry] = {}
+    for entry in entries:
+        address = addresses[entry.key]
+        first = first_at.setdefault(address, entry) if address is not None else entry
+        if first.layout.pieces != entry.layout.pieces:
+            why = f"{entry.key} and {first.key} are one tensor of the model"
+            checks.append(Check(", ".join(entry.layout.sources), entry.layout, first.layout, why))
+    return checks
+
+
+# --- keys on one side ---
+
+
+class _ModelOnly(NamedTuple):
+    filled: list[Entry]
+    missing: list[str]
+    notes: list[str]
+
+
+def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mapping[str, str]) -> _ModelOnly:
+    """Keys of the model that the file lacks: computed by the model, tied, filled with a constant, or missing."""
+    found = _ModelOnly([], [], [])
+    loaded = {entry.key for entry in entries}
+    loaded_addresses = {sides.addresses[key] for key in loaded} - {None}
+    loaded_towers = {entry.tower for entry in entries}
+    for key, target in sides.targets.items():
+        if key in loaded or key in mismatched:
+            continue
+        tower = sides.towers[key]
+        if sides.hub.ignored(key) is not None:
+            found.notes.append(f"{key}: computed by the model, left unchanged")
+        elif sides.addresses[key] in loaded_addresses:
+            found.notes.append(f"{key}: tied to a tensor that is loaded")
+        elif tower in loaded_towers and _may_fill(sides, key):
+            value, always = sides.hub.absent_means[key]
+            owner = "the file" if always else f"format {sides.format.name}"
+            how = f"with {_constant_name(value)}, because {owner} has no such key"
+            layout = _constant(value, tuple(target.shape), target.dtype)
+            found.filled.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=how))
+        else:
+            found.missing.append(key)
+    return found
+
+
+def _may_fill(sides: Sides, key: str) -> bool:
+    """True where the key's absence has a meaning, and the source's format has no such key."""
+    if key not in sides.hub.absent_means:
+        return False
+    _, always = sides.hub.absent_means[key]
+    if always:
+        return True
+    name = _key_before_bridges(sides, key)
+    if name in sides.hub.file_only and sides.format.kind == "hub":
+        return True
+    return sides.format.back.find(name) is None
+
+
+class _FileOnly(NamedTuple):
+    unexpected: dict[str, None]
+    checks: list[Check]
+    dropped: dict[str, str]
+
+
+def _match_file_only(sides: Sides) -> _FileOnly:
+    """Keys of the file that the model lacks: without weights, of a value that absence means, or unexpected."""
+    found = _FileOnly(dict.fromkeys(sides.translated.unowned), [], {})
+    for key, layout in sides.translated.tensors.items():
+        if key in sides.targets:
+            continue
+        ignored, meaning = sides.hub.ignored(key), sides.hub.absent_means.get(key)
+        if ignored is not None:
+            found.dropped.update(dict.fromkeys(layout.named(key), ignored[0]))
+        elif meaning is not None:
+            value = _constant_name(meaning[0])
+            why = f"the model has no {key}, which means {value}"
+            found.checks.append(Check(", ".join(layout.named(key)), layout, meaning[0], why))
+            found.dropped.update(dict.fromkeys(layout.named(key), f"it holds {value}, as a model without it assumes"))
+        else:
+            found.unexpected.update(dict.fromkeys(layout.named(key)))
+    return found
+
+
+def _address(tensor: torch.Tensor) -> Address | None:
+    """Where a tensor lies; equal for tied tensors."""
+    count = tensor.numel()
+    if not count:
+        return None
+    return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Casts stay within a kind."""
+    if dtype.is_floating_point:
+        return "float"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+def _constant(value: float | str, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """A layout of zeros, ones or the identity."""
+    if value != "eye":
+        return whole(None, shape, dtype, float(value))
+    zeros = whole(None, shape, dtype)
+    diagonal = Piece(None, (min(shape),), 0, (0,), 0, (shape[-1] + 1,), term=1.0, add=True)
+    return zeros._replace(pieces=(*zeros.pieces, diagonal))
+
+
+def _constant_name(value: float | str) -> str:
+    return "the identity matrix" if value == "eye" else str(value)

@@ -1,0 +1,187 @@
+"""When a match is refused, and what the error says. All faults of a load are collected before it is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from keymap.errors import SHOWN, PlanError, some
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format
+from keymap.language.rules import Fault
+from keymap.plan.completeness import incomplete
+from keymap.plan.describe import describe, difference
+from keymap.plan.matching import Matches, Sides
+from keymap.plan.model import ModelView
+from keymap.plan.request import Request, example_towers
+from keymap.plan.to_hub import Translated, tower_of
+from keymap.source.detect import uses_aliases
+
+__all__ = ["judge", "refuse_empty", "refuse_other_model"]
+
+FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
+_SHOWN_BESIDE_CAUSE = 3  # keys that a message lists where it names the cause
+
+
+def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
+    """Refuse a model whose keys are not the hub's.
+
+    Raises:
+        PlanError: the model is another one, wrapped, or one tower alone.
+    """
+    hub = known.hub
+    keys = some(model.tensors)
+    if not any(tower_of(hub, key) for key in model.tensors):
+        title = hub.title.partition(" (")[0]
+        raise PlanError(
+            f"{file}: the model's keys ({keys}) are not those of {title}; if the model is wrapped, pass the inner "
+            f"model (model.module, model._orig_mod)"
+        )
+    if uses_aliases(hub, model.tensors):
+        raise PlanError(
+            f"{file}: the model is one tower alone ({keys}): pass the whole model; to load only one tower, add "
+            f"{' or '.join(example_towers(hub))}"
+        )
+
+
+def refuse_empty(translated: Translated, request: Request, format_name: str, towers: Sequence[str]) -> None:
+    """Refuse a file without any tensor of the requested towers.
+
+    Raises:
+        PlanError: with the faults of the rules.
+    """
+    if not translated.tensors:
+        asked = [tower for tower in towers if request.includes(tower)]
+        raise PlanError(
+            f"{request.file} (format {format_name}) has no tensors of the requested towers",
+            [
+                f"requested: {', '.join(asked)}; the towers are {', '.join(towers)}",
+                *(fault.text for fault in translated.faults),
+            ],
+        )
+
+
+def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes: Sequence[str]) -> Matches:
+    """Refuse what does not fit; a partial load (``strict=False``) gets its leftovers listed.
+
+    Args:
+        sides, matches: what was matched.
+        file_counts: the number of the file's tensors in each tower.
+        notes: what was skipped on the way to the state dict, which may explain a missing key.
+
+    Returns:
+        The matches; for a partial load with mismatched keys among the missing and unexpected ones.
+
+    Raises:
+        PlanError: with everything that is wrong.
+    """
+    faults = list(sides.translated.faults)
+    if matches.missing:
+        partly = incomplete(sides.format, sides.translated.rules, sides.translated.source_keys)
+        faults += [fault for fault in partly if sides.request.includes(fault.tower)]
+    name = f"{sides.request.file} (format {sides.format.name})"
+    if sides.request.strict:
+        lines = _strict_faults(sides, matches, faults, file_counts)
+        if lines:
+            raise PlanError(f"{name} does not fit the model; nothing was changed", [*lines, *notes])
+        return matches
+    lines = [fault.text for fault in faults if fault.fatal]
+    lines += _nearly_empty_towers(sides.hub, matches, file_counts) + _nearly_empty_file(sides.translated, matches)
+    if lines:
+        lines += [*_difference(sides), *(fault.text for fault in faults if not fault.fatal)]
+        raise PlanError(f"{name} does not fit the model, not even in part; nothing was changed", lines)
+    return _with_leftovers(sides.translated, matches, faults)
+
+
+# --- strict=True ---
+
+
+def _strict_faults(
+    sides: Sides, matches: Matches, faults: Sequence[Fault], file_counts: Mapping[str, int]
+) -> list[str]:
+    """Everything that is wrong, the cause first where it is another architecture, and what to do at the end."""
+    if not (faults or matches.missing or matches.unexpected or matches.mismatched):
+        return []
+    cause = _difference(sides)
+    shown = _SHOWN_BESIDE_CAUSE if cause or any(fault.foreign for fault in faults) else SHOWN
+    lines = [*cause, *(fault.text for fault in faults)]
+    if matches.missing:
+        lines.append(f"{_of(matches.missing, 'model')} missing from the file: {some(matches.missing, shown)}")
+    if matches.unexpected:
+        lines.append(
+            f"{_of(matches.unexpected, 'file')} unexpected, with no place in the model: "
+            f"{some(matches.unexpected, shown)}"
+        )
+    listed = shown if cause else 4 * shown
+    lines += [f"{key}: {why}" for key, why in list(matches.mismatched.items())[:listed]]
+    if len(matches.mismatched) > listed:
+        lines.append(f"and {len(matches.mismatched) - listed} more keys with another shape")
+    return [*lines, _advice(sides, matches, file_counts)]
+
+
+def _of(keys: Sequence[str], side: str) -> str:
+    """The start of a sentence about some of the keys of the file or of the model."""
+    return f"{len(keys)} of the {side}'s keys {'is' if len(keys) == 1 else 'are'}"
+
+
+def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> str:
+    """What to do: choose the towers that the file has, or load in part."""
+    present = [tower for tower in sides.hub.layouts if tower in file_counts]
+    absent = [tower for tower in sides.hub.layouts if tower not in file_counts]
+    if matches.missing and present and absent and sides.request.towers is None:
+        chosen = ", ".join(map(repr, present))
+        return f"the file has no {' or '.join(absent)} tower: load with towers=({chosen},)"
+    return "to load what fits and report the rest, pass strict=False"
+
+
+# --- strict=False ---
+
+
+def _nearly_empty_towers(hub: Format, matches: Matches, file_counts: Mapping[str, int]) -> list[str]:
+    """Towers of the file of which almost nothing would load."""
+    loaded = Counter(entry.tower for entry in matches.entries if not entry.filled)
+    why = some(f"{key}: {why}" for key, why in matches.mismatched.items()) or some(matches.unexpected)
+    return [
+        f"only {loaded[tower]} of the {count} tensors of the {tower} tower in the file would load: {why}"
+        for tower, count in file_counts.items()
+        if tower in hub.layouts and loaded[tower] < FLOOR * count
+    ]
+
+
+def _nearly_empty_file(translated: Translated, matches: Matches) -> list[str]:
+    """The same for the file as a whole."""
+    used = _used(matches)
+    held = used.union(matches.unexpected)
+    held.update(source for key, layout in translated.tensors.items() for source in layout.named(key))
+    if matches.entries and len(used) >= FLOOR * len(held):
+        return []
+    return [f"only {len(used)} of the file's {len(held)} tensors would load"]
+
+
+def _with_leftovers(translated: Translated, matches: Matches, faults: Sequence[Fault]) -> Matches:
+    """The matches of a partial load: what does not fit is missing in the model, and unexpected in the file."""
+    leftover = {source for fault in faults for source in fault.sources}
+    for key in matches.mismatched:
+        layout = translated.tensors.get(key)
+        leftover.update(layout.named(key) if layout else ())
+    unused = sorted(leftover.difference(_used(matches), matches.unexpected))
+    return matches._replace(
+        missing=(*matches.missing, *matches.mismatched),
+        unexpected=(*matches.unexpected, *unused),
+        notes=(*matches.notes, *(fault.text for fault in faults)),
+    )
+
+
+def _used(matches: Matches) -> set[str]:
+    """The file's keys that fill tensors of the model."""
+    return {source for entry in matches.entries for source in entry.layout.sources}
+
+
+def _difference(sides: Sides) -> list[str]:
+    """What the file is and what the model is, where their architectures or sizes differ."""
+    file, model = (
+        describe(sides.known, {k: lay for k, lay in keys.items() if sides.request.includes(tower_of(sides.hub, k))})
+        for keys in (sides.translated.unbridged, sides.model.layouts())
+    )
+    text = difference(sides.known, sides.format.title, file, model)
+    return [text] if text else []

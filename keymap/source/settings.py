@@ -1,0 +1,97 @@
+"""Settings that are not stored in the weights: compare those of the source with those of the model.
+
+Activations, head counts, the eps of norms, masks and pooling are part of a model's configuration. If they differ, a
+file loads without an error and the embeddings are wrong. keymap warns of each difference, and lists the settings that
+it cannot compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import isclose
+from typing import Any, NamedTuple
+
+from keymap.language.format import Fact, Format, Scalar
+
+__all__ = ["Settings", "Size", "config_text", "differences", "unverified"]
+
+Size = tuple[int, int]
+
+
+class Settings(NamedTuple):
+    """The settings that a source states beside its weights.
+
+    Attributes:
+        image_size, patch_size: (h, w) in pixels; None if unknown.
+        facts: value and origin of each setting, by the hub's name for it.
+        notes: configurations that could not be read.
+    """
+
+    image_size: Size | None = None
+    patch_size: Size | None = None
+    facts: Mapping[str, tuple[Scalar, str]] = {}
+    notes: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> Size | None:
+        """(h, w) in patches; None if unknown."""
+        if self.image_size is None or self.patch_size is None:
+            return None
+        height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
+        return (height, width) if height and width else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The known sizes and facts by name, without their origin."""
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        known_sizes = {name: size for name, size in sizes.items() if size is not None}
+        return {**known_sizes, **{name: value for name, (value, _) in self.facts.items()}}
+
+
+def config_text(value: object) -> str:
+    """A value as a configuration file writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def differences(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """One text for each setting that differs between source and model; it says what to change."""
+    found: dict[str, str] = {}
+    for name, fact in _comparable(hub, towers, model):
+        if name not in settings.facts:
+            continue
+        value, origin = settings.facts[name]
+        in_source, in_model = _translated(fact, value), _translated(fact, model[name])
+        if not _equal(in_source, in_model):
+            found.setdefault(
+                fact.label,
+                f"{fact.label}: {config_text(in_source)} in the source ({origin}), {config_text(in_model)} in the "
+                f"model, so embeddings will differ; change {fact.change}",
+            )
+    return tuple(found.values())
+
+
+def unverified(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Labels of the settings that the source does not state."""
+    labels = {fact.label: False for _, fact in _comparable(hub, towers, model)}
+    for name, fact in _comparable(hub, towers, model):
+        labels[fact.label] |= name in settings.facts
+    return tuple(label for label, known in labels.items() if not known)
+
+
+def _comparable(hub: Format, towers: Iterable[str], model: Mapping[str, Scalar]) -> Iterator[tuple[str, Fact]]:
+    """The facts that matter for these towers and that the model has."""
+    chosen = set(towers)
+    for name, fact in hub.facts.items():
+        matters = all(model.get(other) == value for other, value in fact.only.items())
+        if fact.label and name.partition(".")[0] in chosen and name in model and matters:
+            yield name, fact
+
+
+def _translated(fact: Fact, value: Scalar) -> Scalar:
+    """The value, or the fact's own word for it."""
+    return fact.words.get(config_text(value), value)
+
+
+def _equal(one: Scalar, other: Scalar) -> bool:
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return isclose(one, other, rel_tol=1e-6)
+    return one == other
