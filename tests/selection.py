@@ -28,7 +28,7 @@ def formats_of(item: pytest.Item) -> set[str]:
 def refuse_unknown(name: str) -> None:
     """Raise a usage error, with near names, if no mapping has this name, or if it is a file of tables."""
     known = registry()
-    selectable = sorted(mapping.name for mapping in known.mappings.values() if mapping.kind != "tables")
+    selectable = sorted(mapping.name for mapping in known.mappings.values() if mapping.kind in ("hub", "format", "bridge"))
     if name in selectable:
         return
     if name in known.mappings:
