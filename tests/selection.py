@@ -28,10 +28,10 @@ def formats_of(item: pytest.Item) -> set[str]:
 def refuse_unknown(name: str) -> None:
     """Raise a usage error, with near names, if no mapping has this name, or if it is a file of tables."""
     known = registry()
-    selectable = sorted(mapping.name for mapping in known.mappings.values() if mapping.kind in ("hub", "format", "bridge"))
+    selectable = sorted(m.name for m in known.mappings.values() if m.kind in ("hub", "format", "bridge"))
     if name in selectable:
         return
-    if name in known.mappings:
+    if name in known.mappings and known.mappings[name].kind == "tables":
         users = [m.name for m in known.mappings.values() if name in known.files[m.name].data.get("uses", ())]
         raise pytest.UsageError(f"{name} is a file of tables: check a format that uses it: {', '.join(users)}")
     near = difflib.get_close_matches(name, selectable, n=3, cutoff=0.5) or selectable
