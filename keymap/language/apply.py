@@ -102,8 +102,8 @@ def _joined(join: Join, members: list[Layout]) -> Layout:
         want = [b - a for a, b in join.bounds(total)]
         got = [m.shape[axis] for m in members]
         if want != got:
-            said = "equal parts" if not join.lengths else f"parts {join.told}"
-            raise RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
+            declared = "equal parts" if not join.lengths else f"parts {join.written_lengths}"
+            raise RuleError(f"{declared} are declared on axis {axis}, the members are {got} long")
     shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
     joined: list[Piece] = []
     start = 0
