@@ -299,7 +299,8 @@ def _wanted(schema: Mapping[str, Any], value: Any, root: Mapping[str, Any]) -> s
     """What to write for a schema: the value itself as a list, an example, or the words for its types."""
     listed = schema.get("type", "")
     kinds = [listed] if isinstance(listed, str) else list(listed)
-    if kinds == ["array"] and value is not None and _kind(value) in _kinds(schema.get("items", {}), root):
+    short = schema.get("minItems", 0) < 2
+    if kinds == ["array"] and value is not None and short and _kind(value) in _kinds(schema.get("items", {}), root):
         return f"[{as_yaml(value)}]" if len(str(value)) < _MAX_SHOWN else "a list, in [ ]"
     if kinds == ["string"] and value is not None and _kind(value) in ("integer", "number", "boolean"):
         quoted = f"text, in quotes: '{as_yaml(value)}'"

@@ -199,13 +199,14 @@ def _towers(mapping: Format, layouts: Mapping[str, Layout]) -> Iterator[tuple[st
 
 
 def claims(known: Catalogue, new: Iterable[str] | None = None) -> Iterator[str]:
-    """Faults of evidence: a format that does not claim its own sample, or that claims another format's.
+    """Faults of evidence: a format that does not claim its own sample, or that claims another format's; one for a pair.
 
     Args:
         known: all formats.
         new: look only at pairs in which one of these takes part; None: at all.
     """
     chosen = set(new) if new is not None else set(known.mappings)
+    pairs: set[tuple[str, str]] = set()
     for mapping in known.formats:
         others = [m for m in known.formats if m is not mapping and (mapping.name in chosen or m.name in chosen)]
         if not others and mapping.name not in chosen:
@@ -216,11 +217,15 @@ def claims(known: Catalogue, new: Iterable[str] | None = None) -> Iterator[str]:
                 own = holds(mapping.detect, apply_aliases(mapping, part, {})[0])
                 if own is None:
                     if not tower:
-                        yield f"{mapping.file}: its evidence does not claim its own keys ({sample.name})"
+                        yield (
+                            f"{known.files[mapping.name].at(('detect',))}: detect does not claim the format's own keys "
+                            f"({sample.name}): name keys that the rules own"
+                        )
                     continue
                 for other in others:
                     found = holds(other.detect, apply_aliases(other, part, {})[0])
-                    if found is not None:
+                    if found is not None and (mapping.name, other.name) not in pairs:
+                        pairs.add((mapping.name, other.name))
                         yield (
                             f"{mapping.file} and {other.file} both claim the keys of {sample.name}{tower}: "
                             f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
