@@ -525,7 +525,7 @@ TOGETHER = {
         rules("a: b").replace("example", "openai", 1),
         "the name 'openai' is taken by",
     ),
-    "another file name": ("mine.yaml", rules("a: b"), "mine.yaml:1:1: format 'example' belongs into example.yaml"),
+    "another file name": ("mine.yaml", rules("a: b"), "mine.yaml:1:1: format 'example' belongs in example.yaml"),
     "an unknown spelling": (
         "example.yaml",
         rules("a: b").replace("native_vit", "nativ_vit"),

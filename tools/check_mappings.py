@@ -105,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, faults = check(files)
     for text in [*lines, *faults]:
         print(text)
-    right = len(lines) if not faults else sum(not any(shown(file.resolve()) in text for text in faults) for file in files)
+    right = (
+        len(lines) if not faults else sum(not any(shown(file.resolve()) in text for text in faults) for file in files)
+    )
     print(f"{right} of {len(files)} files are right, {len(faults)} fault{'' if len(faults) == 1 else 's'}")
     return 1 if faults else 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from keymap.language.pattern import Side
 
-__all__ = ["RecordedKeys", "keys_of"]
+__all__ = ["RecordedKeys", "keys_of", "read_recorded_keys"]
 
 _MOST_KEYS = 256  # of one target that are looked up
 _NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # how alike a key, or one word of it, is to one that it was probably meant to be
@@ -31,14 +31,6 @@ class RecordedKeys:
     def __init__(self, keys: Mapping[str, Mapping[str, Iterable[str]]], open_layouts: Mapping[str, Iterable[str]]):
         self._keys, self._open = keys, {tower: set(names) for tower, names in open_layouts.items()}
         self._chosen: dict[tuple[str, tuple[str, ...]], _Keys] = {}
-
-    @classmethod
-    def of_file(cls, file: Path) -> RecordedKeys | None:
-        """The record in a file; None where there is no such file."""
-        if not file.is_file():
-            return None
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return cls(data["keys"], data["open"])
 
     def unknown(self, side: Side, tower: str, layouts: tuple[str, ...], further: Iterable[str]) -> Iterator[str]:
         """The keys of a side that the layouts do not have, each with what was probably meant.
@@ -66,6 +58,14 @@ class RecordedKeys:
                 yield f"'{_shown(key)}' is not a key {about}; did you mean '{near}'?"
             elif not is_open:
                 yield f"'{_shown(key)}' is not a key {about}"
+
+
+def read_recorded_keys(file: Path) -> RecordedKeys | None:
+    """The record in a JSON file; None where there is no such file."""
+    if not file.is_file():
+        return None
+    data = json.loads(file.read_text(encoding="utf-8"))
+    return RecordedKeys(data["keys"], data["open"])
 
 
 class _Keys:

@@ -16,7 +16,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.overlap import overlap
 from keymap.language.pattern import PatternError, Side
-from keymap.language.recorded_keys import RecordedKeys, keys_of
+from keymap.language.recorded_keys import keys_of, read_recorded_keys
 from keymap.language.rules import Rule
 from keymap.language.schema_words import as_yaml, did_you_mean
 from keymap.language.view import ViewError, parse_view
@@ -68,7 +68,7 @@ def _targets(mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
     """Targets, and of a bridge also sources, that are not keys of the hub's models; one fault for each rule."""
     place = known.places.get(known.hub.name)
     folder = place.parent if place is not None else data_folder("mappings")
-    recorded = RecordedKeys.of_file(folder / f"{known.hub.name}_keys.json")
+    recorded = read_recorded_keys(folder / f"{known.hub.name}_keys.json")
     if recorded is None:
         return
     closed = [rule.source for rule in known.hub.rules if all(slot.kind == "alts" for slot in rule.source.slots)]

@@ -22,6 +22,7 @@ from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, Plan, Request, dtype_name
 from keymap.plan.resize import Resize, ResizeError, plan_resize
 from keymap.plan.to_hub import Translated, bring_to_layouts, incomplete, to_hub, tower_of
+from keymap.plan.turned import missing_views
 from keymap.source.config import differences, unverified
 from keymap.source.detect import tower_layout, uses_aliases
 from keymap.source.open import Source
@@ -320,9 +321,13 @@ class _Matching:
                 listed = some(self.unexpected, shown)
                 told.append(f"{len(self.unexpected)} of the file's keys have no place in the model: {listed}")
             listed_shapes = shown if seen else 4 * shown
-            told += [f"{key}: {why}" for key, why in list(self.mismatched.items())[:listed_shapes]]
-            if len(self.mismatched) > listed_shapes:
-                told.append(f"and {len(self.mismatched) - listed_shapes} more keys of other shape")
+            turned = list(missing_views(self._shapes(), self.now.steps))
+            told += [rule.fault for rule in turned]
+            explained = {key for rule in turned for key in rule.keys}
+            others = [f"{key}: {why}" for key, why in self.mismatched.items() if key not in explained]
+            told += others[:listed_shapes]
+            if len(others) > listed_shapes:
+                told.append(f"and {len(others) - listed_shapes} more keys of other shape")
             if told:
                 told[:0] = seen
                 absent = [t for t in self.hub.layouts if t not in in_file and self.request.towers is None]
@@ -356,6 +361,11 @@ class _Matching:
             self.missing += list(self.mismatched)
             used = {k for entry in self.entries for k in entry.layout.sources}
             self.unexpected += sorted(lost - used - set(self.unexpected))
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The shapes, as the format's rules give them and as the model has them, of keys that do not fit."""
+        mismatched = [key for key in self.mismatched if self._origin(key) == key]  # no bridge changes their shape
+        return {key: (self.now.tensors[key].shape, tuple(self.targets[key].shape)) for key in mismatched}
 
     def _unlike(self) -> list[str]:
         """What the file is and what the model is, where they are of another architecture or of other sizes."""

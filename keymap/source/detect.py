@@ -167,13 +167,16 @@ def detect(
     """The one format that claims the keys, or the one that the caller names.
 
     Raises:
-        DetectionError: no format claims the file, or several do.
+        DetectionError: no format claims the file, or several do; or the one that is named knows none of its keys.
     """
     found: list[Detection] = []
     names = sorted(tensors)
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         accepted, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
         evidence = holds(mapping.detect, accepted, names if accepted is tensors else None)
+        if evidence is None and wanted is not None and not _knows(mapping, accepted):
+            summary = f"{file}: the file has none of the keys that {mapping.name} knows"
+            raise DetectionError(summary, _near(known, tensors))
         if evidence is not None or wanted is not None:
             said = tuple(evidence) if evidence is not None else ("named by the caller",)
             found.append(Detection(mapping, accepted, said, faults, steps))
@@ -185,6 +188,13 @@ def detect(
             [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
         )
     raise DetectionError(f"{file}: no known format has these keys", _near(known, tensors))
+
+
+def _knows(mapping: Format, tensors: Mapping[str, Layout]) -> bool:
+    """True where a rule of the format, or a field that leaves keys out, owns one of the keys."""
+    rules = RuleTable((*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)))
+    sides = [*(entry.side for entry in mapping.ignore), *(entry.side for entry in mapping.unsupported)]
+    return any(rules.find(key) is not None or any(side.match(key) is not None for side in sides) for key in tensors)
 
 
 def _near(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
