@@ -104,10 +104,13 @@ class Compiler:
         self.facts: dict[str, Any] = {}
         self.measures: dict[str, Any] = {}
         self.configs: dict[str, Any] = {}
+        self.uses_are_wrong = marked.data.get("uses", []) != self.written.data.get("uses", [])
+        self.suggested: set[str] = set()  # files that `uses` lacks, each reported once
         for number, name in enumerate(marked.data.get("uses", [])):
             other = library(name)
             if other is None:
                 near = did_you_mean(name, self.neighbours) if self.neighbours else ""
+                self.uses_are_wrong = True
                 self.fault(marked, ("uses", number), f"there is no mapping {name!r} to use tables of{near}")
                 continue
             faults = schema_faults(other)
@@ -132,14 +135,17 @@ class Compiler:
     def unknown(self, marked: Marked, where: Where, what: str, name: str, known: Iterable[str]) -> None:
         """Report a table, lookup or config block that neither the file nor the files that it uses declare."""
         section = _SECTIONS[what]
-        if name in (self.written.data.get(section) or ()):
-            return  # it is there, and wrong, which is a fault of its own
+        if self.uses_are_wrong or name in (self.written.data.get(section) or ()):
+            return  # it may be in a file that is not found, or it is there and wrong: both are reported already
         owners = [
             other
             for other, file in self.neighbours.items()
             if isinstance(file.data, dict) and name in (file.data.get(section) or ()) and file is not self.written
         ]
+        if self.suggested & set(owners):
+            return
         if owners:
+            self.suggested.add(owners[0])
             used = [*self.written.data.get("uses", ()), owners[0]]
             self.fault(marked, where, f"{what} {name!r} is in {owners[0]}: add `uses: [{', '.join(used)}]`")
             return
@@ -257,6 +263,8 @@ class Compiler:
         if fault is not None:
             self.faults += [f"{rule.place}: {fault}"] if fault else []
             return
+        if not self._part_is_right(rule):
+            return
         home, path = self.tables[name]
         inside = context.inside(rule, name)
         for key, value in home.data["tables"][name].items():
@@ -283,23 +291,27 @@ class Compiler:
         return None
 
     def _blame(self, rule: _Written, context: _Context, error: PatternError) -> None:
-        """Report a wrong pattern where it is written: in a rule with a table, in the table's rule, or in both."""
-        for part in (*context.prefixes, rule):
-            try:
-                check_part(part.source, part.targets, self.lookups, part.options.get("unstack"))
-            except UnknownLookupError as unknown:
-                self.unknown(part.marked, part.where, "lookup", unknown.name, self.lookups)
-                return
-            except PatternError as own:
-                self.faults.append(f"{part.place}: {own}")
-                return
-        if context.prefixes:
-            first = context.prefixes[0]
-            about = f"with table {context.tables[0]!r}: "
-            if not any(fault.startswith(f"{first.place}: {about}") for fault in self.faults):
-                self.faults.append(f"{first.place}: {about}{error}")
-        else:
+        """Report a wrong pattern at the rule, or at the rule with ``table:`` where only the two together are wrong."""
+        if not self._part_is_right(rule):
+            return
+        if not context.prefixes:
             self.faults.append(f"{rule.place}: {error}")
+            return
+        start = f"{context.prefixes[0].place}: with table {context.tables[0]!r}: "
+        if not any(fault.startswith(start) for fault in self.faults):
+            self.faults.append(f"{start}{error}")
+
+    def _part_is_right(self, rule: _Written) -> bool:
+        """Check the patterns of a rule by themselves, and report what is wrong with them."""
+        try:
+            check_part(rule.source, rule.targets, self.lookups, rule.options.get("unstack"))
+        except UnknownLookupError as unknown:
+            self.unknown(rule.marked, rule.where, "lookup", unknown.name, self.lookups)
+            return False
+        except PatternError as error:
+            self.faults.append(f"{rule.place}: {error}")
+            return False
+        return True
 
 
 def _written(marked: Marked, where: Where, key: str, value: Any) -> _Written:

@@ -64,11 +64,10 @@ def _faults(marked: Marked) -> list[SchemaFault]:
         kind = OLD_KINDS[kind]
     errors = list(islice(_validator(kind if isinstance(kind, str) else "").iter_errors(marked.data), _MAX_FAULTS))
     errors.sort(key=lambda error: list(map(str, error.absolute_path)))
-    kind_is_wrong = bool(faults)
-    for error in errors:
-        if not (kind_is_wrong and list(error.absolute_path) == ["kind"]):
-            faults += in_words(marked, error, _schema())
-    return faults
+    found = [fault for error in errors for fault in in_words(marked, error, _schema())]
+    if faults:  # under an old kind the other fields may be those of another kind: report what has a new name
+        found = [fault for fault in found if "is now called" in fault.text and fault.path != ("kind",)]
+    return [*faults, *found]
 
 
 def _unit(path: Path) -> Path:

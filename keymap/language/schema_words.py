@@ -53,6 +53,7 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "include": "uses: [file without .yaml]",
     "imports": "uses: [file without .yaml]",
 }
+_OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _KINDS = {  # a Python type of YAML data -> the schema's name of it
     type(None): "null",
     bool: "boolean",
@@ -157,11 +158,11 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
             return f"{name!r} belongs to kind: {' or '.join(kinds)}; remove it, or say `kind: {kinds[0]}`"
         if name in _rule_fields(root):
             return f"{name!r} belongs to a rule: write source key: {{to: target key, {name}: ...}} under `towers:`"
+    if name in _OTHER_WORDS and _OTHER_WORDS[name].partition(":")[0] in [*known, "dtypes"]:
+        return f"there is no field {shown!r} here; write `{_OTHER_WORDS[name]}`"
     near = get_close_matches(name[:40], known, 1)
     if near:
         return f"there is no field {shown!r} here; did you mean {near[0]!r}?"
-    if name in _OTHER_WORDS and _OTHER_WORDS[name].partition(":")[0] in [*known, "dtypes"]:
-        return f"there is no field {shown!r} here; write `{_OTHER_WORDS[name]}`"
     return f"there is no field {shown!r} here; known: {', '.join(known)}"
 
 
@@ -175,6 +176,8 @@ def _missing(error: Any, root: Mapping[str, Any]) -> str:
     name = next((name for name in error.validator_value if f"'{name}'" in error.message), "")
     if any(_OLD_FIELDS[key].partition(":")[0] == name for key in error.instance if key in _OLD_FIELDS):
         return ""
+    if any(_OTHER_WORDS.get(key, "").startswith(f"{name}:") for key in error.instance):
+        return ""  # it is there under another library's name, which is a fault already
     near = get_close_matches(name, [key for key in error.instance if isinstance(key, str)], 1, 0.75)
     if near and near[0] not in error.schema.get("properties", {}):
         return ""  # it is there and misspelt, which is a fault already
@@ -208,6 +211,8 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
         return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
     if error.validator == "enum":
         choices = [as_yaml(choice) for choice in limit]
+        if str(value) in _OTHER_VALUES and _OTHER_VALUES[str(value)] in choices:
+            return f"{name}: {shown} is not known; did you mean {_OTHER_VALUES[str(value)]!r}?"
         return f"{name}: {shown} is not known{did_you_mean(str(value), choices, 'write one of')}"
     if error.validator == "const":
         return f"{name}: {shown} is not allowed; write {as_yaml(limit)}{_about(schema)}"
@@ -310,7 +315,7 @@ def _wanted(schema: Mapping[str, Any], value: Any, root: Mapping[str, Any]) -> s
     if "const" in schema or "enum" in schema:
         return " or ".join(as_yaml(choice) for choice in schema.get("enum", [schema.get("const")]))
     words = " or ".join(_WORDS.get(kind, kind) for kind in kinds if kind) or "another value"
-    return words + _example(schema, set(kinds))
+    return words + (_example(schema, set(kinds)) if kinds != ["boolean"] else "")
 
 
 def _example(schema: Mapping[str, Any], kinds: Iterable[str] = ()) -> str:
