@@ -49,7 +49,7 @@ def text_of(form: str, lookups: str = "") -> str:
         text = text.replace(uses[0], "")
         for other in uses[1].split(", "):
             used = (MAPPINGS / f"{other}.yaml").read_text(encoding="utf-8")
-            sections += re.findall(r"^(tables|lookups):\n((?:  .*\n)+)", used, re.MULTILINE)
+            sections += re.findall(r"^(tables|lookups|configs):\n((?:  .*\n)+)", used, re.MULTILINE)
     for section, body in sections:
         if f"\n{section}:\n" not in text:
             text += f"{section}:\n"

@@ -487,7 +487,7 @@ def test_everything_is_no_evidence(evidence, column):
 
 def test_a_file_only_name_needs_its_meaning():
     text = "format: h\nkind: hub\ntitle: t\nlayouts: {}\npositions: {}\nabsent_means: {a: 0}\nfile_only: [a, b]\n"
-    check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means: no model has it")
+    check(f"{text}detect: {{any: [x]}}\n{GOOD}", "7:1", "b needs an entry in absent_means, because no model has it")
 
 
 def test_all_faults_of_a_file_are_told_at_once():

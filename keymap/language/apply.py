@@ -15,14 +15,14 @@ from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable
 
 __all__ = ["Applied", "apply_rules"]
 
-_MOST_LACKING = 10_000  # members of a join that no key holds
-_MOST_SLICES = 10_000  # keys that tensors are cut into, more than there were before
+_MOST_LACKING = 10_000  # members of a join that the file lacks
+_MOST_SLICES = 10_000  # additional keys that tensors are cut into
 _MOST_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
 @dataclass(slots=True)
 class Applied:
-    """What one set of rules made of one set of keys."""
+    """The outcome of one set of rules for one set of keys."""
 
     out: dict[str, Layout] = field(default_factory=dict)
     left: dict[str, Layout] = field(default_factory=dict)
@@ -144,33 +144,38 @@ def _join_all(rule: Rule, join: Join, members: Mapping[tuple[str, ...], Layout])
 
 def _cut_all(join: Join, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
     """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
+    yield from _slices(join, 0, 0 if len(join.variables) > 1 else join.axis, layout, {})
 
-    def slices(
-        at: int, axis: int, now: Layout, values: dict[str, str]
-    ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
-        last = at == len(join.variables) - 1
-        if axis >= len(now.shape) or not now.shape[axis]:
-            raise RuleError(f"axis {axis} of {list(now.shape)} does not exist or is empty: nothing to cut")
-        if join.kind == "stack" and now.shape[axis] > _MOST_SLICES:
-            raise RuleError(f"axis {axis} of {list(now.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
-        if last and join.members and join.kind == "concat":
-            for member, (start, stop) in zip(join.members, join.bounds(now.shape[axis]), strict=True):
-                taken = cut(now, axis, start, stop)
-                yield {**values, join.variables[at]: member or ""}, taken, member is None
-            return
-        names = join.members if last and join.members else tuple(str(n) for n in range(now.shape[axis]))
-        if len(names) != now.shape[axis]:
-            raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
-        for number, name in enumerate(names):
-            taken = cut(now, axis, number, number + 1)
-            taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
-            step = {**values, join.variables[at]: name or ""}
-            if last:
-                yield step, taken, name is None
-            else:
-                yield from slices(at + 1, 0 if at + 2 < len(join.variables) else join.axis, taken, step)
 
-    yield from slices(0, 0 if len(join.variables) > 1 else join.axis, layout, {})
+def _slices(
+    join: Join, at: int, axis: int, now: Layout, values: dict[str, str]
+) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+    """The parts along the variable number ``at``, and along those after it."""
+    last = at == len(join.variables) - 1
+    _check_cut(join, axis, now)
+    members = join.members if last else ()
+    if members and join.kind == "concat":
+        for member, (start, stop) in zip(members, join.bounds(now.shape[axis]), strict=True):
+            yield {**values, join.variables[at]: member or ""}, cut(now, axis, start, stop), member is None
+        return
+    names = members or tuple(str(n) for n in range(now.shape[axis]))
+    if len(names) != now.shape[axis]:
+        raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
+    for number, name in enumerate(names):
+        taken = cut(now, axis, number, number + 1)
+        taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
+        step = {**values, join.variables[at]: name or ""}
+        if last:
+            yield step, taken, name is None
+        else:
+            yield from _slices(join, at + 1, 0 if at + 2 < len(join.variables) else join.axis, taken, step)
+
+
+def _check_cut(join: Join, axis: int, layout: Layout) -> None:
+    if axis >= len(layout.shape) or not layout.shape[axis]:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} does not exist or is empty: nothing to cut")
+    if join.kind == "stack" and layout.shape[axis] > _MOST_SLICES:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
 
 
 def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
@@ -296,7 +301,7 @@ class _Job(NamedTuple):
 
 def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Blocks, result: Applied) -> None:
     """Carry out the operations of every job; what goes wrong becomes one fault a rule."""
-    made = 0  # keys more than there were before
+    made = 0  # additional keys
     wrong: dict[int, list[Fault]] = {}
     for job in jobs:
         rule, keys = job.rule, job.keys

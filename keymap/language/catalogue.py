@@ -38,8 +38,8 @@ class Catalogue:
 
     Attributes:
         mappings: compiled.
-        files: the parsed texts, for the tables that other files use.
-        places: where the files lie; a file that is added again replaces what it held before.
+        files: parsed, for the tables that other files use.
+        places: the paths of the files; a file that is added again replaces its earlier content.
     """
 
     mappings: dict[str, Format] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Catalogue:
 
     @property
     def formats(self) -> list[Format]:
-        """What a file can be: the formats, and the hub's own."""
+        """The formats that a file can have: all formats, and the hub."""
         return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
 
     @property
@@ -72,7 +72,7 @@ class Catalogue:
         """The mapping of that name.
 
         Raises:
-            MappingError: there is none; near names are listed.
+            MappingError: no mapping has it; the message lists near names.
         """
         if name in self.mappings:
             return self.mappings[name]
@@ -180,7 +180,7 @@ class Catalogue:
             parent[one] = two
 
     def path(self, tower: str, source: str, target: str) -> list[Bridge] | None:
-        """The bridges that lead from one layout to another; None where none do."""
+        """The bridges that lead from one layout to another; None if no path exists."""
         if (tower, source) not in self._paths:
             self._paths[tower, source] = self._paths_from(tower, source)
         return self._paths[tower, source].get(target)

@@ -73,27 +73,31 @@ def compile_operations(
 
 
 def _groups(options: Mapping[str, Any], source: Side, targets: tuple[Side, ...], groups_before: int) -> _Groups:
-    joins = [name for name in ("concat", "stack", "rows") if name in options]
-    cuts = [name for name in ("split", "unstack") if name in options]
-    if len(joins) > 1 or len(cuts) > 1:
-        names = joins if len(joins) > 1 else cuts
-        raise PatternError(f"{' and '.join(names)}: a rule has one of them; remove one")
+    join, cut = _one_of(options, "concat", "stack", "rows"), _one_of(options, "split", "unstack")
     used = set(targets[0].variables)
     if any(set(side.variables) != used for side in targets):
         raise PatternError("tied targets must use the same groups")
     lost = tuple(name for name in source.variables if name not in used)
     gained = tuple(name for name in targets[0].variables if name not in source.variables)
-    if lost and not joins:
+    if lost and not join:
         number = int(lost[0])
         raise LostGroupError(number, number - groups_before if number > groups_before else number)
-    if gained and not cuts:
+    if gained and not cut:
         raise PatternError("the target has a group of its own: say how the tensor is cut, with split or unstack")
-    if joins and not lost:
-        raise PatternError(f"{joins[0]} needs a group (a|b) that the target lacks")
-    if cuts and not gained:
-        wanted = "<name> for unstack" if cuts[0] == "unstack" else "(a|b) for split"
-        raise PatternError(f"{cuts[0]} needs a group of the target's own: {wanted}")
-    return _Groups(lost, gained, joins[0] if joins else None, cuts[0] if cuts else None)
+    if join and not lost:
+        raise PatternError(f"{join} needs a group (a|b) that the target lacks")
+    if cut and not gained:
+        wanted = "<name> for unstack" if cut == "unstack" else "(a|b) for split"
+        raise PatternError(f"{cut} needs a group of the target's own: {wanted}")
+    return _Groups(lost, gained, join, cut)
+
+
+def _one_of(options: Mapping[str, Any], *names: str) -> str | None:
+    """The one of these operations that a rule has; None if it has none."""
+    found = [name for name in names if name in options]
+    if len(found) > 1:
+        raise PatternError(f"{' and '.join(found)}: a rule has one of them; remove one")
+    return found[0] if found else None
 
 
 def _check_options(options: Mapping[str, Any], source: Side) -> None:

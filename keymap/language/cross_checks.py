@@ -1,4 +1,4 @@
-"""Checks across the rules of one compiled mapping: no two of them may match one key, on the way there or back."""
+"""Checks across the rules of one compiled mapping: no two may match one key, in either direction."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Toke
 __all__ = ["parse_source", "parse_target"]
 
 _MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
-_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern stands for
+_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
 _GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "part", ".+": "rest"}
 _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
@@ -59,7 +59,7 @@ _ADVICE = [  # a regular expression of what is written; what to write in a sourc
     (r"\{", "the groups are (\\d+), (\\w+), ([^.]+), (a|b) and (.+)", "write \\1 for a group"),
     (r"\|", "alternatives need brackets: (a|b)", "alternatives need brackets: (a|b)"),
     (r"\)", "this ) closes nothing: add the ( or remove it", "this ) closes nothing: add the ( or remove it"),
-    (r"\\", "a backslash stands only in (\\d+) and (\\w+)", "a backslash needs the number of a group: write \\1"),
+    (r"\\", "a backslash is allowed only in (\\d+) and (\\w+)", "a backslash needs the number of a group: write \\1"),
     (r"<", "<...> belongs to a target", ""),
 ]
 _GROUP_ADVICE = [  # the body of a group, and what to write instead
@@ -219,7 +219,7 @@ def parse_target(
 def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: bool = False) -> Side:
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MOST_READINGS:
-        raise PatternError(f"'{text}' stands for {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
+        raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
     opened = any(slot.kind in ("word", "part", "rest") for slot in side.slots)
     effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)
@@ -312,7 +312,7 @@ def _looked_up(slot: Slot, table: str, body: str, lookups: Mapping[str, Mapping[
     if lacking:
         raise PatternError(f"<{body}>: lookup {table!r} has no entry for {', '.join(lacking)}: add it")
     options = tuple((value, lookups[table][value]) for value, _ in slot.options)
-    if len({spelled for _, spelled in options}) != len(options):
+    if len({name for _, name in options}) != len(options):
         raise PatternError(f"<{body}>: lookup {table!r} gives two alternatives one name, so there is no way back")
     return Slot(slot.names, "alts", options)
 
@@ -347,7 +347,7 @@ def _check_readings(tokens: Sequence[Token], text: str, effort: Effort) -> None:
 def _check_alternatives(slot: Slot, after: Sequence[Token], text: str, effort: Effort) -> None:
     """Refuse alternatives of which one begins another, unless what follows shows which it was."""
     effort.spend(len(slot.options) ** 2 // 16)
-    for short, long in permutations([spelled for _, spelled in slot.options], 2):
+    for short, long in permutations([written for _, written in slot.options], 2):
         if long.startswith(short) and long != short:
             key = overlap(Side(tuple(after)), Side((long[len(short) :], *after)), effort)
             if key is not None:

@@ -18,7 +18,7 @@ from keymap.language.pattern import Side
 __all__ = ["RecordedKeys", "keys_of", "read_recorded_keys"]
 
 _MOST_KEYS = 256  # of one target that are looked up
-_NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # how alike a key, or one word of it, is to one that it was probably meant to be
+_NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # the least likeness of a misspelt key, or of one word of it
 _INDEX = r"(\d+)"
 
 
@@ -33,7 +33,7 @@ class RecordedKeys:
         self._chosen: dict[tuple[str, tuple[str, ...]], _Keys] = {}
 
     def unknown(self, side: Side, tower: str, layouts: tuple[str, ...], further: Iterable[str]) -> Iterator[str]:
-        """The keys of a side that the layouts do not have, each with what was probably meant.
+        """The keys of a side that the layouts do not have, each with the nearest key.
 
         Args:
             side: the target of a rule.

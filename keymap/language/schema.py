@@ -31,8 +31,8 @@ def _validator(kind: str) -> Any:
     from jsonschema import Draft202012Validator
 
     schema = _schema()
-    if kind in schema["$defs"]["kinds"]:
-        schema = {"$schema": schema["$schema"], "$ref": f"#/$defs/kinds/{kind}", "$defs": schema["$defs"]}
+    if kind in schema["$defs"]["kinds"]["$defs"]:
+        schema = {"$schema": schema["$schema"], "$ref": f"#/$defs/kinds/$defs/{kind}", "$defs": schema["$defs"]}
     return Draft202012Validator(schema)
 
 

@@ -147,7 +147,7 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
         return f"{name!r} is now called {today!r}"
     shown = name[:80]
     if not path:
-        kinds = [kind for kind, branch in root["$defs"]["kinds"].items() if name in branch["properties"]]
+        kinds = [kind for kind, branch in root["$defs"]["kinds"]["$defs"].items() if name in branch["properties"]]
         if name in root["$defs"]["tower"]["enum"] and "towers" in known:
             return f"{name!r} is a tower: write it under `towers:`, indented by two spaces"
         if name in root["$defs"]["config"]["properties"] and "config" in known:
@@ -267,7 +267,7 @@ def _of_one_value(inner: Any, outer: Any) -> bool:
 
 
 def _resolved(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema with its references followed; what stands beside a reference comes first."""
+    """A schema with its references followed; keywords beside a reference come first."""
     found: dict[str, Any] = {}
     waiting = [schema]
     while waiting:
@@ -304,18 +304,25 @@ def _wanted(schema: Mapping[str, Any], value: Any, root: Mapping[str, Any]) -> s
     """What to write for a schema: the value itself as a list, an example, or the words for its types."""
     listed = schema.get("type", "")
     kinds = [listed] if isinstance(listed, str) else list(listed)
-    short = schema.get("minItems", 0) < 2
-    if kinds == ["array"] and value is not None and short and _kind(value) in _kinds(schema.get("items", {}), root):
-        return f"[{as_yaml(value)}]" if len(str(value)) < _MAX_SHOWN else "a list, in [ ]"
-    if kinds == ["string"] and value is not None and _kind(value) in ("integer", "number", "boolean"):
-        quoted = f"text, in quotes: '{as_yaml(value)}'"
-        return quoted if not schema.get("examples") else f"{quoted}, or for example {as_yaml(schema['examples'][0])}"
+    mended = _mended(schema, kinds, value, root) if value is not None else ""
+    if mended:
+        return mended
     if "anyOf" in schema and not schema.get("examples"):
         return " or ".join(dict.fromkeys(_wanted(_resolved(b, root), value, root) for b in schema["anyOf"]))
     if "const" in schema or "enum" in schema:
         return " or ".join(as_yaml(choice) for choice in schema.get("enum", [schema.get("const")]))
     words = " or ".join(_WORDS.get(kind, kind) for kind in kinds if kind) or "another value"
     return words + (_example(schema, set(kinds)) if kinds != ["boolean"] else "")
+
+
+def _mended(schema: Mapping[str, Any], kinds: list[str], value: Any, root: Mapping[str, Any]) -> str:
+    """The value in the form that the schema asks for: in a list, or in quotes; empty where neither helps."""
+    if kinds == ["array"] and schema.get("minItems", 0) < 2 and _kind(value) in _kinds(schema.get("items", {}), root):
+        return f"[{as_yaml(value)}]" if len(str(value)) < _MAX_SHOWN else "a list, in [ ]"
+    if kinds == ["string"] and _kind(value) in ("integer", "number", "boolean"):
+        quoted = f"text, in quotes: '{as_yaml(value)}'"
+        return f"{quoted}, or for example {as_yaml(schema['examples'][0])}" if schema.get("examples") else quoted
+    return ""
 
 
 def _example(schema: Mapping[str, Any], kinds: Iterable[str] = ()) -> str:

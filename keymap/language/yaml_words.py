@@ -28,27 +28,32 @@ def in_words(error: Any, text: str) -> tuple[int, int, str]:
     """
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
     mark: Any = getattr(error, "problem_mark", None)
-    begun: Any = getattr(error, "context_mark", None)
     if mark is None:  # a character that YAML does not allow
         at = getattr(error, "position", None)
         before = text[:at] if isinstance(at, int) else ""
         return before.count("\n") + 1, len(before) - before.rfind("\n"), f"not YAML: remove this character ({problem})"
-    lines = text.split("\n")
+    begun: Any = getattr(error, "context_mark", None) or mark
     context = str(getattr(error, "context", None) or "")
-    if begun is not None and ("scanning" in context or "quoted" in context) and "escape" not in problem:
-        mark = begun if mark.line != begun.line or "plain scalar" not in context else mark
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    if begun is not None and "flow" in context and mark.line != begun.line:  # report an open bracket where it opens
+    lines = text.split("\n")
+    if "tab character" in problem or re.match(r" *\t", _line(lines, mark.line)):
+        return mark.line + 1, 1, _START["\t"]
+    if "flow" in context and mark.line != begun.line:  # report an open bracket where it opens
         bracket = lines[begun.line][begun.column]
         what = f"the {bracket} is not closed: add {_CLOSES.get(bracket, 'its end')}"
         return begun.line + 1, begun.column + 1, what
-    what = _mistake(problem, context, line, mark.column, lines[mark.line - 1] if mark.line else "")
+    if "scanning" in context and "escape" not in problem and "plain scalar" not in context:
+        mark = begun
+    what = _mistake(problem, context, _line(lines, mark.line), mark.column, _line(lines, mark.line - 1))
     what = what.replace("LINE", str(mark.line + 1))
-    if "tab character" in problem or "\t" in line[: len(line) - len(line.lstrip())]:
-        return (getattr(error, "problem_mark", mark)).line + 1, 1, _START["\t"]
     return mark.line + 1, mark.column + 1, what or f"not YAML: {problem}"
 
 
+def _line(lines: list[str], number: int) -> str:
+    """A line by its number from 0; empty where there is none."""
+    return lines[number] if 0 <= number < len(lines) else ""
+
+
+# long: one case for each problem that libyaml reports
 def _mistake(problem: str, context: str, line: str, column: int, before: str) -> str:
     """The usual mistake behind a problem in this line; empty where none is known."""
     char = line[column : column + 1]
@@ -68,7 +73,7 @@ def _mistake(problem: str, context: str, line: str, column: int, before: str) ->
     if "block sequence entries" in problem:
         return "a list with - begins on a line of its own; or write it as [a, b]"
     if "expected '-'" in problem:
-        return "this line stands in a list: begin it with -, or indent it as the list's name"
+        return "this line is within a list: begin it with -, or indent it like the name of the list"
     if "document start" in problem:
         return "nothing may follow the line ...: remove it"
     if "comment or line break" in problem:
