@@ -1,1 +1,1 @@
-"""Rules as data and at work: patterns, views and rules of the YAML files, compiled. Knows no file and no model."""
+"""The rule language: patterns, views and rules, compiled and applied. It knows neither files nor models."""

@@ -1,4 +1,4 @@
-"""Rules at work: from one set of keys to another, moving layouts and touching no element."""
+"""Applies rules: from one set of keys to another, moving layouts and touching no element."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import NamedTuple
 import torch
 
 from keymap.language.layout import Layout, Piece, cut, place, renamed, whole
+from keymap.language.pattern import Side
 from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable, Sizes, Step
 
 __all__ = ["Applied", "apply_rules"]
 
-_MOST_LACKING = 10_000  # members of a join that no key holds
-_MOST_SLICES = 10_000  # keys that tensors are cut into, more than there were before
-_MOST_MADE_UP = 8  # zeros that members of no key may bring, for each element of the others
+_MOST_LACKING = 10_000  # members of a join that the file lacks
+_MOST_SLICES = 10_000  # additional keys that tensors are cut into
+_MOST_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
 @dataclass(slots=True)
 class Applied:
-    """What one set of rules made of one set of keys."""
+    """The outcome of one set of rules for one set of keys."""
 
     out: dict[str, Layout] = field(default_factory=dict)
     left: dict[str, Layout] = field(default_factory=dict)
@@ -43,11 +44,11 @@ def _in_order(join: Join, found: Iterable[tuple[str, ...]]) -> list[tuple[str | 
         if i == len(join.variables) - 1 and join.members:
             column = list(join.members)
         else:
-            there = sorted({int(key[i]) for key in keys})
-            gap = next((n for n, index in enumerate(there) if n != index), None)
+            indices = sorted({int(key[i]) for key in keys})
+            gap = next((n for n, index in enumerate(indices) if n != index), None)
             if gap is not None:
-                raise RuleError(f"the index leaves a gap: there is {there[-1]}, but no {gap}")
-            column = [str(n) for n in there]
+                raise RuleError(f"the index has a gap: {indices[-1]} exists, {gap} does not")
+            column = [str(n) for n in indices]
         if len(product) * len(column) > len(keys) + _MOST_LACKING:
             raise RuleError(f"the join lacks {len(product) * len(column) - len(keys)} members or more")
         product = [(*row, cell) for row in product for cell in column]
@@ -58,7 +59,7 @@ def _common_dtype(members: list[Layout]) -> torch.dtype:
     """The dtype that holds the values of all members."""
     kinds = {(m.dtype.is_floating_point, m.dtype.is_complex, m.dtype == torch.bool) for m in members}
     if len(kinds) > 1:
-        raise RuleError(f"members of unlike dtypes: {', '.join(str(m.dtype) for m in members)}")
+        raise RuleError(f"members have unlike dtypes: {', '.join(str(m.dtype) for m in members)}")
     common = members[0].dtype
     for member in members[1:]:
         if member.dtype != common:
@@ -66,7 +67,7 @@ def _common_dtype(members: list[Layout]) -> torch.dtype:
             try:
                 common = torch.float32 if narrow else torch.promote_types(common, member.dtype)
             except RuntimeError:  # torch has no common dtype for all unsigned integers
-                raise RuleError(f"members of unlike dtypes: {common}, {member.dtype}") from None
+                raise RuleError(f"members have unlike dtypes: {common}, {member.dtype}") from None
     return common
 
 
@@ -76,24 +77,14 @@ def _joined(join: Join, members: list[Layout]) -> Layout:
     first = members[0]
     dtype = _common_dtype(members)
     if join.kind == "rows":
-        if len(shapes) > 1:
-            raise RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
-        total = first.shape[0] if first.shape else 0
-        covered = [(start, total if stop is None else stop) for start, stop in join.ranges]
-        ends = [0, *(stop for _, stop in covered)]
-        if ends[-1] != total or any(a != b or a >= c for (a, c), b in zip(covered, ends, strict=False)):
-            raise RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
-        pieces: list[Piece] = []
-        for member, (start, stop) in zip(members, covered, strict=True):
-            pieces += place(cut(member, 0, start, stop), first.shape, 0, start)
-        return Layout(first.shape, dtype, tuple(pieces))
+        return _joined_rows(join, members, dtype)
     if join.kind == "stack":
         if len(shapes) > 1:
             raise RuleError(f"a stack needs equal shapes, got {_list(m.shape for m in members)}")
         members = [m._replace(shape=(*m.shape[: join.axis], 1, *m.shape[join.axis :])) for m in members]
     axis = join.axis
     if axis >= len(members[0].shape):
-        raise RuleError(f"there is no axis {axis} in {list(first.shape)}")
+        raise RuleError(f"axis {axis} does not exist in {list(first.shape)}")
     others = {(*m.shape[:axis], *m.shape[axis + 1 :]) for m in members}
     if len(others) > 1 or len({len(m.shape) for m in members}) > 1:
         raise RuleError(f"members differ in more than axis {axis}: {_list(m.shape for m in members)}")
@@ -102,8 +93,8 @@ def _joined(join: Join, members: list[Layout]) -> Layout:
         want = [b - a for a, b in join.bounds(total)]
         got = [m.shape[axis] for m in members]
         if want != got:
-            said = "equal parts" if not join.lengths else f"parts {join.told}"
-            raise RuleError(f"{said} are declared on axis {axis}, the members are {got} long")
+            declared = "equal parts" if not join.lengths else f"parts {join.written_lengths}"
+            raise RuleError(f"{declared} are declared on axis {axis}, the members are {got} long")
     shape = tuple(total if d == axis else n for d, n in enumerate(members[0].shape))
     joined: list[Piece] = []
     start = 0
@@ -111,6 +102,22 @@ def _joined(join: Join, members: list[Layout]) -> Layout:
         joined += place(member, shape, axis, start)
         start += member.shape[axis]
     return Layout(shape, dtype, tuple(joined))
+
+
+def _joined_rows(join: Join, members: list[Layout], dtype: torch.dtype) -> Layout:
+    """Members of one shape, merged by ranges of rows."""
+    shape = members[0].shape
+    if any(member.shape != shape for member in members):
+        raise RuleError(f"rows need equal shapes, got {_list(m.shape for m in members)}")
+    total = shape[0] if shape else 0
+    covered = [(start, total if stop is None else stop) for start, stop in join.ranges]
+    ends = [0, *(stop for _, stop in covered)]
+    if ends[-1] != total or any(a != b or a >= c for (a, c), b in zip(covered, ends, strict=False)):
+        raise RuleError(f"rows {[list(c) for c in covered]} do not fill {total} rows, each once")
+    pieces: list[Piece] = []
+    for member, (start, stop) in zip(members, covered, strict=True):
+        pieces += place(cut(member, 0, start, stop), shape, 0, start)
+    return Layout(shape, dtype, tuple(pieces))
 
 
 def _list(shapes: Iterable[tuple[int, ...]]) -> str:
@@ -137,40 +144,45 @@ def _join_all(rule: Rule, join: Join, members: Mapping[tuple[str, ...], Layout])
 
 def _cut_all(join: Join, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
     """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
+    yield from _slices(join, 0, 0 if len(join.variables) > 1 else join.axis, layout, {})
 
-    def slices(
-        at: int, axis: int, now: Layout, values: dict[str, str]
-    ) -> Iterator[tuple[dict[str, str], Layout, bool]]:
-        last = at == len(join.variables) - 1
-        if axis >= len(now.shape) or not now.shape[axis]:
-            raise RuleError(f"there is nothing to cut on axis {axis} of {list(now.shape)}")
-        if join.kind == "stack" and now.shape[axis] > _MOST_SLICES:
-            raise RuleError(f"axis {axis} of {list(now.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
-        if last and join.members and join.kind == "concat":
-            for member, (start, stop) in zip(join.members, join.bounds(now.shape[axis]), strict=True):
-                taken = cut(now, axis, start, stop)
-                yield {**values, join.variables[at]: member or ""}, taken, member is None
-            return
-        names = join.members if last and join.members else tuple(str(n) for n in range(now.shape[axis]))
-        if len(names) != now.shape[axis]:
-            raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
-        for number, name in enumerate(names):
-            taken = cut(now, axis, number, number + 1)
-            taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
-            step = {**values, join.variables[at]: name or ""}
-            if last:
-                yield step, taken, name is None
-            else:
-                yield from slices(at + 1, 0 if at + 2 < len(join.variables) else join.axis, taken, step)
 
-    yield from slices(0, 0 if len(join.variables) > 1 else join.axis, layout, {})
+def _slices(
+    join: Join, at: int, axis: int, now: Layout, values: dict[str, str]
+) -> Iterator[tuple[dict[str, str], Layout, bool]]:
+    """The parts along the variable number ``at``, and along those after it."""
+    last = at == len(join.variables) - 1
+    _check_cut(join, axis, now)
+    members = join.members if last else ()
+    if members and join.kind == "concat":
+        for member, (start, stop) in zip(members, join.bounds(now.shape[axis]), strict=True):
+            yield {**values, join.variables[at]: member or ""}, cut(now, axis, start, stop), member is None
+        return
+    names = members or tuple(str(n) for n in range(now.shape[axis]))
+    if len(names) != now.shape[axis]:
+        raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
+    for number, name in enumerate(names):
+        taken = cut(now, axis, number, number + 1)
+        taken = taken._replace(shape=(*taken.shape[:axis], *taken.shape[axis + 1 :]))
+        step = {**values, join.variables[at]: name or ""}
+        if last:
+            yield step, taken, name is None
+        else:
+            yield from _slices(join, at + 1, 0 if at + 2 < len(join.variables) else join.axis, taken, step)
+
+
+def _check_cut(join: Join, axis: int, layout: Layout) -> None:
+    if axis >= len(layout.shape) or not layout.shape[axis]:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} does not exist or is empty: nothing to cut")
+    if join.kind == "stack" and layout.shape[axis] > _MOST_SLICES:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
 
 
 def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
     """Rows of axis 0."""
     total = layout.shape[0] if layout.shape else 0
     if start >= (total if stop is None else min(stop, total)) or (stop or 0) > total:
-        raise RuleError(f"there are no rows [{start}, {'end' if stop is None else stop}) in {list(layout.shape)}")
+        raise RuleError(f"rows [{start}, {'end' if stop is None else stop}) do not exist in {list(layout.shape)}")
     return cut(layout, 0, start, total if stop is None else stop)
 
 
@@ -192,10 +204,10 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
     now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
     zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
     if zeros > _MOST_MADE_UP * (prod(now.shape) - zeros):
-        raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros of no key")
+        raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
     if rule.computes:
         if rule.root is not None and rule.root >= len(now.shape):
-            raise RuleError(f"there is no axis {rule.root} in {list(now.shape)}")
+            raise RuleError(f"axis {rule.root} does not exist in {list(now.shape)}")
         factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
         now = now._replace(
             pieces=tuple(p._replace(factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
@@ -208,7 +220,7 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
 
 
 class _Blocks:
-    """What rules made before: repeated blocks differ in the names of their sources alone."""
+    """Reuses what a rule made before: repeated blocks differ only in the names of their sources."""
 
     def __init__(self, facts: Mapping[str, int]) -> None:
         self.facts = facts
@@ -234,7 +246,7 @@ def _with_sum(add: tuple[str, int | None], layout: Layout, tensors: Mapping[str,
     """A layout, and a tensor of the file (a row of it) added to it."""
     key, row = add
     if key not in tensors:
-        raise RuleError(f"it adds {key!r}, which is not there")
+        raise RuleError(f"it adds {key!r}, which is not in the file")
     other = tensors[key]
     if row is not None:
         if not other.shape or row >= other.shape[0]:
@@ -256,10 +268,8 @@ def apply_rules(
         facts: lengths that views may ask for.
         pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
     """
-    result, blocks = Applied(), _Blocks(facts)
-    jobs: dict[tuple[int, tuple[tuple[str, str], ...]], dict[tuple[str, ...], str]] = {}
-    rules: dict[int, Rule] = {}
-    more = 0
+    result = Applied()
+    jobs: dict[tuple[int, tuple[tuple[str, str], ...]], _Job] = {}
     for key, layout in tensors.items():
         found = table.find(key)
         if found is None:
@@ -272,46 +282,77 @@ def apply_rules(
         if rule.renames:
             _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
             continue
-        rules[id(rule)] = rule
         row = tuple([values.pop(name) for name in rule.join.variables]) if rule.join is not None else ()
-        jobs.setdefault((id(rule), tuple(values.items())), {})[row] = key
-    for (number, kept), keys in jobs.items():
-        if more > _MOST_SLICES:
-            break
-        rule = rules[number]
+        job = (id(rule), tuple(values.items()))
+        if job not in jobs:
+            jobs[job] = _Job(rule, values, {})
+        jobs[job].keys[row] = key
+    _run_jobs(jobs.values(), tensors, _Blocks(facts), result)
+    return result
+
+
+class _Job(NamedTuple):
+    """One application of a rule: its captures, and the keys by the values that number the members of its join."""
+
+    rule: Rule
+    values: dict[str, str]
+    keys: dict[tuple[str, ...], str]
+
+
+def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Blocks, result: Applied) -> None:
+    """Carry out the operations of every job; what goes wrong becomes one fault a rule."""
+    made = 0  # additional keys
+    wrong: dict[int, list[Fault]] = {}
+    for job in jobs:
+        rule, keys = job.rule, job.keys
         members = {row: tensors[key] for row, key in keys.items()}
-        sources = tuple(keys.values())
-        values = dict(kept)
         if rule.tied is not None:  # the twin's values are written; these must be the same
-            for row, key in keys.items():
-                lost = rule.join.variables if rule.join is not None else ()
-                twin = rule.tied.write({**values, **dict(zip(lost, row, strict=True))})
-                if twin in tensors:
-                    result.checks.append(Check(key, tensors[key], tensors[twin], f"it is tied to {twin}"))
+            result.checks += _tie_checks(job, rule.tied, tensors)
             continue
         try:
             outputs = [
                 (
-                    None if made.zeros else side.write({**values, **made.values}),
-                    made.layout if rule.add is None else _with_sum(rule.add, made.layout, tensors),
+                    None if part.zeros else side.write({**job.values, **part.values}),
+                    part.layout if rule.add is None else _with_sum(rule.add, part.layout, tensors),
                 )
-                for made in blocks.make(rule, members)
+                for part in blocks.make(rule, members)
                 for side in rule.targets
             ]
-            more += max(len(outputs) - len(keys), 0)
-            if more > _MOST_SLICES:
+            made += max(len(outputs) - len(keys), 0)
+            if made > _MOST_SLICES:
                 raise RuleError(f"with it, tensors are cut into more than {_MOST_SLICES} keys")
         except ValueError as error:  # of a rule, a view or a piece
-            fault = _fault(rule, values, keys, members, str(error))
-            result.faults.append(fault._replace(fatal=more > _MOST_SLICES))  # for what comes after is not looked at
+            fault = _fault(rule, job.values, keys, members, str(error))
+            wrong.setdefault(id(rule), []).append(fault._replace(fatal=made > _MOST_SLICES))
+            if made > _MOST_SLICES:
+                break
             continue
         for target, layout in outputs:
             if target is None:
-                made = f"the part of {', '.join(sources)} that the format has no key for"
-                result.checks.append(Check(made, layout, 0, "it is left out"))
+                name = f"the part of {', '.join(keys.values())} that the format has no key for"
+                result.checks.append(Check(name, layout, 0, "it is left out"))
             else:
-                _put(result, target, layout, rule, sources)
-    return result
+                _put(result, target, layout, rule, tuple(keys.values()))
+    result.faults += [_one_fault(faults) for faults in wrong.values()]
+
+
+def _tie_checks(job: _Job, tied: Side, tensors: Mapping[str, Layout]) -> Iterator[Check]:
+    """That the keys of a job hold what the tensors do to which they are tied."""
+    lost = job.rule.join.variables if job.rule.join is not None else ()
+    for row, key in job.keys.items():
+        twin = tied.write({**job.values, **dict(zip(lost, row, strict=True))})
+        if twin in tensors:
+            yield Check(key, tensors[key], tensors[twin], f"it is tied to {twin}")
+
+
+def _one_fault(faults: list[Fault]) -> Fault:
+    """The faults of one rule, which has one for each layer, as one: the first, and how many more."""
+    first, more = faults[0], len(faults) - 1
+    if not more:
+        return first
+    sources = tuple(source for fault in faults for source in fault.sources)
+    text = f"{first.text} (and {more} more of this rule)"
+    return first._replace(text=text, sources=sources, fatal=any(fault.fatal for fault in faults))
 
 
 def _put(result: Applied, target: str, layout: Layout, rule: Rule | None, sources: tuple[str, ...]) -> None:
@@ -339,7 +380,7 @@ def _fault(
     if rule.join is not None:
         try:
             rows = [row for row in _in_order(rule.join, keys) if None not in row and row not in keys]
-        except RuleError:  # a gap in an index, which `what` tells
+        except RuleError:  # a gap in an index, which `what` names
             rows = []
         for row in rows[:6]:
             named = {n: v for n, v in zip(rule.join.variables, row, strict=True) if v is not None}

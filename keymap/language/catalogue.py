@@ -17,6 +17,7 @@ from keymap.language.format import Configuration, Containers, Format
 from keymap.language.overlap import overlap
 from keymap.language.rules import RuleTable
 from keymap.language.schema import known_right
+from keymap.language.schema_words import did_you_mean
 from keymap.language.yaml_marks import Marked, read_yaml
 
 __all__ = ["Bridge", "Catalogue"]
@@ -37,8 +38,8 @@ class Catalogue:
 
     Attributes:
         mappings: compiled.
-        files: the parsed texts, for the tables that other files use.
-        places: where the files lie; a file that is added again replaces what it held before.
+        files: parsed, for the tables that other files use.
+        places: the paths of the files; a file that is added again replaces its earlier content.
     """
 
     mappings: dict[str, Format] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Catalogue:
 
     @property
     def formats(self) -> list[Format]:
-        """What a file can be: the formats, and the hub's own."""
+        """The formats that a file can have: all formats, and the hub."""
         return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
 
     @property
@@ -71,7 +72,7 @@ class Catalogue:
         """The mapping of that name.
 
         Raises:
-            MappingError: there is none; near names are listed.
+            MappingError: no mapping has it; the message lists near names.
         """
         if name in self.mappings:
             return self.mappings[name]
@@ -91,7 +92,7 @@ class Catalogue:
         Args:
             files: YAML files.
             check: given all mappings and the names of the new ones, raises MappingError where they may not be added.
-            released: they have been found right before, and are not checked again.
+            released: they were checked before the release, and are not checked again.
 
         Raises:
             MappingError: a file is wrong, a name is taken, bridges would form a cycle, or ``check`` refuses.
@@ -109,13 +110,13 @@ class Catalogue:
         added: dict[str, Format] = {}
         places = dict(self.places)
         for file, marked in texts:
-            mapping = compile_marked(marked, parsed.get, released)
-            name, here = mapping.name, parsed[mapping.name].at(("format",))
+            mapping = compile_marked(marked, parsed.get, released, parsed)
+            name, place = mapping.name, parsed[mapping.name].at(("format",))
             taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
             if taken is not None:
-                raise MappingError(f"{here}: the name {name!r} is taken by {taken.file}; choose another name")
+                raise MappingError(f"{place}: the name {name!r} is taken by {taken.file}; choose another name")
             if file.stem != name:
-                raise MappingError(f"{here}: format {name!r} belongs into {name}.yaml; rename one of them")
+                raise MappingError(f"{place}: format {name!r} belongs in {name}.yaml; rename one of them")
             added[name], places[name] = mapping, file.resolve()
         together = Catalogue({**self.mappings, **added}, parsed, places)
         if not released:
@@ -127,46 +128,59 @@ class Catalogue:
         return list(added.values())
 
     def _check(self) -> None:
+        """Check what only all files together show: one hub, known towers and layouts, bridges without a circle.
+
+        Raises:
+            MappingError: with the first kind of fault found.
+        """
         hubs = [m for m in self.mappings.values() if m.kind == "hub"]
         if len(hubs) != 1:
-            raise MappingError(f"there must be one hub, here are {[m.file for m in hubs]}")
+            raise MappingError(f"there must be one hub, these files are hubs: {[m.file for m in hubs]}")
         for mapping in self.mappings.values():
             for tower in mapping.layouts:
                 if tower not in hubs[0].layouts:
                     at = self.files[mapping.name].at(("layouts", tower))
-                    known = ", ".join(hubs[0].layouts)
-                    raise MappingError(f"{at}: the hub has no tower {tower!r}; known: {known}")
+                    raise MappingError(f"{at}: the hub has no tower {tower!r}; known: {', '.join(hubs[0].layouts)}")
         for tower, layouts in hubs[0].layouts.items():
-            parent = {name: name for name in layouts}
-
-            def root(name: str, parent: dict[str, str] = parent) -> str:
-                while parent[name] != name:
-                    name = parent[name]
-                return name
-
-            for mapping in self.mappings.values():
-                spoken = mapping.between if mapping.tower == tower else mapping.layouts.get(tower, ())
-                unknown = [name for name in spoken if name not in layouts]
-                if unknown:
-                    at = self.files[mapping.name].at((tower,) if mapping.tower else ("layouts", tower))
-                    raise MappingError(
-                        f"{at}: the hub knows no {tower} layout {unknown[0]!r}; known: {', '.join(layouts)}"
-                    )
-                if mapping.tower != tower:
-                    continue
-                one, two = (root(name) for name in mapping.between)
-                if one == two:
-                    at, both = self.files[mapping.name].at((tower,)), " and ".join(mapping.between)
-                    raise MappingError(
-                        f"{at}: a second path between {tower} layouts {both}; bridges of a tower form a forest"
-                    )
-                parent[one] = two
+            self._check_layouts(tower, layouts)
+            self._check_bridges(tower, layouts)
         lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
         if lost:
             raise MappingError("rules write keys that the hub does not have", lost)
 
+    def _check_layouts(self, tower: str, layouts: Iterable[str]) -> None:
+        """Refuse a layout of the tower that the hub does not have."""
+        for mapping in self.mappings.values():
+            field = "between" if mapping.tower == tower else "layouts"
+            named = mapping.between if mapping.tower == tower else mapping.layouts.get(tower, ())
+            unknown = [name for name in named if name not in layouts]
+            if unknown:
+                at = self.files[mapping.name].at((field, tower))
+                hint = did_you_mean(unknown[0], layouts)
+                raise MappingError(f"{at}: the hub has no {tower} layout {unknown[0]!r}{hint}")
+
+    def _check_bridges(self, tower: str, layouts: Iterable[str]) -> None:
+        """Refuse a second path between two layouts of the tower."""
+        parent = {name: name for name in layouts}
+
+        def root(name: str) -> str:
+            while parent[name] != name:
+                name = parent[name]
+            return name
+
+        for mapping in self.mappings.values():
+            if mapping.tower != tower:
+                continue
+            one, two = (root(name) for name in mapping.between)
+            if one == two:
+                at, both = self.files[mapping.name].at(("between", tower)), " and ".join(mapping.between)
+                raise MappingError(
+                    f"{at}: a second path between {tower} layouts {both}; bridges of a tower form a forest"
+                )
+            parent[one] = two
+
     def path(self, tower: str, source: str, target: str) -> list[Bridge] | None:
-        """The bridges that lead from one layout to another; None where none do."""
+        """The bridges that lead from one layout to another; None if no path exists."""
         if (tower, source) not in self._paths:
             self._paths[tower, source] = self._paths_from(tower, source)
         return self._paths[tower, source].get(target)
@@ -181,24 +195,29 @@ class Catalogue:
         paths: dict[str, list[Bridge]] = {source: []}
         queue = [source]
         while queue:
-            here = queue.pop()
+            layout = queue.pop()
             for step in steps:
-                if step.source == here and step.target not in paths:
-                    paths[step.target] = [*paths[here], step]
+                if step.source == layout and step.target not in paths:
+                    paths[step.target] = [*paths[layout], step]
                     queue.append(step.target)
         return paths
 
 
 def _strays(hub: Format, mapping: Format) -> Iterable[str]:
-    """Rules whose target is no name of the hub in the rule's tower."""
+    """Rules whose target is not a name of the hub in the rule's tower; one fault for the rules of a table."""
+    found: dict[str, list[str]] = {}
     for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
         own = [other.source for other in hub.rules if other.tower == rule.tower]
         for side in rule.targets:
             sample = side.sample
             if not any(other.match(sample) is not None for other in own) and not any(overlap(side, o) for o in own):
                 towers = {other.tower for other in hub.rules if overlap(side, other.source)}
-                there = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
-                yield f"{rule.place}: {str(side)!r} is in tower {rule.tower!r}, but {there}"
+                starts = ", ".join(dict.fromkeys(start for other in own for start in other.starts))
+                why = f"it belongs to {', '.join(sorted(towers))}" if towers else "the hub has no such name"
+                text = f"{str(side)!r} is in tower {rule.tower!r}, but {why}; keys of this tower begin with {starts}"
+                found.setdefault(rule.reported_at, []).append(text)
+    for place, texts in found.items():
+        yield f"{place}: {texts[0]}" + (f" (and {len(texts) - 1} more keys)" if len(texts) > 1 else "")
 
 
 def _shown(file: Path) -> str:

@@ -1,13 +1,14 @@
-"""From the text of one mapping file to a frozen `Format`: parse, validate against the schema, compile, check.
+"""Compiles the text of one mapping file to a frozen `Format`: parse, validate against the schema, compile, check.
 
-The schema says which fields there are. Compilation says what a schema cannot: that patterns lie inside the reversible
-subset, that every capture is used on both sides, that views balance. The checks across rules come last: no two rules
-of a file can match one key. All faults of a file are collected, each with ``file:line:column``.
+The schema checks fields and types. Compilation checks what a schema cannot: that patterns are in the reversible subset,
+that both sides use every capture, that views balance. A file with faults in some fields is compiled without these
+fields, so that one list has all its faults, each with ``file:line:column``. The checks across rules come last, for a
+file without faults: no two rules may match one key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 from keymap.errors import MappingError
 from keymap.language.compile_fields import (
@@ -19,17 +20,17 @@ from keymap.language.compile_fields import (
     compile_measures,
     compile_positions,
 )
-from keymap.language.compile_rules import Compiler
+from keymap.language.compile_rules import Compiler, Library
 from keymap.language.cross_checks import cross_faults
 from keymap.language.format import Alias, Evidence, Format, Ignored, Refusal, Unsupported, Variant
 from keymap.language.rules import Rule, RuleTable
-from keymap.language.schema import schema_faults
+from keymap.language.schema import schema_faults, sound_part
 from keymap.language.yaml_marks import Marked, parse_yaml
 
 __all__ = ["compile_mapping", "compile_marked"]
 
 
-def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None] = lambda name: None) -> Format:
+def compile_mapping(text: str, file: str, library: Library = lambda name: None) -> Format:
     """Compile the text of one mapping file.
 
     Args:
@@ -44,31 +45,48 @@ def compile_mapping(text: str, file: str, library: Callable[[str], Marked | None
 
 
 def compile_marked(
-    marked: Marked, library: Callable[[str], Marked | None] = lambda name: None, released: bool = False
+    marked: Marked,
+    library: Library = lambda name: None,
+    released: bool = False,
+    neighbours: Mapping[str, Marked] | None = None,
 ) -> Format:
-    """Compile a parsed mapping file; see `compile_mapping`. Rules of a release are not compared with each other."""
-    faults = schema_faults(marked)
-    if faults:
-        summary = "does not follow schemas/mapping.schema.json" if isinstance(marked.data, dict) else "is not a mapping"
-        raise MappingError(f"{marked.file} {summary}", faults)
-    compiler = Compiler(marked, library)
-    mapping = _compiled(compiler)
-    if not (compiler.faults or released):
-        compiler.faults += cross_faults(mapping, compiler.effort)
-    if compiler.faults:
-        raise MappingError(f"{marked.file}: the mapping is wrong", sorted(dict.fromkeys(compiler.faults), key=_place))
+    """Compile a parsed mapping file; see `compile_mapping`.
+
+    Args:
+        marked: the file.
+        library: as for `compile_mapping`.
+        released: the rules have been compared with each other before, and are not compared again.
+        neighbours: all known files by name, for messages that say which of them has a missing table.
+
+    Raises:
+        MappingError: as `compile_mapping`.
+    """
+    broken = schema_faults(marked)
+    sound = sound_part(marked, broken) if broken else marked
+    faults = [fault.text for fault in broken]
+    mapping = None
+    if sound is not None:
+        compiler = Compiler(sound, library, marked, neighbours)
+        mapping = _compiled(compiler)
+        if not (compiler.faults or broken or released):
+            compiler.faults += cross_faults(mapping, compiler.effort)
+        faults += compiler.faults
+    if faults or mapping is None:
+        summary = "does not follow schemas/mapping.schema.json" if broken else "has faults"
+        summary = summary if isinstance(marked.data, dict) else "is not a mapping"
+        raise MappingError(f"{marked.file} {summary}", sorted(dict.fromkeys(faults), key=_place))
     return mapping
 
 
 def _place(fault: str) -> tuple[str, int, int]:
-    """Where a fault is, for their order."""
+    """File, line and column of a fault, to sort by."""
     file, _, rest = fault.partition(".yaml:")
     line, column = (int(number) if number.isdigit() else 0 for number in (rest + "::").split(":")[:2])
     return file, line, column
 
 
 def _compiled(compiler: Compiler) -> Format:
-    """Every field compiled; what is wrong is left out, and added to the compiler's faults."""
+    """Every field compiled; what is wrong is left out, and reported in the compiler's faults."""
     marked = compiler.marked
     data = marked.data
     towers, bridged = data.get("layouts", {}), data.get("between", {})
@@ -78,9 +96,9 @@ def _compiled(compiler: Compiler) -> Format:
         for tower, entries in (towers.items() if is_hub else ())
     }
     return Format(
-        name=data["format"],
+        name=data.get("format", ""),
         kind=data.get("kind", "format"),
-        title=data["title"],
+        title=data.get("title", ""),
         file=marked.file,
         reference=data.get("reference", ""),
         notes=tuple(data.get("notes", ())),
@@ -93,7 +111,7 @@ def _compiled(compiler: Compiler) -> Format:
         rules=tuple(
             rule
             for tower, entries in data.get("towers", {}).items()
-            for rule in compiler.rules(entries, marked, ("towers", tower), tower)
+            for rule in compiler.rules(entries, ("towers", tower), tower)
         ),
         variants=tuple(_variants(compiler)),
         dtypes=tuple(compiler.by_pattern("dtypes")),
@@ -126,7 +144,7 @@ def _ignored(compiler: Compiler) -> Iterator[Ignored]:
 def _aliases(compiler: Compiler) -> Iterator[Alias]:
     for i, block in enumerate(compiler.marked.data.get("aliases", [])):
         when = compiler.evidence(block["when"], ("aliases", i, "when")) if "when" in block else None
-        rules = compiler.rules(block, compiler.marked, ("aliases", i), "")
+        rules = compiler.rules(block, ("aliases", i), "")
         yield Alias(when, RuleTable(tuple(rules)))
 
 
@@ -134,7 +152,7 @@ def _variants(compiler: Compiler) -> Iterator[Variant]:
     for i, block in enumerate(compiler.marked.data.get("variants", [])):
         rules: list[Rule] = []
         for tower, entries in block["towers"].items():
-            rules += compiler.rules(entries, compiler.marked, ("variants", i, "towers", tower), tower)
+            rules += compiler.rules(entries, ("variants", i, "towers", tower), tower)
         when, when_hub = (compiler.evidence(block[name], ("variants", i, name)) for name in ("when", "when_hub"))
         yield Variant(when, when_hub, tuple(rules))
 

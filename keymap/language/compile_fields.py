@@ -1,4 +1,4 @@
-"""The fields of a mapping file that are no rules: settings of configurations, tables of the hub and of containers."""
+"""Compiles the fields of a mapping file other than rules: configuration settings, fields of the hub and containers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def compile_absences(compiler: Compiler) -> dict[str, tuple[float | str, bool]]:
     }
     for key in data.get("file_only", []):
         if key not in absent:
-            compiler.fault(compiler.marked, ("file_only",), f"{key} needs an entry in absent_means: no model has it")
+            compiler.fault(
+                compiler.marked, ("file_only",), f"{key} needs an entry in absent_means, because no model has it"
+            )
     return absent
 
 
@@ -84,7 +86,7 @@ def compile_measures(compiler: Compiler) -> Measures:
 
 
 def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Containers:
-    """What stands around a state dict: the tables of a ``kind: containers`` file."""
+    """What training code puts around a state dict: the fields of a ``kind: containers`` file."""
 
     def texts(name: str) -> tuple[str, ...]:
         return tuple(data.get(name, ()))
@@ -123,8 +125,9 @@ def compile_config(compiler: Compiler) -> Config | None:
     if own is None:
         return None
     used = own.get("use", [])
+    used = [used] if isinstance(used, str) else used
     blocks: list[tuple[Where, Mapping[str, Any]]] = []
-    for name in [used] if isinstance(used, str) else used:
+    for name in used:
         if name in compiler.configs:
             blocks.append((("config", "use"), compiler.configs[name]))
         else:
@@ -143,8 +146,14 @@ def compile_config(compiler: Compiler) -> Config | None:
             at = (*where, "facts", fact) if where == ("config",) else where
             starts = sections.get(fact.partition(".")[0], [""])
             facts[fact] = tuple(_places(value, compiler, at, starts, named))
+    if "file" not in joined and len(blocks) <= len(used):
+        return None  # a config block is unknown, which is reported
     if "file" not in joined:
-        compiler.fault(marked, ("config",), "name the file, as `file: config.json`, or `use` a block that does")
+        compiler.fault(
+            marked,
+            ("config",),
+            "file is missing: add it, for example `file: config.json`, or `use` a config block that has it",
+        )
         return None
     image, patch = (
         tuple(_places(joined.get(name, []), compiler, ("config", name), [""], ()))
@@ -159,7 +168,7 @@ def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], nam
     Args:
         value: a path, a place with words, or a list of them.
         starts: sections of the fact's tower, "" for the top level.
-        named: all named sections; a file that has one of them says nothing of a tower at its top level.
+        named: all named sections; in a file that has one of them, the top level is not read for a tower.
     """
     for entry in value if isinstance(value, list) else [value]:
         place: Mapping[str, Any] = {"path": entry} if isinstance(entry, str) else entry

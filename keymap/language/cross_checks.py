@@ -1,4 +1,4 @@
-"""Checks across the rules of one compiled mapping: no two of them may match one key, on the way there or back."""
+"""Checks across the rules of one compiled mapping: no two may match one key, in either direction."""
 
 from __future__ import annotations
 
@@ -18,49 +18,79 @@ _MAX_FAULTS = 50  # of one kind
 def cross_faults(mapping: Format, effort: Effort) -> Iterator[str]:
     """Every pair of rules that competes for a key, and every rule that owns a key which the mapping leaves out.
 
+    A pair is reported once, also where its rules continue with tables, whose rules clash one by one.
+
     Args:
         mapping: compiled.
         effort: what the comparison of the file's patterns may still cost.
     """
     rules = mapping.rules
     back = mapping.back.rules
+    clashes = _Clashes(effort)
     for extra in [(), *(variant.rules for variant in mapping.variants)]:
         seen, seen_back = (len(rules), len(back)) if extra else (0, 0)
-        yield from islice(_clashes((*rules, *extra), "key", effort, seen), _MAX_FAULTS)
+        clashes.compare((*rules, *extra), "key", seen)
         both = (*back, *RuleTable(extra).inverse().rules)
-        yield from islice(_clashes(both, "on the way back, key", effort, seen_back), _MAX_FAULTS)
+        clashes.compare(both, "on the way back, key", seen_back)
     for alias in mapping.aliases:
-        yield from islice(_clashes(alias.table.rules, "key", effort), _MAX_FAULTS)
+        clashes.compare(alias.table.rules, "key")
+    yield from islice(clashes.faults(), _MAX_FAULTS)
     if mapping.kind != "hub":  # the hub's rules are whole prefixes, within which it ignores some keys
         ignored = [(entry.side, "ignore") for entry in mapping.ignore]
         unsupported = [(entry.side, "unsupported") for entry in mapping.unsupported]
         yield from islice(_owned_twice(rules, [*ignored, *unsupported], effort), _MAX_FAULTS)
 
 
-def _clashes(rules: tuple[Rule, ...], which: str, effort: Effort, seen: int = 0) -> Iterator[str]:
-    """Pairs of rules that can match one key; the first ``seen`` rules have been compared with each other."""
-    named: set[tuple[int, int]] = set()
-    for first, second in alike([rule.source for rule in rules], seen):
-        one, other = rules[first], rules[second]
-        if one.rest or other.rest or (first, second) in named:
-            continue
-        try:
-            witness = overlap(one.source, other.source, effort)
-        except PatternError as error:
-            yield f"{other.place}: {error}"
-            return
-        if witness is not None:
-            named.add((first, second))
-            yield (
-                f"{other.place}: {which} {witness!r} is claimed by two rules, {one.text} "
-                f"({one.place}) and {other.text}: make one of them narrower"
-            )
-    if sum(rule.rest for rule in rules) > 1:
-        yield f"{rules[0].place}: more than one rule says rest: true"
+class _Clashes:
+    """Pairs of rules that can match one key, gathered by the two rules of the file that they are written in."""
+
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
+        self.found: dict[tuple[str, str], tuple[str, str, set[str]]] = {}  # the first fault, its way, keys of that way
+        self.stopped: dict[str, None] = {}
+
+    def compare(self, rules: tuple[Rule, ...], which: str, seen: int = 0) -> None:
+        """Compare all rules but the first ``seen`` with each other, and these with the first."""
+        named: set[tuple[int, int]] = set()
+        for first, second in alike([rule.source for rule in rules], seen):
+            one, other = rules[first], rules[second]
+            if one.rest or other.rest or (first, second) in named:
+                continue
+            try:
+                witness = overlap(one.source, other.source, self.effort)
+            except PatternError as error:
+                self.stopped[f"{other.place}: {error}"] = None
+                return
+            if witness is not None:
+                named.add((first, second))
+                self.add(one, other, which, witness)
+                if len(named) > _MAX_FAULTS * _MAX_FAULTS:
+                    return
+        if sum(rule.rest for rule in rules) > 1:
+            self.stopped[f"{rules[0].place}: more than one rule says rest: true; keep one"] = None
+
+    def add(self, one: Rule, other: Rule, which: str, witness: str) -> None:
+        if one.reported_at == other.reported_at:  # both are rules of one table
+            pair, place = (one.place, other.place), other.place
+        else:
+            pair, place = (one.reported_at, other.reported_at), other.reported_at
+        fault = (
+            f"{place}: {which} {witness!r} is claimed by two rules, {one.text} ({one.place}) and {other.text}: "
+            f"make one of them narrower"
+        )
+        _, first_way, keys = self.found.setdefault(pair, (fault, which, set()))
+        if which == first_way:
+            keys.add(witness)
+
+    def faults(self) -> Iterator[str]:
+        yield from self.stopped
+        for fault, _, keys in self.found.values():
+            more = len(keys) - 1
+            yield fault + (f" (and {more} more key{'s' if more > 1 else ''})" if more else "")
 
 
 def _owned_twice(rules: Iterable[Rule], left_out: Iterable[tuple[Side, str]], effort: Effort) -> Iterator[str]:
-    """Rules that own a key which another part of the file leaves out."""
+    """Rules that own a key which another field of the file leaves out."""
     for side, where in left_out:
         for rule in rules:
             try:
@@ -69,4 +99,7 @@ def _owned_twice(rules: Iterable[Rule], left_out: Iterable[tuple[Side, str]], ef
                 yield f"{rule.place}: {error}"
                 return
             if witness is not None:
-                yield f"{rule.place}: key {witness!r} is claimed by rule {rule.text} and left out by '{where}: {side}'"
+                yield (
+                    f"{rule.reported_at}: key {witness!r} is claimed by rule {rule.text} and left out by "
+                    f"'{where}: {side}': remove one of them"
+                )

@@ -1,4 +1,4 @@
-"""What a mapping file says, as frozen data: evidence, rules, and the tables of the hub and of containers."""
+"""A compiled mapping file as frozen data: evidence, rules, and the fields of the hub and of containers."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Evidence(NamedTuple):
 
 
 class Alias(NamedTuple):
-    """Rules from other spellings of a format's keys to its own, and the evidence under which they apply."""
+    """Rules from other names of a format's keys to those that it writes, and the evidence under which they apply."""
 
     when: Evidence | None
     table: RuleTable
 
 
 class Ignored(NamedTuple):
-    """Keys that carry no weights: the reason, and the key whose values they must repeat, if the mapping names one."""
+    """Keys without weights: the reason, and the key whose values they must repeat, if the mapping names one."""
 
     side: Side
     why: str
@@ -71,7 +71,7 @@ class Unsupported(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Evidence of a file that cannot be loaded at all, and what it is; ``contains`` are parts of keys, any of them."""
+    """Evidence of a file that cannot be loaded, and what it is; ``contains`` are substrings of keys, one is enough."""
 
     why: str
     when: Evidence
@@ -92,7 +92,7 @@ class Position(NamedTuple):
         lead: how many axes of length one come first.
         grid: True for rows of an image grid, False for a line of text positions.
         prefix: how many rows come before the grid, or the keys whose tensors bring them.
-        apart: the grid has two axes of its own, ``1 h w d``, so its shape shows it.
+        apart: the grid has two separate axes, ``1 h w d``, so its shape shows it.
         grid_fact: the fact that gives the model's grid (h, w).
     """
 
@@ -109,9 +109,9 @@ class Place(NamedTuple):
 
     Attributes:
         path: keys with dots between them.
-        words: what its values are called elsewhere; where there are words, a value without one tells nothing.
+        words: from the values to keymap's words; if given, a value that is not among them is not used.
         unless: a path whose presence makes this one mean something else.
-        outside: sections of which the file has none where this place, at its top level, is read.
+        outside: this place, at the top level, is read only in a file without any of these sections.
     """
 
     path: str
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A format's own configuration file: where it tells the image grid, and what no weight does.
+    """A format's configuration file: where it holds the image grid, and settings that weights do not show.
 
     ``defaults`` are what the format's code takes where the file leaves a fact out.
     """
@@ -134,13 +134,13 @@ class Config(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What no weight tells, and where a model does.
+    """A setting that weights do not show, and where a model holds it.
 
     Attributes:
         paths: of attributes, each with a number to divide by; the first that the model has is taken.
         label: in words; facts without one are not compared. Facts with one label say the same in other units.
         change: the setting of the hub's configuration that determines it.
-        words: what values are called, of modules by their class.
+        words: from the values to keymap's words; a module is named by its class.
         present: the fact is whether the attribute holds anything.
         only: facts of the model under which this one matters.
     """
@@ -167,17 +167,17 @@ class Configuration(NamedTuple):
 
 @dataclass(frozen=True)
 class Containers:
-    """What stands around a state dict.
+    """What training code puts around a state dict.
 
     Attributes:
         wrappers: names that hold a state dict, the preferred first.
         prefixes: cut from keys where every key has them.
-        segments: names that a wrapper class puts into the middle of keys; cut wherever they stand.
+        segments: names that a wrapper class puts into the middle of keys; cut everywhere.
         counters: numbers that a training class keeps beside a model.
-        parts: names of models that a file may hold beside other things; one of them is taken as a state dict.
-        training_state: names that tell a training state without weights.
+        parts: names of models that a file may hold beside other things; one of them is used as the state dict.
+        training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
-        folders: names of files that tell a folder which cannot be read, with what to do.
+        folders: names of files that show a folder which cannot be read, with what to do.
     """
 
     wrappers: tuple[str, ...] = ()
@@ -197,7 +197,7 @@ class Format:
     Attributes:
         rules: those of all towers.
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
-        layout_evidence: (hub) what tells each layout of a tower.
+        layout_evidence: (hub) the evidence of each layout of a tower.
         tower, between: (bridge) the tower, and the two layouts that the rules join.
     """
 
@@ -245,12 +245,12 @@ class Format:
 
     @cached_property
     def ends_left_out(self) -> tuple[str, ...]:
-        """Texts of which one ends every key that `ignore` or `unsupported` leaves out."""
+        """Every key that `ignore` or `unsupported` leaves out ends with one of these texts."""
         sides = [*(entry.side for entry in self.ignore), *(entry.side for entry in self.unsupported)]
         return tuple(end for side in sides for end in side.ends)
 
     def ignored(self, key: str) -> tuple[str, str] | None:
-        """Why a key carries no weights, and the key that it must repeat (empty for none); None for other keys."""
+        """Why a key has no weights, and the key that it must repeat (empty for none); None for other keys."""
         for entry in self.ignore:
             values = entry.side.match(key)
             if values is not None:

@@ -1,8 +1,8 @@
-"""Where the elements of a tensor come from: strided pieces, and the few moves that keep them strided.
+"""Where each element of a tensor comes from: strided pieces, and the operations that keep them strided.
 
-A `Layout` is a tensor that does not exist yet: a shape, a dtype and the pieces that fill it. Renaming,
-permuting, regrouping, joining and cutting only move pieces about; no element is touched, and a plan made of
-them needs no temporary tensor. Offsets and strides count elements, in the row-major order of the logical
+A `Layout` describes a tensor that does not exist yet: a shape, a dtype and the pieces that fill it. Renaming,
+permuting, regrouping, joining and cutting only rearrange pieces; no element is touched, so a plan made of them
+needs no temporary tensor. Offsets and strides count elements, in the row-major order of the logical
 tensor on either side.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 __all__ = ["Layout", "Piece", "Shaped", "cut", "join_runs", "permute", "place", "renamed", "row_major", "whole"]
 
-_MAX_PIECES = 20_000  # of one tensor; where axes do not follow each other, it falls apart into its elements
+_MAX_PIECES = 20_000  # of one tensor; where axes do not follow each other, it splits into its elements
 
 _ONE = (1,)
 _tuple = tuple.__new__
@@ -25,7 +25,7 @@ Axis = tuple[int, int, int]  # length, stride in the source, stride in the targe
 
 
 class Shaped(Protocol):
-    """What is known of a tensor before its values are: a layout, a tensor of a file, a tensor of a model."""
+    """Shape and dtype of a tensor whose values are not read: a layout, a tensor of a file, a tensor of a model."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
         source_offset, source_strides: in elements of the source, read in row-major order.
         target_offset, target_strides: in elements of the target, read in row-major order.
         factor, term: what is written is ``x * factor + term``; for a constant just ``term``.
-        add: the elements are added to what earlier pieces put there.
+        add: the elements are added to those of earlier pieces.
     """
 
     source: str | None
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
     """A tensor as the pieces that will fill it.
 
     Attributes:
-        shape, dtype: of the tensor as it stands at this point of the plan.
+        shape, dtype: of the tensor at this point of the plan.
         pieces: they cover every element once, apart from those with ``add``.
     """
 
@@ -90,7 +90,7 @@ class Layout(NamedTuple):
         return tuple(dict.fromkeys(p.source for p in self.pieces if p.source is not None))
 
     def named(self, key: str) -> tuple[str, ...]:
-        """The sources; of a tensor without elements, which has none, the key it has here."""
+        """The sources; for a tensor without elements, which has no sources, the given key."""
         return self.sources or (key,)
 
     @property
@@ -134,7 +134,7 @@ def _piece(like: Piece, axes: Iterable[Axis], source_offset: int, target_offset:
 def whole(source: str | None, shape: Sequence[int], dtype: torch.dtype, constant: float = 0.0) -> Layout:
     """All of one source tensor, in order; with ``source=None`` a constant."""
     count = prod(shape)
-    # Made as the tuples that they are, in half the time: there is one for each tensor of a file.
+    # Built with tuple.__new__, which takes half the time: every tensor of a file needs one.
     piece = _tuple(Piece, (source, (count,), 0, _ONE, 0, _ONE, "", 1.0, constant, False))
     return _tuple(Layout, (tuple(shape), dtype, (piece,) if count else ()))
 
@@ -154,7 +154,7 @@ class _Spread(NamedTuple):
 
 
 def _spread(piece: Piece, shape: Sequence[int]) -> Iterator[_Spread]:
-    """Read a piece's target side in the axes of ``shape``; where it does not follow them it falls apart."""
+    """Read a piece's target side in the axes of ``shape``; where it does not follow them, it is sliced."""
     strides = row_major(shape)
     start = []
     left = piece.target_offset
@@ -198,15 +198,15 @@ def _flatten(spread: _Spread, strides: Sequence[int], shift: int = 0) -> Piece:
 
 
 def _few(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """All pieces; raises ValueError where there are too many to go on with."""
+    """All pieces; raises ValueError where there are too many."""
     found = tuple(islice(pieces, _MAX_PIECES + 1))
     if len(found) > _MAX_PIECES:
-        raise ValueError(f"the tensor falls apart into more than {_MAX_PIECES} pieces: its axes are not in order")
+        raise ValueError(f"the tensor splits into more than {_MAX_PIECES} pieces: its axes are not in order")
     return found
 
 
 def permute(layout: Layout, shape: Sequence[int], order: Sequence[int], result: Sequence[int]) -> Layout:
-    """Read the tensor as ``shape``, put its axes into ``order``, call the outcome ``result``."""
+    """Read the tensor as ``shape``, put its axes into ``order``, return it in the shape ``result``."""
     if list(order) == list(range(len(shape))):
         return layout._replace(shape=tuple(result))
     ordered = row_major([shape[d] for d in order])
@@ -218,7 +218,7 @@ def permute(layout: Layout, shape: Sequence[int], order: Sequence[int], result: 
 
 
 def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[Piece, ...]:
-    """The pieces of a tensor that becomes the part from ``start`` on ``axis`` of a larger ``shape``."""
+    """The pieces of a tensor that becomes the slice from ``start`` on ``axis`` of a larger ``shape``."""
     strides = row_major(shape)
     shift = start * strides[axis]
     if all(n == 1 for n in layout.shape[:axis]):
@@ -227,7 +227,7 @@ def place(layout: Layout, shape: Sequence[int], axis: int, start: int) -> tuple[
 
 
 def _clip(spread: _Spread, axis: int, start: int, stop: int) -> Iterator[_Spread]:
-    """The part of a piece whose position on ``axis`` lies in [start, stop)."""
+    """The elements of a piece whose position on ``axis`` lies in [start, stop)."""
     inner = [step for step in spread.steps if step[2] == axis]
     low = spread.start[axis]
     high = low + sum((n - 1) * by for n, _, _, by in inner)
@@ -256,7 +256,7 @@ def _clip(spread: _Spread, axis: int, start: int, stop: int) -> Iterator[_Spread
 
 
 def cut(layout: Layout, axis: int, start: int, stop: int) -> Layout:
-    """The part from ``start`` to ``stop`` on ``axis``."""
+    """The slice from ``start`` to ``stop`` on ``axis``."""
     shape = tuple(stop - start if d == axis else n for d, n in enumerate(layout.shape))
     strides = row_major(shape)
     shift = -start * strides[axis]

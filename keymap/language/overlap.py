@@ -1,4 +1,4 @@
-"""Do two patterns share a key? Decided for all keys, not for samples: rules of one format never compete for one."""
+"""Decides whether two patterns share a key, for all keys and not for samples: no two rules may own one key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _automaton(side: Side) -> _Automaton:
         done, longer = state(), state()
         empty[longer].append(done)
         edges[longer].append((_digit, longer))
-        to_come = [longer]  # by how many digits are still to come, at least
+        to_come = [longer]  # by the least number of digits that follow
         for _ in str(least):
             edges[state()].append((_digit, to_come[-1]))
             to_come.append(len(edges) - 1)
@@ -55,7 +55,7 @@ def _automaton(side: Side) -> _Automaton:
         if isinstance(token, str):
             at = chain(at, token)
         elif token.kind == "alts":
-            ends = [chain(at, spelled) for _, spelled in token.options]
+            ends = [chain(at, text) for _, text in token.options]
             join = state()
             for end in ends:
                 empty[end].append(join)
@@ -79,7 +79,13 @@ def _common(a: _Class, b: _Class) -> str | None:
     return next((c for c in _SAMPLES if a(c) and b(c)), None)
 
 
-def _part(a: Side, b: Side) -> bool:
+def _same_ends(a: Side, b: Side) -> bool:
+    """False where the texts at the beginning, or those at the end, of two sides already differ."""
+    starts = any(x.startswith(b.starts) for x in a.starts) or any(y.startswith(a.starts) for y in b.starts)
+    return starts and (any(x.endswith(b.ends) for x in a.ends) or any(y.endswith(a.ends) for y in b.ends))
+
+
+def _diverge(a: Side, b: Side) -> bool:
     """True where two sides that begin alike, with the same texts and indices, go on with different texts."""
     for one, other in zip(a.tokens, b.tokens, strict=False):
         if isinstance(one, str) and isinstance(other, str):
@@ -95,7 +101,7 @@ def alike(sides: Sequence[Side], seen: int = 0) -> Iterator[tuple[int, int]]:
 
     Pairs within the first ``seen`` sides are left out. A pair comes several times where alternatives begin alike.
     """
-    begun: list[tuple[str, int]] = []  # each begins the next, and the text at hand
+    begun: list[tuple[str, int]] = []  # each begins the next, and the current text
     fresh: list[tuple[str, int]] = []  # those of them that have not been seen
     for start, number in sorted((start, number) for number, side in enumerate(sides) for start in side.starts):
         for stack in (begun, fresh):
@@ -113,11 +119,7 @@ def overlap(a: Side, b: Side, effort: Effort | None = None) -> str | None:
     """A key that both sides match, or None where they share none; PatternError where ``effort`` is not enough."""
     effort = effort or Effort()
     effort.spend(1 + len(a.starts) * len(b.starts) // 8 + len(a.ends) * len(b.ends) // 8)
-    if not (any(x.startswith(b.starts) for x in a.starts) or any(y.startswith(a.starts) for y in b.starts)):
-        return None
-    if not (any(x.endswith(b.ends) for x in a.ends) or any(y.endswith(a.ends) for y in b.ends)):
-        return None
-    if _part(a, b):
+    if not _same_ends(a, b) or _diverge(a, b):
         return None
     edges_a, empty_a, end_a = _automaton(a)
     edges_b, empty_b, end_b = _automaton(b)

@@ -1,9 +1,9 @@
-"""Key patterns at work: matched against a whole key, and written from captured values.
+"""Key patterns, parsed: matched against a whole key, and written from captured values.
 
 A *side* of a rule is a sequence of tokens: literal text, and slots that hold the value of a captured
 variable. Both sides of a rule are made of the same tokens over the same variables, so either side can be
-matched and either can be written: the inverse of a rule is the rule with its sides exchanged. How a mapping
-spells them is told in `parse.py`.
+matched and either can be written: the inverse of a rule is the rule with its sides exchanged. `pattern_syntax`
+describes and parses their syntax.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_DIGITS = 9  # of an index
 
 
 class Effort:
-    """How much work the patterns of one file may make.
+    """How much work the patterns of one file may take.
 
     Attributes:
-        steps: of a microsecond or so, to tell the patterns apart.
-        keys: that the source patterns stand for, in samples and where blocks are asked to be whole.
-        opened: source patterns with an open-ended group, each of which goes through all of a key that begins alike.
+        steps: of about a microsecond, to compare the patterns with each other.
+        keys: that the source patterns match, in samples and where blocks are checked to be complete.
+        opened: source patterns with an open-ended group, each of which reads a whole key that begins alike.
     """
 
     def __init__(self, steps: int = 500_000, keys: int = 3000, opened: int = 40) -> None:
@@ -40,9 +40,13 @@ class Effort:
         """Raises PatternError where nothing is left."""
         self.steps, self.keys, self.opened = self.steps - steps, self.keys - keys, self.opened - opened
         if self.opened < 0:
-            raise PatternError("the file has too many patterns with (\\w+), ([^.]+) or (.+): list what they stand for")
+            raise PatternError(
+                "the file has too many patterns with (\\w+), ([^.]+) or (.+): list the alternatives instead"
+            )
         if self.steps < 0 or self.keys < 0:
-            raise PatternError("the patterns of this file are too many, or too much alike, to be told apart")
+            raise PatternError(
+                "the patterns of this file are too many, or too much alike, to compare: write fewer or shorter ones"
+            )
 
 
 OPEN: dict[
@@ -62,7 +66,7 @@ class Slot:
     Attributes:
         names: the variable, or (high, low).
         kind: ``int``, ``word``, ``part``, ``rest`` or ``alts``.
-        options: for ``alts``, pairs of (value of the variable, how this side spells it).
+        options: for ``alts``, pairs of (value of the variable, its text on this side).
         shift, base: index arithmetic, for ``int``.
         limit: for two variables, how many values the low one has.
     """
@@ -75,20 +79,20 @@ class Slot:
 
     @cached_property
     def plain(self) -> bool:
-        """True when this side spells the variable as it is."""
+        """True when the text on this side is the variable's value."""
         if self.kind == "alts":
-            return all(value == spelled for value, spelled in self.options)
+            return all(value == text for value, text in self.options)
         return not self.base and not self.shift
 
     def regex(self) -> str:
         if self.kind == "alts":
-            return "(" + "|".join(re.escape(spelled) for _, spelled in self.options) + ")"
+            return "(" + "|".join(re.escape(text) for _, text in self.options) + ")"
         return "(" + OPEN[self.kind][0] + ")"
 
     def read(self, text: str) -> dict[str, str] | None:
         """The variables' values from this side's text; None where the text is out of their range."""
         if self.kind == "alts":
-            return {self.names[0]: next(value for value, spelled in self.options if spelled == text)}
+            return {self.names[0]: next(value for value, written in self.options if written == text)}
         if self.kind != "int" or (not self.base and not self.shift):
             return {self.names[0]: text}
         number = int(text) - self.shift
@@ -102,7 +106,7 @@ class Slot:
     def write(self, values: Mapping[str, str]) -> str:
         value = values[self.names[0]]
         if self.kind == "alts":
-            return next(spelled for known, spelled in self.options if known == value)
+            return next(text for known, text in self.options if known == value)
         if self.base:
             low = int(values[self.names[1]])
             return str(int(value) * self.base + low + self.shift)
@@ -128,7 +132,7 @@ class Side:
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        """Compiled when first asked for: of most formats no key is ever seen."""
+        """Compiled when first needed: most formats never see a key."""
         return re.compile(self.regex, re.DOTALL)
 
     @cached_property
@@ -147,21 +151,21 @@ class Side:
 
     @cached_property
     def starts(self) -> tuple[str, ...]:
-        """Literal texts of which one begins every key that the side matches."""
+        """Every key that the side matches begins with one of these texts."""
         first, after = self.tokens[0] if self.tokens else "", self.tokens[1:2]
         if isinstance(first, str):
             return (first,)
         follows = after[0] if after and isinstance(after[0], str) else ""
-        return tuple(spelled + follows for _, spelled in first.options) if first.kind == "alts" else ("",)
+        return tuple(text + follows for _, text in first.options) if first.kind == "alts" else ("",)
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """Literal texts of which one ends every key that the side matches."""
+        """Every key that the side matches ends with one of these texts."""
         last, before = self.tokens[-1] if self.tokens else "", self.tokens[-2:-1]
         if isinstance(last, str):
             return (last,)
         leads = before[0] if before and isinstance(before[0], str) else ""
-        return tuple(leads + spelled for _, spelled in last.options) if last.kind == "alts" else ("",)
+        return tuple(leads + text for _, text in last.options) if last.kind == "alts" else ("",)
 
     def match(self, key: str) -> dict[str, str] | None:
         """The variables' values, or None. Linear in the length of the key."""
@@ -192,7 +196,7 @@ class Side:
 
     @cached_property
     def _plain(self) -> tuple[str, ...] | None:
-        """The variables, where the side spells all of them as they are."""
+        """The variables, if the side writes all of them unchanged."""
         return tuple(slot.names[0] for slot in self.slots) if all(slot.plain for slot in self.slots) else None
 
     @cached_property
@@ -216,7 +220,7 @@ class Side:
 
     @cached_property
     def readings(self) -> int:
-        """How many keys a sample of it has: every alternative, three of each index, one word."""
+        """How many keys a sample has: every alternative, three of each index, one word."""
         return prod(len(slot.options) or (3 if slot.kind == "int" else 1) for slot in self.slots)
 
     def __str__(self) -> str:

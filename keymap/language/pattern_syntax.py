@@ -1,4 +1,4 @@
-r"""Key patterns as a mapping spells them: a reversible subset of regular expressions.
+r"""The syntax of key patterns in a mapping file: a reversible subset of regular expressions.
 
 ==================  ============================================================================
 ``(\d+)``           an index: 0, 1, 2, ... without leading zeros, at most nine digits
@@ -13,9 +13,9 @@ r"""Key patterns as a mapping spells them: a reversible subset of regular expres
 ``(q|kv)``          (target) a group of its own: the parts that a ``split`` writes
 ==================  ============================================================================
 
-Everything else is literal; a dot is a dot. An open-ended group must be followed by something that it cannot
-match itself, and alternatives must be told apart by what follows them, so a key has one reading and matching
-takes linear time.
+Everything else is literal; a dot is a dot. What follows an open-ended group must be something that the group cannot
+match, and what follows alternatives must show which of them it was. So a key has one reading, and matching takes
+linear time.
 """
 
 from __future__ import annotations
@@ -30,26 +30,65 @@ from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Toke
 __all__ = ["parse_source", "parse_target"]
 
 _MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
-_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern stands for
+_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
 _GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "part", ".+": "rest"}
 _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
-_ADVICE = {
-    "\\": "a dot outside a group is already a dot, and only \\d and \\w exist, inside a group",
-    "^": "a pattern always matches the whole key: leave ^ out",
-    "$": "a pattern always matches the whole key: leave $ out",
-    "*": "write (\\d+), (\\w+), ([^.]+), (a|b) or, at the end, (.+)",
-    "+": "write (\\d+), (\\w+), ([^.]+) or, at the end, (.+)",
-    "?": "list the alternatives instead: (|x), or mark the rule optional",
-    "[": "only the group ([^.]+) exists",
-    "{": "only the groups (\\d+), (\\w+), ([^.]+), (a|b) and (.+) exist",
-}
+_CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
+_INDEX, _NAME, _REST = "(\\d+) for an index", "(\\w+) or ([^.]+) for a name", "(.+) for the rest of the key, at its end"
+_ADVICE = [  # a regular expression of what is written; what to write in a source, and in a target
+    (r"\\\\[dw1-9]", "write one backslash", "write one backslash: \\1"),
+    (r"\\\.", "a dot is already a dot: write . without a backslash", "a dot is already a dot: write ."),
+    (r"\\d[+*]?", "write (\\d+) for an index, in brackets", "write \\1 for the first group of the source"),
+    (r"\\w[+*]?", "write (\\w+) for a name, in brackets", "write \\1 for the first group of the source"),
+    (r"\\[0-9]", "\\1 belongs to a target; in a source write (\\d+), (\\w+) or (a|b)", ""),
+    (r"\.\*", f"write {_NAME}; or {_REST}", "write \\1 for the first group of the source"),
+    (r"\.\+", f"write {_NAME}; or {_REST}", "write \\1 for the first group of the source"),
+    (r"\[0-9\][+*]?", "write (\\d+) for an index", "write \\1 for the first group of the source"),
+    (r"\[\^\\?\.\][+*]?", "write ([^.]+), in brackets", "write \\1 for the first group of the source"),
+    (r"\[[a-zA-Z0-9_-]+\][+*]?", "write (\\w+) for a name, or list the alternatives: (a|b)", "write \\1"),
+    (r"\{\w*\}", f"write {_INDEX}", "write \\1 for the first group of the source"),
+    (r"\$[0-9]", "write (\\d+) for an index", "write \\1, with a backslash"),
+    (r"\$\{\w+\}", f"write {_INDEX}", "write \\1"),
+    (r"%[ds]", "write (\\d+) for an index", "write \\1 for the first group of the source"),
+    (r"\^", "a pattern always matches the whole key: leave ^ out", "a target is a plain key: leave ^ out"),
+    (r"\$", "a pattern always matches the whole key: leave $ out", "a target is a plain key: leave $ out"),
+    (r"\*\*?", f"write {_INDEX}, {_NAME}, (a|b), or {_REST}", "write \\1 for the first group of the source"),
+    (r"\+", f"write {_INDEX}, {_NAME}, or {_REST}", "write <1+1> for the index after the first group"),
+    (r"\?", "list the alternatives instead: (|x), or mark the rule optional", ""),
+    (r"\[", "the only group with [ is ([^.]+)", ""),
+    (r"\{", "the groups are (\\d+), (\\w+), ([^.]+), (a|b) and (.+)", "write \\1 for a group"),
+    (r"\|", "alternatives need brackets: (a|b)", "alternatives need brackets: (a|b)"),
+    (r"\)", "this ) closes nothing: add the ( or remove it", "this ) closes nothing: add the ( or remove it"),
+    (r"\\", "a backslash is allowed only in (\\d+) and (\\w+)", "a backslash needs the number of a group: write \\1"),
+    (r"<", "<...> belongs to a target", ""),
+]
+_GROUP_ADVICE = [  # the body of a group, and what to write instead
+    (r"\\d\*?|\[0-9\][+*]?|\\\\d\+|\\d\{.*\}|[0-9]\+", "(\\d+)"),
+    (r"\\w\*?|\\S\+|\[[a-zA-Z0-9_-]+\][+*]?|\\\\w\+", "(\\w+)"),
+    (r"\[\^\\?\.\]\*?|\[\^\\\.\]\+|[^.]+\?", "([^.]+)"),
+    (r"\.\*\??|\.\+\?|\*", "(.+) at the end of the key, or ([^.]+) for a name between dots"),
+]
 
 
-def _literal(text: str, at: int, whole: str) -> str:
+class UnknownLookupError(PatternError):
+    """A target names a lookup that does not exist."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        super().__init__(text)
+
+
+def _literal(text: str, at: int, target: bool = False) -> str:
+    """The plain text from ``at`` on; raises PatternError where there is none."""
     found = _LITERAL.match(text, at)
     if found is None:
-        advice = _ADVICE.get(text[at], "keys hold letters, digits and _ . / : # @ ~ -")
-        raise PatternError(f"'{text[at]}' at character {at + 1} of '{whole}': {advice}")
+        start = at - 1 if text[at] in "*+" and text[at - 1 : at] == "." else at
+        for written, in_source, in_target in _ADVICE:
+            fault = re.match(written, text[start:])
+            if fault is not None:
+                advice = (in_target if target else "") or in_source
+                raise PatternError(f"'{fault.group()}' at character {start + 1} of '{text}': {advice}")
+        raise PatternError(f"'{text[at]}' at character {at + 1} of '{text}': {_CHARACTERS}")
     return found.group()
 
 
@@ -60,27 +99,54 @@ def _group_end(text: str, at: int) -> int:
     return end
 
 
-def _alternatives(body: str, text: str) -> tuple[tuple[str, str], ...]:
+def _alternatives(body: str, text: str, target: bool = False) -> tuple[tuple[str, str], ...]:
+    if target and body in _GROUPS:
+        raise PatternError(f"({body}) in '{text}': a target names a group of the source by its number: write \\1")
     options = body.split("|")
     for option in options:
         if option and not _LITERAL.fullmatch(option):
-            kinds = ", ".join(f"({g})" for g in _GROUPS)
-            raise PatternError(f"({body}) in '{text}' is neither one of {kinds} nor a list of plain alternatives (a|b)")
+            raise PatternError(f"({body}) in '{text}': {_group_advice(body)}")
     if len(set(options)) != len(options):
-        raise PatternError(f"({body}) in '{text}' lists an alternative twice")
+        raise PatternError(f"({body}) in '{text}' lists an alternative twice: remove one")
     return tuple((option, option) for option in options)
 
 
+def _group_advice(body: str) -> str:
+    """What to write instead of a group that keymap does not have."""
+    inner = re.match(r"\?(?:P<\w+>|:)(.*)", body)
+    if inner is not None:
+        known = inner.group(1) in _GROUPS or all(_LITERAL.fullmatch(one) for one in inner.group(1).split("|"))
+        instead = f"({inner.group(1)})" if known else "(a|b) or (\\d+)"
+        return f"groups have numbers, not names or flags: write {instead}"
+    if body.startswith("?"):
+        return "there is no look-ahead or look-behind: list the alternatives, (a|b)"
+    for written, instead in _GROUP_ADVICE:
+        if re.fullmatch(written, body):
+            return f"write {instead}"
+    kinds = ", ".join(f"({group})" for group in _GROUPS)
+    return f"a group is one of {kinds}, or a list of plain alternatives (a|b)"
+
+
 def parse_source(text: str, first: int = 1, effort: Effort | None = None) -> Side:
-    """A source pattern; its groups are the variables ``first``, ``first + 1``, ..."""
-    tokens: list[Token] = []
+    """A source pattern; its groups are the variables ``first``, ``first + 1``, ...
+
+    Raises:
+        PatternError: the text is not a pattern, or a key could be read in two ways.
+    """
     _check_length(text)
+    tokens = _source_tokens(text, first)
+    if not tokens:
+        raise PatternError("an empty pattern matches no key")
+    return _checked(tokens, text, effort)
+
+
+def _source_tokens(text: str, first: int = 1) -> list[Token]:
+    tokens: list[Token] = []
     at = 0
     while at < len(text):
         if text[at] == "(":
             end = _group_end(text, at)
-            body = text[at + 1 : end]
-            name = str(first)
+            body, name = text[at + 1 : end], str(first)
             first += 1
             if body in _GROUPS:
                 tokens.append(Slot((name,), _GROUPS[body]))
@@ -88,12 +154,24 @@ def parse_source(text: str, first: int = 1, effort: Effort | None = None) -> Sid
                 tokens.append(Slot((name,), "alts", _alternatives(body, text)))
             at = end + 1
         else:
-            literal = _literal(text, at, text)
+            literal = _literal(text, at)
             tokens.append(literal)
             at += len(literal)
-    if not tokens:
-        raise PatternError("an empty pattern matches no key")
-    return _checked(tokens, text, effort)
+    return tokens
+
+
+def check_part(
+    source: str, targets: Sequence[str], lookups: Mapping[str, Mapping[str, str]], index: str | None = None
+) -> None:
+    """Check the patterns of a rule of a table, or of a prefix, without those that they are joined with.
+
+    Raises:
+        PatternError: a pattern is wrong by itself.
+    """
+    side = Side(tuple(_source_tokens(source)))
+    for target in targets:
+        for _ in _target_tokens(target, side, lookups, 0, index):
+            pass
 
 
 def _check_length(text: str) -> None:
@@ -132,16 +210,16 @@ def parse_target(
                 tokens.append(token)
     names = [name for token in tokens if isinstance(token, Slot) for name in token.names]
     if len(set(names)) != len(names):
-        raise PatternError(f"'{text}' uses a group twice: the way back could not tell which one to believe")
+        raise PatternError(f"'{text}' uses a group twice: on the way back the two could differ; use it once")
     if not tokens:
-        raise PatternError("an empty target")
+        raise PatternError("the target is empty: write the key of the model")
     return _checked(tokens, text, effort, target=True)
 
 
 def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: bool = False) -> Side:
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MOST_READINGS:
-        raise PatternError(f"'{text}' stands for {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
+        raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
     opened = any(slot.kind in ("word", "part", "rest") for slot in side.slots)
     effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)
@@ -158,7 +236,9 @@ def _target_tokens(
         if char == "\\":
             number = text[at + 1 : at + 2]
             if number not in set("0123456789"):
-                raise PatternError(f"'{text}': after a backslash stands the number of a group, as in \\1")
+                _literal(text, at, target=True)
+            if number == "0":
+                raise PatternError(f"'{text}' uses group 0: groups count from 1, write \\1")
             yield _same(known, str(int(number) + offset), text, offset)
             at += 2
         elif char == "<":
@@ -170,10 +250,10 @@ def _target_tokens(
         elif char == "(":
             end = _group_end(text, at)
             own += 1
-            yield Slot((f"part{own}",), "alts", _alternatives(text[at + 1 : end], text))
+            yield Slot((f"part{own}",), "alts", _alternatives(text[at + 1 : end], text, target=True))
             at = end + 1
         else:
-            literal = _literal(text, at, text)
+            literal = _literal(text, at, target=True)
             yield literal
             at += len(literal)
 
@@ -181,7 +261,9 @@ def _target_tokens(
 def _same(known: Mapping[str, Slot], name: str, text: str, offset: int) -> Slot:
     if name not in known:
         shown = str(int(name) - offset) if name.isdigit() else name
-        raise PatternError(f"'{text}' uses group {shown}, which the source pattern does not have")
+        have = len(known) - offset
+        count = f"it has {have} group{'' if have == 1 else 's'}" if have > 0 else "it has no group"
+        raise PatternError(f"'{text}' uses group {shown}, which the source pattern does not have: {count}")
     slot = known[name]
     return Slot((name,), slot.kind, tuple((value, value) for value, _ in slot.options))
 
@@ -194,26 +276,16 @@ def _computed(
     offset: int,
     index: str | None,
 ) -> Slot:
+    """What ``<body>`` in a target holds: an index of ``unstack``, a lookup, or arithmetic."""
     if body == index:
         return Slot((body,), "int")
     number, colon, table = body.partition(":")
     if colon and number.isascii() and number.isdigit():
         slot = _same(known, str(int(number) + offset), text, offset)
-        if table not in lookups:
-            near = ", ".join(sorted(lookups)) or "none is declared"
-            raise PatternError(f"<{body}>: there is no lookup {table!r}; known: {near}")
-        if slot.kind != "alts":
-            raise PatternError(f"<{body}>: a lookup needs a group of alternatives (a|b), to be reversible")
-        lacking = [value for value, _ in slot.options if value not in lookups[table]]
-        if lacking:
-            raise PatternError(f"<{body}>: lookup {table!r} has no entry for {', '.join(lacking)}")
-        options = tuple((value, lookups[table][value]) for value, _ in slot.options)
-        if len({spelled for _, spelled in options}) != len(options):
-            raise PatternError(f"<{body}>: lookup {table!r} gives two alternatives one name: no way back")
-        return Slot(slot.names, "alts", options)
+        return _looked_up(slot, table, body, lookups)
     found = _ARITHMETIC.fullmatch(body)
-    if found is None:
-        raise PatternError(f"<{body}> in '{text}': write <1+1>, <1*6+2>, <1:lookup> or <name> with unstack")
+    if found is None or not (found.group(2) or found.group(4)):
+        raise PatternError(f"<{body}> in '{text}': {_angle_advice(body, index)}")
     high, base, low, shift = found.groups()
     first = _same(known, str(int(high) + offset), text, offset)
     if not base:
@@ -230,37 +302,74 @@ def _computed(
     return Slot((*first.names, *second.names), "int", shift=int(shift or 0), base=int(base))
 
 
+def _looked_up(slot: Slot, table: str, body: str, lookups: Mapping[str, Mapping[str, str]]) -> Slot:
+    """A group through a lookup."""
+    if table not in lookups:
+        raise UnknownLookupError(table, f"<{body}>: there is no lookup {table!r}")
+    if slot.kind != "alts":
+        raise PatternError(f"<{body}>: a lookup needs a group of alternatives (a|b), to be reversible")
+    lacking = [value for value, _ in slot.options if value not in lookups[table]]
+    if lacking:
+        raise PatternError(f"<{body}>: lookup {table!r} has no entry for {', '.join(lacking)}: add it")
+    options = tuple((value, lookups[table][value]) for value, _ in slot.options)
+    if len({name for _, name in options}) != len(options):
+        raise PatternError(f"<{body}>: lookup {table!r} gives two alternatives one name, so there is no way back")
+    return Slot(slot.names, "alts", options)
+
+
+def _angle_advice(body: str, index: str | None) -> str:
+    if body.isascii() and body.isdigit():
+        return f"write \\{body}"
+    if re.fullmatch(r"[a-z]\w*", body, re.ASCII):
+        return (
+            f"write <{index}>, as unstack says"
+            if index
+            else f"<{body}> goes with unstack: {body}; for a group write \\1"
+        )
+    return "write <1+1>, <1*6+2>, <1:lookup> or <name> with unstack"
+
+
 def _check_readings(tokens: Sequence[Token], text: str, effort: Effort) -> None:
-    """Refuse an open-ended group that is followed by something it could match itself, and such alternatives."""
+    """Refuse a pattern that can read one key in two ways."""
     for i, token in enumerate(tokens):
+        after = tokens[i + 1 :]
         if isinstance(token, str):
             continue
         if token.kind == "alts":
-            after = tuple(tokens[i + 1 :])
-            effort.spend(len(token.options) ** 2 // 16)
-            for short, long in permutations([spelled for _, spelled in token.options], 2):
-                if long.startswith(short) and long != short:
-                    key = overlap(Side(after), Side((long[len(short) :], *after)), effort)
-                    if key is not None:
-                        raise PatternError(f"'{text}': '{short + key}' has two readings, with {short!r} and {long!r}")
-            continue
-        if token.kind == "rest":
-            if i + 1 < len(tokens):
-                raise PatternError(f"'{text}': (.+) stands only at the end; use ([^.]+) or (\\w+) before")
-            continue
-        inside = OPEN[token.kind][1]
-        for follow in tokens[i + 1 :]:
-            if isinstance(follow, str):
-                first, may_be_empty = [follow[0]], False
-            elif follow.kind == "alts":
-                first = [s[0] for _, s in follow.options if s]
-                may_be_empty = any(not s for _, s in follow.options)
-            else:
-                raise PatternError(f"'{text}': two open-ended groups need literal text between them")
-            if any(inside(c) for c in first):
-                raise PatternError(
-                    f"'{text}': '{follow if isinstance(follow, str) else follow.regex()}' follows an "
-                    f"open-ended group that can match it too; no unique reading"
-                )
-            if not may_be_empty:
-                break
+            _check_alternatives(token, after, text, effort)
+        elif token.kind == "rest":
+            if after:
+                raise PatternError(f"'{text}': (.+) is allowed only at the end; write ([^.]+) or (\\w+) here")
+        else:
+            _check_open(token, after, text)
+
+
+def _check_alternatives(slot: Slot, after: Sequence[Token], text: str, effort: Effort) -> None:
+    """Refuse alternatives of which one begins another, unless what follows shows which it was."""
+    effort.spend(len(slot.options) ** 2 // 16)
+    for short, long in permutations([written for _, written in slot.options], 2):
+        if long.startswith(short) and long != short:
+            key = overlap(Side(tuple(after)), Side((long[len(short) :], *after)), effort)
+            if key is not None:
+                raise PatternError(f"'{text}': '{short + key}' has two readings, with {short!r} and {long!r}")
+
+
+def _check_open(slot: Slot, after: Sequence[Token], text: str) -> None:
+    """Refuse an open-ended group that is followed by something it could match itself."""
+    inside = OPEN[slot.kind][1]
+    for follow in after:
+        if isinstance(follow, str):
+            first, may_be_empty = [follow[0]], False
+        elif follow.kind == "alts":
+            first = [s[0] for _, s in follow.options if s]
+            may_be_empty = any(not s for _, s in follow.options)
+        else:
+            raise PatternError(f"'{text}': two open-ended groups need text between them, for example a dot")
+        if any(inside(c) for c in first):
+            shown = follow if isinstance(follow, str) else follow.regex()
+            raise PatternError(
+                f"'{text}': '{shown}' follows an open-ended group that can match it too, so a key has two "
+                f"readings: write ([^.]+) or (\\d+), or add a dot"
+            )
+        if not may_be_empty:
+            break

@@ -1,8 +1,8 @@
-"""Rules as data: which keys they own, what they do in which order, and what they are backwards.
+"""Rules as data: which keys they own, what they do and in which order, and their inverses.
 
 The operations of a rule have one fixed order: view each member, join them, view the whole, cut it, view each
-part. Read backwards the same order holds, so the inverse of a rule is the rule with its sides exchanged and its
-operations reversed, each by its own inverse. `apply.py` carries them out.
+part. The reversed order has the same form, so the inverse of a rule is the rule with its sides exchanged and its
+operations reversed, each replaced by its own inverse. `apply.py` applies rules.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Join(NamedTuple):
         kind: ``concat`` along an axis, ``stack`` on a new axis, or ``rows`` merged by ranges of axis 0.
         axis: its number in the tensor that is joined (after ``view``).
         variables: the captures that number the members.
-        members: what the last of the variables may be, in order; None stands for a member of zeros. Empty for
-            an open index, whose members are 0, 1, 2, ...
+        members: the values of the last variable, in order; None is a member of zeros. Empty for an open index,
+            whose members are 0, 1, 2, ...
         lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts.
         ranges: for ``rows``.
     """
@@ -47,22 +47,22 @@ class Join(NamedTuple):
     ranges: tuple[tuple[int, int | None], ...] = ()
 
     @property
-    def told(self) -> list[int | str]:
-        """The lengths as a mapping spells them."""
+    def written_lengths(self) -> list[int | str]:
+        """The lengths as in the mapping file."""
         return ["*" if n is None else n for n in self.lengths]
 
     def bounds(self, total: int) -> list[tuple[int, int]]:
         """Where each member lies on the axis of a whole that is ``total`` long."""
         lengths: tuple[int | None, ...] = self.lengths or (1,) * len(self.members)
-        told = sum(n for n in lengths if n is not None)
+        known = sum(n for n in lengths if n is not None)
         if None in lengths:
-            exact = [total - told if n is None else n for n in lengths]
+            exact = [total - known if n is None else n for n in lengths]
         else:
-            if total % told:
+            if total % known:
                 raise RuleError(f"an axis of length {total} cannot be cut in proportions {list(lengths)}")
-            exact = [n * (total // told) for n in lengths if n is not None]
+            exact = [n * (total // known) for n in lengths if n is not None]
         if min(exact) < 1:
-            raise RuleError(f"an axis of length {total} is too short for parts {self.told}")
+            raise RuleError(f"an axis of length {total} is too short for parts {self.written_lengths}")
         ends = [sum(exact[: i + 1]) for i in range(len(exact))]
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -78,10 +78,11 @@ class Rule:
         take: the rows [first, last) of axis 0 that are used at all, None for the end.
         before, join, then, cut, after: the further operations, in this order.
         optional, oneway, rest: as in the mapping.
-        sizes: axis lengths that no shape tells.
+        sizes: axis lengths that shapes do not show.
         add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
             square root is the factor.
         tied: the key whose values this one must repeat (the way back of a rule with several targets).
+        used_at: for a rule of a table, the place of the outermost rule with ``table:`` that leads to it.
     """
 
     place: str
@@ -104,6 +105,12 @@ class Rule:
     root: int | None = None
     term: float = 0.0
     tied: Side | None = None
+    used_at: str = ""
+
+    @property
+    def reported_at(self) -> str:
+        """The place to report a fault of the rule at, where the table that holds it may be used for other keys."""
+        return self.used_at or self.place
 
     @cached_property
     def renames(self) -> bool:
@@ -113,12 +120,12 @@ class Rule:
 
     @cached_property
     def keeps(self) -> bool:
-        """True when the rule gives a key as it is."""
+        """True when the rule leaves a key as it is."""
         return self.renames and self.source.tokens == self.targets[0].tokens
 
     @cached_property
     def counts(self) -> bool:
-        """True when the captures are indices and alternatives, spelled as they are."""
+        """True when the captures are indices and alternatives, written unchanged."""
         plain = all(slot.plain and slot.kind in ("int", "alts") for slot in self.source.slots)
         return plain and not self._falling
 
@@ -138,7 +145,7 @@ class Rule:
         return self.factor != 1.0 or self.term != 0.0 or self.root is not None
 
     def inverse(self) -> tuple[Rule, ...]:
-        """The way back; one rule a target where several are tied, and none for a one-way rule."""
+        """The inverse: one rule for each of several tied targets, and none for a one-way rule."""
         if self.oneway:
             return ()
         main = replace(
@@ -156,10 +163,10 @@ class Rule:
 
 
 class Check(NamedTuple):
-    """A value that must be seen before anything is written.
+    """A value to check before anything is written.
 
     Attributes:
-        key: what is checked, in the words of the report.
+        key: what is checked, as the report names it.
         layout: the elements to read.
         value: 0, 1 or ``eye``; or the layout that must be equal.
         why: what follows from it.
@@ -177,7 +184,7 @@ class Fault(NamedTuple):
     Attributes:
         text: what, in a sentence.
         sources: the source keys that it concerns.
-        tower: the tower of the rule, empty where no rule of a tower is meant.
+        tower: the tower of the rule, empty for a fault of no tower.
         fatal: True where not even a partial load is safe: two keys that become one.
         foreign: True where a whole tower is of another architecture.
     """
@@ -203,7 +210,7 @@ class _Like(NamedTuple):
 
     Attributes:
         values: the rule's captures, of one of the keys.
-        indices: captures that are a number of the key, and from where to where it stands.
+        indices: captures that are a number in the key, with its start and its end.
         fixed: digits of the key that are the rule's own text, and where they begin.
     """
 
@@ -212,7 +219,7 @@ class _Like(NamedTuple):
     fixed: tuple[tuple[str, int], ...]
 
     def captures(self, key: str) -> dict[str, str] | None:
-        """The captures of another of the keys; None where it is none of the rule's after all."""
+        """The captures of another key of the same form; None if the rule does not own it."""
         for digits, start in self.fixed:
             if not key.startswith(digits, start):
                 return None
@@ -225,9 +232,9 @@ class _Like(NamedTuple):
 
 
 def _like(rule: Rule, values: Mapping[str, str]) -> _Like | None:
-    """What a key tells of others; None where captures may differ in more than an index.
+    """What a key shows of others of its form; None where captures may differ in more than an index.
 
-    That a number stands where it stood holds because no side has two readings, which `parse.py` sees to.
+    A number keeps its position, because no side has two readings: `pattern_syntax` refuses those.
     """
     if not rule.counts:
         return None
@@ -270,7 +277,7 @@ class RuleTable:
 
     @cached_property
     def _any(self) -> re.Pattern[str]:
-        """Matches what any of many patterns does: a key that nobody owns costs one look, not one a rule."""
+        """Matches what any pattern matches, so a key without an owner costs one match instead of one for each rule."""
         return re.compile("|".join(f"(?:{rule.source.regex})" for rule in self._patterns), re.DOTALL)
 
     @cached_property
@@ -280,8 +287,8 @@ class RuleTable:
     def find(self, key: str) -> tuple[Rule, dict[str, str]] | None:
         """The rule that owns the key, and its captures.
 
-        Keys of a repeated block differ in their digits alone, so what one of them told is tried first: the time for
-        a key does not grow with the number of rules.
+        Keys of a repeated block differ only in their digits, so the owner of a similar key is tried first: the time
+        for a key does not grow with the number of rules.
         """
         literal = self._literal.get(key)
         if literal is not None:

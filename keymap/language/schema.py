@@ -1,4 +1,4 @@
-"""What the schema says of a mapping file: every fault in the schema's words, at the line it is about."""
+"""Checks a mapping file against the schema, and leaves out what is wrong so that the rest can be compiled."""
 
 from __future__ import annotations
 
@@ -8,104 +8,87 @@ from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
-from keymap.language.yaml_marks import Marked
+from keymap.language.schema_words import OLD_KINDS, SchemaFault, in_words
+from keymap.language.yaml_marks import Marked, Path
 from keymap.paths import schema_path
 
-__all__ = ["known_right", "schema_faults"]
+__all__ = ["SchemaFault", "known_right", "schema_faults", "sound_part"]
 
 _MAX_FAULTS = 100  # that are looked for
-_OLD_KINDS = {"respelling": "bridge"}
-_OLD_FIELDS = {  # each with what it is called today
-    "groups": "towers",
-    "accepts": "aliases",
-    "drop": "ignore",
-    "speaks": "layouts",
-    "spellings": "layouts",
-    "states": "fixed",
-    "nowhere": "unsupported",
-    "image": "between: {image: [...]}",
-    "text": "between: {text: [...]}",
-}
+_MAX_ROUNDS = 8  # in which faulty fields are left out
 _right: WeakValueDictionary[int, Marked] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=1)
+def _schema() -> dict[str, Any]:
+    schema: dict[str, Any] = json.loads(schema_path().read_text(encoding="utf-8"))
+    return schema
 
 
 @lru_cache(maxsize=8)
 def _validator(kind: str) -> Any:
-    """The validator of a kind of mapping; of the whole schema, for a kind that there is not."""
+    """The validator of one kind of mapping; of the whole schema for an unknown kind."""
     from jsonschema import Draft202012Validator
 
-    schema = json.loads(schema_path().read_text(encoding="utf-8"))
-    if kind in schema["$defs"]["kinds"]:
-        schema = {"$schema": schema["$schema"], "$ref": f"#/$defs/kinds/{kind}", "$defs": schema["$defs"]}
+    schema = _schema()
+    if kind in schema["$defs"]["kinds"]["$defs"]:
+        schema = {"$schema": schema["$schema"], "$ref": f"#/$defs/kinds/$defs/{kind}", "$defs": schema["$defs"]}
     return Draft202012Validator(schema)
 
 
 def known_right(marked: Marked) -> None:
-    """Take it from the caller that a file follows the schema."""
+    """Record that a file follows the schema, so that it is not checked."""
     _right[id(marked)] = marked
 
 
-def schema_faults(marked: Marked) -> list[str]:
-    """What is wrong with a file, in the order of its lines; a file that is right is not looked at again."""
+def schema_faults(marked: Marked) -> list[SchemaFault]:
+    """Every fault against the schema, in the order of the lines; a file without faults is not checked again."""
     if _right.get(id(marked)) is marked:
         return []
-    if not isinstance(marked.data, dict):
-        return [f"{marked.file}:1:1: it holds no fields, as format: and groups:"]
-    kind = marked.data.get("kind", "format")
-    faults = []
-    if kind in _OLD_KINDS:
-        faults.append(f"{marked.at(('kind',))}: kind {kind!r} is now called {_OLD_KINDS[kind]!r}")
-        kind = _OLD_KINDS[kind]
-    errors = list(islice(_validator(kind if isinstance(kind, str) else "").iter_errors(marked.data), _MAX_FAULTS))
-    errors.sort(key=lambda error: list(map(str, error.absolute_path)))
-    faults += [fault for error in errors for fault in _told(marked, error)]
+    faults = _faults(marked)
     if not faults:
         known_right(marked)
     return faults
 
 
-def _lower(text: str) -> str:
-    """A description within a sentence."""
-    return (text[:1].lower() + text[1:]).rstrip(".")
+def _faults(marked: Marked) -> list[SchemaFault]:
+    if not isinstance(marked.data, dict):
+        text = "it holds no fields: begin with `format: name`, the name of the file without .yaml"
+        return [SchemaFault((), f"{marked.file}:1:1: {text}")]
+    kind = marked.data.get("kind", "format")
+    faults = []
+    if isinstance(kind, str) and kind in OLD_KINDS:
+        faults.append(
+            SchemaFault(("kind",), f"{marked.at(('kind',))}: kind {kind!r} is now called {OLD_KINDS[kind]!r}")
+        )
+        kind = OLD_KINDS[kind]
+    errors = list(islice(_validator(kind if isinstance(kind, str) else "").iter_errors(marked.data), _MAX_FAULTS))
+    errors.sort(key=lambda error: list(map(str, error.absolute_path)))
+    found = [fault for error in errors for fault in in_words(marked, error, _schema())]
+    if faults:  # under an old kind the other fields may be those of another kind: report what has a new name
+        found = [fault for fault in found if "is now called" in fault.text and fault.path != ("kind",)]
+    return [*faults, *found]
 
 
-def _told(marked: Marked, error: Any) -> list[str]:
-    """The schema's words, at the line they are about, with the names that were probably meant."""
-    from difflib import get_close_matches
+def _unit(path: Path) -> Path:
+    """What to leave out for a fault at a path: the whole rule, for a fault within a rule."""
+    for start, length in ((("towers",), 3), (("tables",), 3), (("aliases",), 3), (("variants",), 5)):
+        if path[:1] == start and len(path) > length:
+            return path[:length]
+    return path
 
-    where = tuple(error.absolute_path)
-    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = list(error.schema.get("properties", {}))
-        out = []
-        for key in islice((key for key in error.instance if key not in known), _MAX_FAULTS):
-            today = _OLD_FIELDS.get(key, "")
-            if today.partition(":")[0] in known:
-                out.append(f"{marked.at((*where, key))}: {key!r} is now called {today!r}")
-                continue
-            near = get_close_matches(key[:40], known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            out.append(f"{marked.at((*where, key))}: there is no field {key[:80]!r} here{hint}")
-        return out
-    if error.validator == "required":
-        lacking = next((name for name in error.validator_value if f"'{name}'" in error.message), "")
-        if any(_OLD_FIELDS[key].partition(":")[0] == lacking for key in error.instance if key in _OLD_FIELDS):
-            return []  # it is there under its old name, which is a fault of its own
-    if error.validator in ("anyOf", "oneOf") and error.context:
-        branch = [e for e in error.context if e.validator not in ("type", "const")]
-        if branch:
-            best = max(branch, key=lambda e: len(e.absolute_path))
-            return _told(marked, best)
-        choices = [_lower(said) for e in error.context if (said := e.schema.get("description"))]
-        about = _lower(error.schema.get("description", ""))
-        told = f"{json.dumps(error.instance)[:80]} does not stand here{f' ({about})' if about else ''}"
-        return [f"{marked.at(where)}: {told}{'; write ' if choices else ''}{' or '.join(choices)}"]
-    if error.validator == "oneOf" and not error.context:
-        fields = [name for branch in error.validator_value for name in branch.get("required", ())]
-        return [f"{marked.at(where)}: give only one of {', '.join(fields)}"]
-    if error.validator == "not":
-        return [f"{marked.at(where)}: a field of the hub stands in a file that is not the hub"]
-    if error.validator in ("maxItems", "maxProperties"):
-        return [f"{marked.at(where)}: {len(error.instance)} entries stand here; the limit is {error.validator_value}"]
-    said = error.message if len(error.message) < 200 else error.message[:200] + " ..."
-    hint = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
-    return [f"{marked.at(where)}: {said}{' (' + hint + ')' if hint else ''}"]
+
+def sound_part(marked: Marked, faults: list[SchemaFault]) -> Marked | None:
+    """The file without the fields that break the schema, so that the others can be checked further.
+
+    Fields that are missing at the top level stay missing. None where too much is wrong to go on.
+    """
+    for _ in range(_MAX_ROUNDS):
+        paths = {_unit(fault.path) for fault in faults}
+        if len(faults) >= _MAX_FAULTS or ("kind",) in paths or not isinstance(marked.data, dict):
+            return None
+        if not paths - {()}:
+            return marked
+        marked = marked.without(paths)
+        faults = _faults(marked)
+    return None

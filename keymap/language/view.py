@@ -1,7 +1,7 @@
 """Views: one einops-like pattern that regroups and permutes axes, ``d h k -> (h k) d``.
 
-Every axis has a name; ``1`` is an axis of length one. What the shape and the declared sizes do not bind is an
-error, never a default.
+Every axis has a name; ``1`` is an axis of length one. An axis whose length cannot be inferred from the shape and the
+declared sizes is an error; it never defaults to 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST_AXES = 16
 
 
 class ViewError(ValueError):
-    """A view that is written wrong, or that does not fit a shape; the message says which and why."""
+    """A view that is written wrong, or that does not fit a shape; the message says what to write."""
 
 
 class View(NamedTuple):
@@ -41,59 +41,79 @@ class View(NamedTuple):
     def bind(self, shape: Sequence[int], sizes: Mapping[str, int | str | None]) -> dict[str, int]:
         """The length of every axis, from the shape and the declared sizes.
 
-        ``sizes`` maps an axis to a number, to another axis of equal length, or to None where a fact that it
-        needs is not known.
+        Args:
+            shape: of the tensor, before the view.
+            sizes: for an axis a number, another axis of equal length, or a fact whose value is not known.
 
         Raises:
-            ViewError: an axis stays unbound, a length is bound twice differently, or does not divide.
+            ViewError: a length cannot be inferred, two lengths contradict each other, or one does not divide.
         """
         if len(shape) != len(self.left):
-            raise ViewError(f"view '{self}' reads {len(self.left)} axes, the tensor is {list(shape)}")
-        known = {name: size for name, size in sizes.items() if isinstance(size, int)}
+            raise ViewError(f"view '{self}' needs {len(self.left)} axes, the tensor is {list(shape)}")
         bound: dict[str, int] = {}
-        names = {name for group in self.left for name in group}
         todo = list(zip(self.left, shape, strict=True))
         while todo:
-            rest = []
-            for group, length in todo:
-                free = [n for n in group if n not in bound and (len(group) == 1 or n not in known)]
-                for name in group:
-                    if name not in free and name not in bound:
-                        bound[name] = known[name]
-                if len(free) > 1:
-                    rest.append((group, length))
-                    continue
-                taken = prod(bound[n] for n in group if n not in free)
-                if free and taken and length % taken == 0:
-                    bound[free[0]] = length // taken
-                elif free or taken != length:
-                    parts = ", ".join(f"{n}={bound[n]}" for n in group if n in bound) or "1"
-                    raise ViewError(
-                        f"view '{self}': an axis of length {length} cannot be ({' '.join(group)}) with {parts}"
-                    )
-            equalled = False
-            for name, other in sizes.items():
-                if isinstance(other, str) and name in names:
-                    for one, two in ((name, other), (other, name)):
-                        if one in bound and two not in bound and two in names:
-                            bound[two] = bound[one]
-                            equalled = True
-            if len(rest) == len(todo) and not equalled:
+            rest = [pair for pair in todo if not self._bind_group(*pair, sizes, bound)]
+            changed = len(rest) < len(todo)
+            changed = self._bind_equals(sizes, bound) or changed
+            if not changed:
                 square = _square(rest, sizes, bound)
                 if square is None:
-                    free_names = sorted({n for g, _ in rest for n in g if n not in bound})
-                    facts = [f"{n} is {sizes[n]!r}, which" for n in free_names if isinstance(sizes.get(n), str)]
-                    raise ViewError(
-                        f"view '{self}' on {list(shape)}: nothing tells the length of axis "
-                        f"{', '.join(free_names)}{' (' + '; '.join(facts) + ' is not known)' if facts else ''}"
-                    )
+                    raise ViewError(self._unbound(shape, rest, sizes, bound))
                 bound.update(square)
             todo = rest
         for name, size in sizes.items():
-            told = bound.get(size) if isinstance(size, str) else size
-            if name in bound and told is not None and bound[name] != told:
-                raise ViewError(f"view '{self}' on {list(shape)}: {name} is {bound[name]}, declared {told}")
+            declared = bound.get(size) if isinstance(size, str) else size
+            if name in bound and declared is not None and bound[name] != declared:
+                raise ViewError(f"view '{self}' on {list(shape)}: {name} is {bound[name]}, declared {declared}")
         return bound
+
+    def _bind_group(
+        self, group: Group, length: int, sizes: Mapping[str, int | str | None], bound: dict[str, int]
+    ) -> bool:
+        """Bind the axes of a group of this length; False where two or more of them are still free."""
+        free = []
+        for name in group:
+            size = sizes.get(name)
+            if name in bound:
+                continue
+            if len(group) > 1 and isinstance(size, int):
+                bound[name] = size
+            else:
+                free.append(name)
+        if len(free) > 1:
+            return False
+        taken = prod(bound[name] for name in group if name not in free)
+        if free and taken and length % taken == 0:
+            bound[free[0]] = length // taken
+        elif free or taken != length:
+            parts = ", ".join(f"{n}={bound[n]}" for n in group if n in bound) or "1"
+            raise ViewError(f"view '{self}': an axis of length {length} cannot be ({' '.join(group)}) with {parts}")
+        return True
+
+    def _bind_equals(self, sizes: Mapping[str, int | str | None], bound: dict[str, int]) -> bool:
+        """Bind axes that are declared as long as one whose length is known; True where there was one."""
+        names = {name for group in self.left for name in group}
+        pairs = [(one, two) for one, two in sizes.items() if isinstance(two, str) and one in names and two in names]
+        before = len(bound)
+        for one, two in (*pairs, *((two, one) for one, two in pairs)):
+            if one in bound:
+                bound.setdefault(two, bound[one])
+        return len(bound) > before
+
+    def _unbound(
+        self,
+        shape: Sequence[int],
+        rest: Sequence[tuple[Group, int]],
+        sizes: Mapping[str, int | str | None],
+        bound: Mapping[str, int],
+    ) -> str:
+        """Which axes have no length, and the facts that would give it."""
+        free = sorted({name for group, _ in rest for name in group if name not in bound})
+        facts = dict.fromkeys(size for name in free if isinstance(size := sizes.get(name), str) and "." in size)
+        given = ", ".join(f"{fact!r}: ..." for fact in facts)
+        hint = f": pass facts={{{given}}}" if facts else "; give one of them under `sizes`"
+        return f"view '{self}' on {list(shape)}: cannot infer axes {' and '.join(free)}{hint}"
 
     def apply(self, layout: Layout, sizes: Mapping[str, int | str | None]) -> Layout:
         """The layout with its axes regrouped and permuted; no element moves.
@@ -134,15 +154,17 @@ def _side(text: str) -> tuple[Group, ...]:
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None:
-            raise ViewError(f"{text[at:]!r} in a view: write axis names, 1 and ( ) groups, as 'd h k -> (h k) d'")
+            raise ViewError(
+                f"{text[at:]!r} in a view: write axis names, 1 and ( ) groups, for example 'd h k -> (h k) d'"
+            )
         token, at = found.group(1), found.end()
         if token == "(":
             if inside is not None:
-                raise ViewError(f"a group within a group in view {text!r}")
+                raise ViewError(f"a group within a group in view {text!r}: remove the inner ( )")
             inside = []
         elif token == ")":
             if inside is None:
-                raise ViewError(f"view {text!r} closes a group that it never opened")
+                raise ViewError(f"view {text!r} closes a group that it never opened: add the ( or remove the )")
             groups.append(tuple(inside))
             inside = None
         elif inside is not None:
@@ -150,7 +172,7 @@ def _side(text: str) -> tuple[Group, ...]:
         else:
             groups.append(() if token == "1" else (token,))
     if inside is not None:
-        raise ViewError(f"view {text!r} leaves a group open")
+        raise ViewError(f"view {text!r} leaves a group open: add the )")
     return tuple(groups)
 
 
@@ -166,10 +188,10 @@ def parse_view(text: str) -> View:
     for side in (left, right):
         names = [name for group in side for name in group]
         if len(set(names)) != len(names):
-            raise ViewError(f"view {text!r} names an axis twice on one side")
+            raise ViewError(f"view {text!r} names an axis twice on one side: give each axis a name of its own")
         if len(names) > _MOST_AXES or len(side) > _MOST_AXES:
             raise ViewError(f"view {text[:40]!r} ... has more than {_MOST_AXES} axes")
     lost = {n for g in left for n in g} ^ {n for g in right for n in g}
     if lost:
-        raise ViewError(f"the sides of view {text!r} do not balance: {', '.join(sorted(lost))}")
+        raise ViewError(f"the sides of view {text!r} do not balance: {', '.join(sorted(lost))} must be on both sides")
     return View(left, right)

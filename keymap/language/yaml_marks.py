@@ -1,12 +1,12 @@
-"""YAML with its line marks: plain data, and where each key and item of it stands in the file.
+"""Reads a YAML file as plain data, and keeps the line and column of every key and list item.
 
-Aliases, merge keys, tags and repeated keys are refused: a mapping says each thing once, and a short file cannot
-grow when it is read.
+Anchors, aliases, merge keys, tags and repeated keys are refused: a mapping says each thing once, and a short file
+cannot grow while it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["Marked", "Path", "parse_yaml", "read_yaml"]
 
 Path = tuple[str | int, ...]
 
-_MAX_BYTES = 1 << 17  # characters; the longest mapping that keymap brings has a tenth of it
+_MAX_BYTES = 1 << 17  # characters; the longest mapping that keymap ships has a tenth of it
 _MAX_TEXT = 1 << 12  # characters of one key or value
 _MAX_NUMBER = 1 << 53
 _MAX_DEPTH = 12
@@ -39,15 +39,32 @@ class Marked:
         line, column = self.marks[path]
         return f"{self.file}:{line}:{column}"
 
+    def without(self, paths: Collection[Path]) -> Marked:
+        """A copy that lacks these keys and items; the others keep their marks."""
+        marks: dict[Path, tuple[int, int]] = {(): self.marks[()]}
+
+        def kept(value: Any, old: Path, new: Path) -> Any:
+            if old in self.marks:
+                marks[new] = self.marks[old]
+            if isinstance(value, dict):
+                pairs = [(key, item) for key, item in value.items() if (*old, key) not in paths]
+                return {key: kept(item, (*old, key), (*new, key)) for key, item in pairs}
+            if isinstance(value, list):
+                items = [(i, item) for i, item in enumerate(value) if (*old, i) not in paths]
+                return [kept(item, (*old, i), (*new, number)) for number, (i, item) in enumerate(items)]
+            return value
+
+        return Marked(self.file, kept(self.data, (), ()), marks)
+
 
 def read_yaml(path: FilePath, file: str) -> Marked:
     """Read a file that holds one YAML document.
 
     Raises:
-        MappingError: it cannot be read, is no regular file, or as `parse_yaml`.
+        MappingError: it cannot be read, is not a regular file, or as `parse_yaml`.
     """
     try:
-        if not path.is_file():  # a pipe would wait for ever
+        if not path.is_file():  # opening a pipe would wait for ever
             raise MappingError(f"{file} cannot be read: there is no such file")
         with path.open(encoding="utf-8") as source:
             text = source.read(_MAX_BYTES + 1)
@@ -62,100 +79,121 @@ def parse_yaml(text: str, file: str) -> Marked:
     Raises:
         MappingError: not YAML, too large, too deep, a number out of range, or it uses an alias, a tag or a key twice.
     """
-
-    import yaml  # which takes a third of the time that importing keymap would take
-
-    def refuse(mark: Any, what: str) -> MappingError:
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark is not None else f"{file}:1:1"
-        return MappingError(f"{file} is not a mapping that keymap can read", [f"{place}: {what}"])
+    import yaml  # importing it takes a third of the time that importing keymap takes
 
     if len(text) > _MAX_BYTES:
-        raise refuse(None, f"the file has {len(text)} characters or more; a mapping has at most {_MAX_BYTES}")
-    marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
-    resolver: Any = yaml.resolver.Resolver()
-    scalars = yaml.constructor.SafeConstructor()
-    events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        raise _refusal(file, None, f"the file has {len(text)} characters or more; the limit is {_MAX_BYTES}")
+    reader = _Reader(yaml, text, file)
+    try:
+        return Marked(file, reader.document(), reader.marks)
+    except yaml.YAMLError as error:
+        from keymap.language.yaml_words import in_words
 
-    def bare(event: Any) -> None:
-        """Refuse what a key, a value or a list may not carry."""
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            what = "anchors and aliases (& and *) are not used: share rules with `tables`"
-            raise refuse(event.start_mark, what)
+        line, column, what = in_words(error, text)
+        raise _refusal(file, (line, column), what) from None
+    except (ValueError, UnicodeError) as error:
+        raise _refusal(file, None, f"not YAML: {error}") from None
+
+
+def _refusal(file: str, place: tuple[int, int] | None, what: str) -> MappingError:
+    line, column = place or (1, 1)
+    return MappingError(f"{file} is not a mapping that keymap can read", [f"{file}:{line}:{column}: {what}"])
+
+
+class _Reader:
+    """Builds plain data from the events of a YAML parser, and notes where each key and item begins."""
+
+    def __init__(self, yaml: Any, text: str, file: str) -> None:
+        self.yaml, self.file = yaml, file
+        self.marks: dict[Path, tuple[int, int]] = {(): (1, 1)}
+        self.resolver: Any = yaml.resolver.Resolver()
+        self.scalars: Any = yaml.constructor.SafeConstructor()
+        self.events: Iterator[Any] = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+    def refusal(self, event: Any, what: str) -> MappingError:
+        mark = event.start_mark
+        return _refusal(self.file, (mark.line + 1, mark.column + 1), what)
+
+    def document(self) -> Any:
+        """The data of the one document."""
+        yaml = self.yaml
+        start = (yaml.StreamStartEvent, yaml.DocumentStartEvent)
+        first = next(event for event in self.events if not isinstance(event, start))
+        if isinstance(first, yaml.StreamEndEvent):
+            raise _refusal(self.file, None, "the file is empty")
+        data = self.value(first, ())
+        last = next(event for event in self.events if not isinstance(event, yaml.DocumentEndEvent))
+        if not isinstance(last, yaml.StreamEndEvent):
+            raise self.refusal(last, "a second document begins here: a file holds one mapping, remove the ---")
+        return data
+
+    def value(self, event: Any, path: Path) -> Any:
+        """A scalar, a list or a dict."""
+        self.refuse_extras(event)
+        if isinstance(event, self.yaml.ScalarEvent):
+            return self.scalar(event)
+        if len(path) >= _MAX_DEPTH:
+            raise self.refusal(event, f"nested deeper than {_MAX_DEPTH} levels")
+        return self.fields(path) if isinstance(event, self.yaml.MappingStartEvent) else self.items(path)
+
+    def items(self, path: Path) -> list[Any]:
+        found: list[Any] = []
+        while not isinstance(event := next(self.events), self.yaml.SequenceEndEvent):
+            item = (*path, len(found))
+            self.mark(event, item)
+            found.append(self.value(event, item))
+        return found
+
+    def fields(self, path: Path) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        while not isinstance(event := next(self.events), self.yaml.MappingEndEvent):
+            self.refuse_extras(event)
+            if not isinstance(event, self.yaml.ScalarEvent):
+                raise self.refusal(
+                    event, "a key must be plain text: quote a key that begins with [ or {, or write an index as (\\d+)"
+                )
+            key = self.text(event)
+            if key == "<<" and event.implicit[0]:
+                raise self.refusal(event, "merge keys (<<) are not used: share rules with `tables`")
+            field = (*path, key)
+            if key in data:
+                raise self.refusal(event, f"key {key!r} is given twice (first in line {self.marks[field][0]})")
+            self.mark(event, field)
+            data[key] = self.value(next(self.events), field)
+        return data
+
+    def mark(self, event: Any, path: Path) -> None:
+        self.marks[path] = (event.start_mark.line + 1, event.start_mark.column + 1)
+
+    def refuse_extras(self, event: Any) -> None:
+        """Refuse anchors, aliases and tags."""
+        if isinstance(event, self.yaml.AliasEvent) or event.anchor is not None:
+            what = "anchors and aliases (& and *) are not used: quote the text, or share rules with `tables`"
+            raise self.refusal(event, what)
         if event.tag is not None:
-            what = f"tag {event.tag!r} is not used in a mapping: leave it out, and quote what is a text"
-            raise refuse(event.start_mark, what)
+            raise self.refusal(event, f"tag {event.tag!r} is not used in a mapping: leave it out, or quote the text")
 
-    def text_of(event: Any) -> str:
+    def text(self, event: Any) -> str:
         if len(event.value) > _MAX_TEXT:
-            raise refuse(event.start_mark, f"a text of {len(event.value)} characters; the limit is {_MAX_TEXT}")
-        text: str = event.value
-        return text
+            raise self.refusal(event, f"a text of {len(event.value)} characters; the limit is {_MAX_TEXT}")
+        value: str = event.value
+        return value
 
-    def scalar(event: Any) -> Any:
-        """A value: what is not quoted may be a number, a truth value or nothing, as YAML 1.1 spells them."""
-        text, (plain, _) = text_of(event), event.implicit
-        tag = resolver.resolve(yaml.ScalarNode, text, event.implicit) if plain else _TEXT
+    def scalar(self, event: Any) -> Any:
+        """A value: unquoted it may be a number, true or false, or null, as in YAML 1.1."""
+        text, (plain, _) = self.text(event), event.implicit
+        tag = self.resolver.resolve(self.yaml.ScalarNode, text, event.implicit) if plain else _TEXT
         if tag == _TEXT:
             return text
         kind = tag.rpartition(":")[2]
         if kind not in ("int", "float", "bool", "null"):
-            raise refuse(event.start_mark, f"a {kind} is not used in a mapping: quote the text")
-        if kind in ("int", "float") and len(text) > 32:  # 1:1:1:... is a number too, and takes its time
-            raise refuse(event.start_mark, f"a number of {len(text)} characters: quote it if it is a text")
+            raise self.refusal(event, f"a {kind} is not used in a mapping: quote the text")
+        if kind in ("int", "float") and len(text) > 32:  # 1:1:1:... is a number too, and slow to convert
+            raise self.refusal(event, f"a number of {len(text)} characters: quote it if it is a text")
         try:
-            value = scalars.construct_object(yaml.ScalarNode(tag, text, event.start_mark))
-        except (yaml.YAMLError, ValueError) as error:
-            raise refuse(event.start_mark, f"{text!r}: {error}") from None
+            value = self.scalars.construct_object(self.yaml.ScalarNode(tag, text, event.start_mark))
+        except (self.yaml.YAMLError, ValueError) as error:
+            raise self.refusal(event, f"{text!r}: {error}") from None
         if isinstance(value, (int, float)) and not -_MAX_NUMBER < value < _MAX_NUMBER:
-            raise refuse(event.start_mark, f"{text} is too large, or no number")
+            raise self.refusal(event, f"{text} is too large, or not a number")
         return value
-
-    def build(event: Any, path: Path) -> Any:
-        bare(event)
-        if isinstance(event, yaml.ScalarEvent):
-            return scalar(event)
-        if len(path) >= _MAX_DEPTH:
-            raise refuse(event.start_mark, f"nested deeper than {_MAX_DEPTH} levels")
-        return mapping(path) if isinstance(event, yaml.MappingStartEvent) else sequence(path)
-
-    def sequence(path: Path) -> list[Any]:
-        items: list[Any] = []
-        while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            here = (*path, len(items))
-            mark = event.start_mark
-            marks[here] = (mark.line + 1, mark.column + 1)
-            items.append(build(event, here))
-        return items
-
-    def mapping(path: Path) -> dict[str, Any]:
-        data: dict[str, Any] = {}
-        while not isinstance(event := next(events), yaml.MappingEndEvent):
-            mark = event.start_mark
-            bare(event)
-            if not isinstance(event, yaml.ScalarEvent):
-                raise refuse(mark, "a key must be plain text")
-            key = text_of(event)
-            if key == "<<" and event.implicit[0]:
-                raise refuse(mark, "merge keys (<<) are not used: share rules with `tables`")
-            here = (*path, key)
-            if key in data:
-                raise refuse(mark, f"key {key!r} is given twice (first in line {marks[here][0]})")
-            marks[here] = (mark.line + 1, mark.column + 1)
-            data[key] = build(next(events), here)
-        return data
-
-    try:
-        start = (yaml.StreamStartEvent, yaml.DocumentStartEvent)
-        begun = next(event for event in events if not isinstance(event, start))
-        if isinstance(begun, yaml.StreamEndEvent):
-            raise refuse(None, "the file is empty")
-        data = build(begun, ())
-        more = next(event for event in events if not isinstance(event, yaml.DocumentEndEvent))
-        if not isinstance(more, yaml.StreamEndEvent):
-            raise refuse(more.start_mark, "not YAML: but found another document; a file holds one mapping")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise refuse(mark, f"not YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, UnicodeError) as error:
-        raise refuse(None, f"not YAML: {error}") from None
-    return Marked(file, data, marks)

@@ -24,7 +24,7 @@ from keymap.plan.request import Request
 from keymap.plan.resize import MismatchError, Resize, Rows, plan_resize
 from keymap.plan.to_hub import Translated, tower_of
 
-__all__ = ["Matches", "Sides", "match"]
+__all__ = ["Matches", "Sides", "key_before_bridges", "match"]
 
 Address = tuple[int, int]
 
@@ -153,7 +153,7 @@ def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: 
 
 
 def _resize(sides: Sides, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
-    origin = sides.hub.positions.get(_key_before_bridges(sides, position.key), position)
+    origin = sides.hub.positions.get(key_before_bridges(sides, position.key), position)
     prefixes = _prefixes(sides, origin)
     grid, config_grid = sides.request.source_grid, sides.config_grid
     if grid is None and config_grid is not None and len(layout.shape) > position.lead:
@@ -174,7 +174,7 @@ def _prefixes(sides: Sides, position: Position) -> list[int]:
     return [0, total] if total else [0]
 
 
-def _key_before_bridges(sides: Sides, key: str) -> str:
+def key_before_bridges(sides: Sides, key: str) -> str:
     """The hub key in the source's own layout that becomes this key of the model."""
     tower = tower_of(sides.hub, key)
     chain = sides.translated.layouts.get(tower, [])
@@ -239,7 +239,7 @@ def _may_fill(sides: Sides, key: str) -> bool:
     _, always = sides.hub.absent_means[key]
     if always:
         return True
-    name = _key_before_bridges(sides, key)
+    name = key_before_bridges(sides, key)
     if name in sides.hub.file_only and sides.format.kind == "hub":
         return True
     return sides.format.back.find(name) is None

@@ -11,10 +11,11 @@ from keymap.language.format import Format
 from keymap.language.rules import Fault
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
-from keymap.plan.matching import Matches, Sides
+from keymap.plan.matching import Matches, Sides, key_before_bridges
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request, example_towers
 from keymap.plan.to_hub import Translated, tower_of
+from keymap.plan.turned import missing_views
 from keymap.source.detect import uses_aliases
 
 __all__ = ["judge", "refuse_empty", "refuse_other_model"]
@@ -112,11 +113,24 @@ def _strict_faults(
             f"{_of(matches.unexpected, 'file')} unexpected, with no place in the model: "
             f"{some(matches.unexpected, shown)}"
         )
-    listed = shown if cause else 4 * shown
-    lines += [f"{key}: {why}" for key, why in list(matches.mismatched.items())[:listed]]
-    if len(matches.mismatched) > listed:
-        lines.append(f"and {len(matches.mismatched) - listed} more keys with another shape")
+    lines += _mismatch_faults(sides, matches, shown if cause else 4 * shown)
     return [*lines, _advice(sides, matches, file_counts)]
+
+
+def _mismatch_faults(sides: Sides, matches: Matches, listed: int) -> list[str]:
+    """Keys of another shape: one fault for a rule that lacks a view, then the first of the others."""
+    shapes = {
+        key: (sides.translated.tensors[key].shape, tuple(sides.targets[key].shape))
+        for key in matches.mismatched
+        if key_before_bridges(sides, key) == key  # no bridge changes its shape
+    }
+    turned = list(missing_views(shapes, sides.translated.steps))
+    explained = {key for rule in turned for key in rule.keys}
+    others = [f"{key}: {why}" for key, why in matches.mismatched.items() if key not in explained]
+    lines = [*(rule.fault for rule in turned), *others[:listed]]
+    if len(others) > listed:
+        lines.append(f"and {len(others) - listed} more keys with another shape")
+    return lines
 
 
 def _of(keys: Sequence[str], side: str) -> str:

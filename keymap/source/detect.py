@@ -172,13 +172,15 @@ def detect(
     """The format of the keys, or the one that the caller wants.
 
     Raises:
-        DetectionError: no format matches, or several do.
+        DetectionError: no format matches, or several do; or the named format has none of the keys.
     """
     found: list[Detection] = []
     names = sorted(tensors)
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
         keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
+        if keys is None and wanted is not None and not _has_keys(mapping, renamed):
+            raise DetectionError(f"{file}: the file has none of the keys of {mapping.name}", _hints(known, tensors))
         if keys is not None or wanted is not None:
             evidence = tuple(keys) if keys is not None else ("named by the caller",)
             found.append(Detection(mapping, renamed, evidence, faults, steps))
@@ -190,6 +192,13 @@ def detect(
             [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
         )
     raise DetectionError(f"{file}: no known format has these keys", _hints(known, tensors))
+
+
+def _has_keys(mapping: Format, tensors: Mapping[str, Layout]) -> bool:
+    """True where a rule of the format owns one of the keys, or the format ignores it or does not support it."""
+    rules = RuleTable((*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)))
+    sides = [*(entry.side for entry in mapping.ignore), *(entry.side for entry in mapping.unsupported)]
+    return any(rules.find(key) is not None or any(side.match(key) is not None for side in sides) for key in tensors)
 
 
 def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:

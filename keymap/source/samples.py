@@ -243,22 +243,29 @@ def evidence_faults(known: Catalogue, new: Iterable[str] | None = None) -> Itera
     for mapping in known.formats:
         others = [m for m in known.formats if m is not mapping and (mapping.name in chosen or m.name in chosen)]
         if others or mapping.name in chosen:
+            matched: set[str] = set()
             for sample in samples(mapping, known):
-                yield from _sample_faults(mapping, others, sample)
+                yield from _sample_faults(known, mapping, others, sample, matched)
 
 
-def _sample_faults(mapping: Format, others: Iterable[Format], sample: Sample) -> Iterator[str]:
-    """Faults of evidence that one sample shows."""
+def _sample_faults(
+    known: Catalogue, mapping: Format, others: Iterable[Format], sample: Sample, matched: set[str]
+) -> Iterator[str]:
+    """Faults of evidence that one sample shows; ``matched`` collects the other formats that were named."""
     all_layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
     for tower, layouts in _towers(mapping, all_layouts):
         own = matching_keys(mapping.detect, apply_aliases(mapping, layouts, {})[0])
         if own is None:
             if not tower:
-                yield f"{mapping.file}: its evidence does not match its own keys ({sample.name}): change `detect`"
+                yield (
+                    f"{known.files[mapping.name].at(('detect',))}: detect does not match the format's own keys "
+                    f"({sample.name}): name keys that the rules own"
+                )
             continue
         for other in others:
             found = matching_keys(other.detect, apply_aliases(other, layouts, {})[0])
-            if found is not None:
+            if found is not None and other.name not in matched:
+                matched.add(other.name)
                 yield (
                     f"{mapping.file} and {other.file} both match the keys of {sample.name}{tower}: "
                     f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "

@@ -87,7 +87,7 @@ def test_parts_and_indices_of_the_targets_own():
     source = parse_source("in_proj")
     assert target("p.(q|kv).w", source).match("p.kv.w") == {"part1": "kv"}
     assert target("b.<layer>.w", source, index="layer").write({"layer": "3"}) == "b.3.w"
-    with pytest.raises(PatternError, match="with unstack"):
+    with pytest.raises(PatternError, match="goes with unstack"):
         target("b.<layer>.w", source)
 
 

@@ -39,7 +39,7 @@ def test_an_integer_member_of_a_join_is_refused(tmp_path):
     state[K] = state[K].long()
     model = openclip.clip(seed=5)
     before = bits(model)
-    with pytest.raises(keymap.PlanError, match="members of unlike dtypes"):
+    with pytest.raises(keymap.PlanError, match="members have unlike dtypes"):
         keymap.load_checkpoint(model, saved(tmp_path / "x.safetensors", state))
     assert_unchanged(model, before)
 

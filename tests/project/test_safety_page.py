@@ -48,7 +48,8 @@ def test_the_page_states_the_limits_of_the_code() -> None:
     assert row("a configuration file") == [config._MAX_BYTES >> 20]
     effort = pattern.Effort()
     mapping = [yaml_marks._MAX_BYTES, yaml_marks._MAX_DEPTH, yaml_marks._MAX_TEXT, compile_rules._MAX_RULES]
-    fields = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))["$defs"]["fields"]
+    schema = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))
+    fields = schema["$defs"]["fields"]["$defs"]
     mapping += [effort.keys, effort.opened, fields["aliases"]["maxItems"]]
     assert row("a mapping") == mapping
     assert row("what rules produce") == [apply._MOST_SLICES, apply._MOST_LACKING, apply._MOST_MADE_UP]

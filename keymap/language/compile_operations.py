@@ -1,0 +1,178 @@
+"""The operations of one rule: which groups they join or cut, and whether they fit together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from keymap.language.pattern import PatternError, Side
+from keymap.language.rules import Join
+from keymap.language.view import View, parse_view
+
+__all__ = ["LostGroupError", "compile_operations"]
+
+_ONE_WAY = {"take", "rows", "add", "times", "plus"}
+
+
+class LostGroupError(PatternError):
+    """A group of the source that the target does not use; ``number`` counts from the first prefix."""
+
+    def __init__(self, number: int, shown: int) -> None:
+        self.number = number
+        super().__init__(
+            f"group {shown} is captured and not used by the target: several keys would become one. "
+            f"Use it as \\{shown}, or say how they join: concat, stack or rows"
+        )
+
+
+class _Groups(NamedTuple):
+    """The groups that a rule joins and cuts, and the operations that do it."""
+
+    lost: tuple[str, ...]
+    gained: tuple[str, ...]
+    join: str | None
+    cut: str | None
+
+
+def compile_operations(
+    options: Mapping[str, Any], source: Side, targets: tuple[Side, ...], groups_before: int
+) -> dict[str, Any]:
+    """The fields of a `Rule` that its operations give.
+
+    Args:
+        options: the rule as written, with ``to``.
+        source, targets: its sides.
+        groups_before: how many groups the prefixes of its table have.
+
+    Raises:
+        PatternError: operations that do not fit together, or do not fit the groups.
+        ViewError: a view that is written wrong.
+    """
+    before = parse_view(options["view"]) if "view" in options else None
+    then = parse_view(options["then"]) if "then" in options else None
+    groups = _groups(options, source, targets, groups_before)
+    join = _join(groups.join, options, source, groups.lost, before) if groups.join else None
+    cut = _cut(groups.cut, options, targets[0], groups.gained) if groups.cut else None
+    _check_options(options, source)
+    times = options.get("times", 1.0)
+    return {
+        "take": tuple(options["take"]) if "take" in options else None,
+        "before": before,
+        "join": join,
+        "then": then,
+        "cut": cut,
+        "optional": bool(options.get("optional")),
+        "oneway": bool(options.get("oneway")),
+        "rest": bool(options.get("rest")),
+        "add": _added(options["add"]) if "add" in options else None,
+        "factor": 1.0 if isinstance(times, str) else float(times),
+        "root": int(times.split()[1]) if isinstance(times, str) else None,
+        "term": float(options.get("plus", 0.0)),
+    }
+
+
+def _groups(options: Mapping[str, Any], source: Side, targets: tuple[Side, ...], groups_before: int) -> _Groups:
+    join, cut = _one_of(options, "concat", "stack", "rows"), _one_of(options, "split", "unstack")
+    used = set(targets[0].variables)
+    if any(set(side.variables) != used for side in targets):
+        raise PatternError("tied targets must use the same groups")
+    lost = tuple(name for name in source.variables if name not in used)
+    gained = tuple(name for name in targets[0].variables if name not in source.variables)
+    if lost and not join:
+        number = int(lost[0])
+        raise LostGroupError(number, number - groups_before if number > groups_before else number)
+    if gained and not cut:
+        raise PatternError("the target has a group of its own: say how the tensor is cut, with split or unstack")
+    if join and not lost:
+        raise PatternError(f"{join} needs a group (a|b) that the target lacks")
+    if cut and not gained:
+        wanted = "<name> for unstack" if cut == "unstack" else "(a|b) for split"
+        raise PatternError(f"{cut} needs a group of the target's own: {wanted}")
+    return _Groups(lost, gained, join, cut)
+
+
+def _one_of(options: Mapping[str, Any], *names: str) -> str | None:
+    """The one of these operations that a rule has; None if it has none."""
+    found = [name for name in names if name in options]
+    if len(found) > 1:
+        raise PatternError(f"{' and '.join(found)}: a rule has one of them; remove one")
+    return found[0] if found else None
+
+
+def _check_options(options: Mapping[str, Any], source: Side) -> None:
+    for name, needs in (("parts", "concat"), ("order", "concat"), ("axis", "split")):
+        if name in options and needs not in options and not (name == "axis" and "unstack" in options):
+            raise PatternError(f"{name} goes with {needs}: add {needs}, or remove {name}")
+    one_way = sorted(_ONE_WAY & set(options))
+    if one_way and not options.get("oneway"):
+        raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true")
+    first, last = options.get("take", (0, None))
+    if last is not None and first >= last:
+        raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
+    if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
+        raise PatternError("rest: true needs a pattern with (.+)")
+
+
+def _added(text: str) -> tuple[str, int | None]:
+    """The key, and the row of it, that ``add`` names."""
+    key, bracket, row = text.partition("[")
+    if bracket and re.fullmatch("[0-9]{1,9}]", row) is None:
+        raise PatternError(f"add: {text!r}: write a key, or key[0] for one row of it")
+    return key, int(row[:-1]) if bracket else None
+
+
+def _join(kind: str, options: Mapping[str, Any], source: Side, lost: tuple[str, ...], before: View | None) -> Join:
+    slots = {name: slot for slot in source.slots for name in slot.names}
+    if any(slots[name].kind not in ("int", "alts") or slots[name].base for name in lost):
+        raise PatternError(f"{kind} counts its members by (\\d+) or (a|b) groups only")
+    # The alternatives come last: they are joined first, then the indices from the last to the first.
+    ordered = sorted(lost, key=lambda name: slots[name].kind == "alts")
+    if sum(slots[name].kind == "alts" for name in lost) > 1:
+        raise PatternError(f"{kind} joins one group of alternatives; the target lacks {len(lost)}")
+    members = _members(options, tuple(value for value, _ in slots[ordered[-1]].options))
+    if kind in ("concat", "rows") and not members:
+        raise PatternError(f"{kind} needs a group of alternatives (a|b); for an index (\\d+) use stack")
+    lengths = tuple(None if n == "*" else int(n) for n in options.get("parts", ()))
+    if lengths and (len(lengths) != len(members) or lengths.count(None) > 1):
+        raise PatternError(f"parts {options['parts']}: one length for each of {len(members)} members, at most one '*'")
+    ranges = tuple((int(a), None if b is None else int(b)) for a, b in options.get("rows", ()))
+    if ranges and len(ranges) != len(members):
+        raise PatternError(f"rows: one range for each of {len(members)} members")
+    axis = 0 if kind == "rows" else _axis(options[kind], before)
+    return Join(kind, axis, tuple(ordered), members, lengths, ranges)
+
+
+def _members(options: Mapping[str, Any], members: tuple[str, ...]) -> tuple[str | None, ...]:
+    """The members of a join in order; None is a member of zeros."""
+    if "order" not in options:
+        return members
+    if sorted(str(m) for m in options["order"] if m != 0) != sorted(members):
+        raise PatternError(f"order lists {options['order']}; it must name each of {list(members)} once")
+    return tuple(None if m == 0 else str(m) for m in options["order"])
+
+
+def _cut(kind: str, options: Mapping[str, Any], target: Side, gained: tuple[str, ...]) -> Join:
+    if len(gained) > 1:
+        raise PatternError(f"{kind} writes one group of the target's own; this target has {len(gained)}")
+    axis = int(options.get("axis", 0))
+    if kind == "unstack":
+        name = options["unstack"]
+        if gained != (name,):
+            raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
+        return Join("stack", axis, gained)
+    options_of = next(slot for slot in target.slots if slot.names == gained).options
+    lengths = tuple(int(n) for n in options["split"])
+    if len(lengths) != len(options_of):
+        raise PatternError(f"split {list(lengths)}: one number for each of {len(options_of)} alternatives")
+    return Join("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
+
+
+def _axis(axis: int | str, before: View | None) -> int:
+    if isinstance(axis, int):
+        return axis
+    if before is None or (axis,) not in before.right:
+        axes = [group[0] for group in before.right if len(group) == 1] if before is not None else []
+        known = f"; axes there: {', '.join(axes)}" if axes else "; write its number, for example 0"
+        raise PatternError(f"axis {axis!r} is not a single axis on the right side of `view`{known}")
+    return before.right.index((axis,))

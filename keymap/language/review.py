@@ -1,0 +1,286 @@
+"""What a check of a mapping file finds beside its faults: names and fields that a load could not use.
+
+A file with one of these compiles and may even load. They are reported when a contributor checks a file, not when it is
+used: misspelt targets, unknown facts and values, unused tables and lookups, evidence that no rule owns, sizes of axes
+that no view has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from keymap.language.catalogue import Catalogue
+from keymap.language.format import Format
+from keymap.language.overlap import overlap
+from keymap.language.pattern import PatternError, Side
+from keymap.language.recorded_keys import keys_of, read_recorded_keys
+from keymap.language.rules import Rule
+from keymap.language.schema_words import as_yaml, did_you_mean
+from keymap.language.view import ViewError, parse_view
+from keymap.language.yaml_marks import Marked, Path
+from keymap.paths import data_folder
+
+__all__ = ["review"]
+
+_OLD_FACTS = {"text.pools": "text.pools_at_end_token"}
+_NEAR = 0.7
+
+
+def review(known: Catalogue, name: str) -> list[str]:
+    """Everything that a check finds in a compiled file, each with ``file:line:column``, in the order of its lines.
+
+    Args:
+        known: all mappings, the hub's and this one among them.
+        name: of the mapping.
+    """
+    mapping, marked = known.mappings[name], known.files[name]
+    faults: list[tuple[str, str]] = []
+    if mapping.kind in ("format", "bridge"):
+        faults += _layouts(marked, mapping, known.hub)
+        faults += _targets(mapping, known)
+        faults += _evidence(marked, mapping)
+    faults += _facts(marked, known, name)
+    faults += _unused(marked, known, name)
+    faults += _sizes(marked, known)
+    return [f"{place}: {text}" for place, text in sorted(dict.fromkeys(faults), key=_order)]
+
+
+def _order(fault: tuple[str, str]) -> tuple[int, int]:
+    line, column = fault[0].rsplit(":", 2)[1:]
+    return int(line), int(column)
+
+
+# --- targets ---
+
+
+def _layouts(marked: Marked, mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
+    """Towers with rules whose layout is not named."""
+    for tower in marked.data.get("towers", {}) if mapping.kind == "format" else ():
+        if tower in hub.layouts and tower not in mapping.layouts:
+            names = " or ".join(hub.layouts[tower])
+            yield marked.at(("towers", tower)), f"layouts lacks this tower: add `{tower}: {names}` to layouts"
+
+
+def _targets(mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
+    """Targets, and of a bridge also sources, that are not keys of the hub's models; one fault for each rule."""
+    place = known.places.get(known.hub.name)
+    folder = place.parent if place is not None else data_folder("mappings")
+    recorded = read_recorded_keys(folder / f"{known.hub.name}_keys.json")
+    if recorded is None:
+        return
+    closed = [rule.source for rule in known.hub.rules if all(slot.kind == "alts" for slot in rule.source.slots)]
+    further = [*known.hub.absent_means, *known.hub.file_only, *(key for side in closed for key, _ in keys_of(side))]
+    found: dict[str, dict[str, None]] = {}
+    for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
+        layouts = mapping.layouts.get(rule.tower, ())
+        sides: list[tuple[Side, tuple[str, ...]]] = [(side, layouts) for side in rule.targets]
+        if mapping.kind == "bridge":
+            source, target = mapping.between
+            sides = [(rule.source, (source,)), *((side, (target,)) for side in rule.targets)]
+        texts = found.setdefault(rule.reported_at, {})
+        for side, names in sides:
+            texts.update(dict.fromkeys(recorded.unknown(side, rule.tower, names, further)))
+    for at, faults in found.items():
+        more = f" (and {len(faults) - 1} more keys of this rule)" if len(faults) > 1 else ""
+        for text in list(faults)[:1]:
+            yield at, text + more
+
+
+# --- evidence ---
+
+
+def _evidence(marked: Marked, mapping: Format) -> Iterator[tuple[str, str]]:
+    """Clues of ``detect``, and patterns of ``shapes`` and ``dtypes``, whose keys nothing in the file owns."""
+    rules: list[Rule] = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
+    of_rules = [rule.source for rule in rules]
+    owned = [
+        *of_rules,
+        *(rule.source for alias in mapping.aliases for rule in alias.table.rules),
+        *(entry.side for entry in mapping.ignore),
+        *(entry.side for entry in mapping.unsupported),
+    ]
+    for name in ("all", "any"):
+        for number, clue in enumerate(getattr(mapping.detect, name)):
+            if not _shared(clue.side, owned):
+                text = f"no rule of the file owns '{clue.side}': a file of this format does not have such a key"
+                yield marked.at(("detect", name, number)), text
+    for field, entries in (("shapes", mapping.shapes), ("dtypes", mapping.dtypes)):
+        for pattern, (side, _) in zip(marked.data.get(field, {}), entries, strict=True):
+            if not _shared(side, of_rules):
+                yield marked.at((field, pattern)), f"no rule of the file has a source key '{side}'"
+
+
+def _shared(side: Side, others: Iterable[Side]) -> bool:
+    """True where a key of a side is also one of the others'."""
+    try:
+        return any(overlap(side, other) is not None for other in others)
+    except PatternError:  # too costly to decide
+        return True
+
+
+# --- facts ---
+
+
+def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, str]]:
+    """Facts that the hub does not know, and values that no format uses for a fact."""
+    hub_facts = known.hub.facts
+    vocabulary: dict[str, set[Any]] = {}
+    for other in known.files.values():
+        if other is not marked:
+            for _, fact, values in _named_facts(other.data):
+                vocabulary.setdefault(fact, set()).update(values)
+    for path, fact, values in _named_facts(marked.data):
+        if fact not in hub_facts:
+            today = _OLD_FACTS.get(fact, "")
+            hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")
+            yield marked.at(path), f"there is no fact {fact!r}{hint}"
+            continue
+        allowed: set[Any] = vocabulary.get(fact, set())
+        decided = bool(hub_facts[fact].words) or hub_facts[fact].present
+        if hub_facts[fact].words:
+            allowed = set(hub_facts[fact].words.values())
+        elif hub_facts[fact].present:
+            allowed = {True, False}
+        for value in values:
+            text = _wrong_fact(fact, value, allowed, decided)
+            if text:
+                yield marked.at(path), text
+
+
+def _wrong_fact(fact: str, value: Any, allowed: set[Any], decided: bool) -> str:
+    """What is wrong with the value of a fact; empty if nothing is.
+
+    Args:
+        allowed: values that the hub or other formats use.
+        decided: there are no others.
+    """
+    words = sorted({str(known) for known in allowed if isinstance(known, str)})
+    if any(type(value) is type(known) and value == known for known in allowed):
+        return ""
+    near = get_close_matches(str(value), words, 1, _NEAR)
+    if near:
+        return f"{fact}: {value!r} is not known; did you mean {near[0]!r}?"
+    numbers = bool(allowed) and all(type(known) in (int, float) for known in allowed)
+    if numbers and not (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return f"{fact}: {as_yaml(value)} is not a number; write a number, for example {as_yaml(min(allowed))}"
+    if decided:
+        return f"{fact}: {as_yaml(value)} is not known; write one of {', '.join(sorted(map(as_yaml, allowed)))}"
+    return ""
+
+
+def _named_facts(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]]]:
+    """Every fact that a file names outside of rules: where, its name, and the values given for it."""
+    blocks: list[tuple[Path, Mapping[str, Any]]] = [(("configs", n), b) for n, b in data.get("configs", {}).items()]
+    if "config" in data:
+        blocks.append((("config",), data["config"]))
+    lookups = data.get("lookups", {})
+    for path, block in blocks:
+        for fact, places in block.get("facts", {}).items():
+            values = []
+            for place in places if isinstance(places, list) else [places]:
+                words = place.get("words", {}) if isinstance(place, dict) else {}
+                values += list((lookups.get(words, {}) if isinstance(words, str) else words).values())
+            yield (*path, "facts", fact), fact, values
+        for fact, value in block.get("defaults", {}).items():
+            yield (*path, "defaults", fact), fact, [value]
+    for fact, value in data.get("fixed", {}).items():
+        yield ("fixed", fact), fact, [value]
+
+
+# --- what nothing uses ---
+
+
+def _unused(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, str]]:
+    """Tables, lookups and config blocks that nothing uses; of a file for others, where one of them is known."""
+    users = [other.data for other in known.files.values() if name in other.data.get("uses", ())]
+    if marked.data.get("kind") == "tables" and not users:
+        return
+    named: set[str] = set()
+    for data in (marked.data, *users):
+        named |= set(_names(data))
+    for field, what in (("tables", "`table: NAME`"), ("lookups", "<1:NAME>"), ("configs", "`config: {use: NAME}`")):
+        for entry in marked.data.get(field, {}):
+            if f"{field}/{entry}" not in named:
+                how = what.replace("NAME", entry)
+                yield marked.at((field, entry)), f"{entry} is not used: use it with {how}, or remove it"
+
+
+def _names(value: Any, key: str = "") -> Iterator[str]:
+    """The tables, lookups and config blocks that a value names, as ``section/name``."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _names(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _names(inner, key)
+    elif isinstance(value, str):
+        sections = {"table": "tables", "words": "lookups", "use": "configs"}
+        if key in sections:
+            yield f"{sections[key]}/{value}"
+        yield from (f"lookups/{found}" for found in re.findall(r"<\d+:([^>]*)>", value))
+
+
+# --- sizes ---
+
+
+def _sizes(marked: Marked, known: Catalogue) -> Iterator[tuple[str, str]]:
+    """Lengths of axes that no view has, and lengths that are neither a number, an axis nor a fact."""
+    tables = {name: table for file in _used_files(marked, known) for name, table in file.get("tables", {}).items()}
+    every: set[str] = set()
+    for path, options in _rules(marked.data):
+        axes = _axes(options, tables, ())
+        every |= axes
+        yield from _wrong_sizes(marked, (*path, "sizes"), options.get("sizes", {}), axes, known.hub)
+    yield from _wrong_sizes(marked, ("sizes",), marked.data.get("sizes", {}), every, known.hub)
+
+
+def _wrong_sizes(
+    marked: Marked, path: Path, sizes: Mapping[str, int | str], axes: set[str], hub: Format
+) -> Iterator[tuple[str, str]]:
+    for axis, size in sizes.items():
+        at = marked.at((*path, axis))
+        if axis not in axes:
+            known = did_you_mean(axis, sorted(axes), "axes are") if axes else "; the rule has no `view`"
+            yield at, f"no view has the axis {axis!r}{known}"
+        elif isinstance(size, str) and size not in axes and size not in hub.facts:
+            near = did_you_mean(size, [*hub.facts, *sorted(axes)], "facts are")
+            yield at, f"{axis}: {size!r} is neither an axis of the view nor a fact{near}"
+
+
+def _used_files(marked: Marked, known: Catalogue) -> Iterator[Mapping[str, Any]]:
+    for name in marked.data.get("uses", ()):
+        if name in known.files:
+            yield known.files[name].data
+    yield marked.data
+
+
+def _rules(data: Mapping[str, Any]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The rules of a file that are more than a target, each with its path."""
+    groups: list[tuple[Path, Any]] = [(("towers", t), rules) for t, rules in data.get("towers", {}).items()]
+    groups += [(("tables", t), rules) for t, rules in data.get("tables", {}).items()]
+    groups += [(("aliases", i), rules) for i, rules in enumerate(data.get("aliases", ()))]
+    for i, variant in enumerate(data.get("variants", ())):
+        groups += [(("variants", i, "towers", t), rules) for t, rules in variant["towers"].items()]
+    for path, rules in groups:
+        for key, rule in rules.items():
+            if isinstance(rule, dict) and "to" in rule:
+                yield (*path, key), rule
+
+
+def _axes(options: Mapping[str, Any], tables: Mapping[str, Any], within: tuple[str, ...]) -> set[str]:
+    """The axes that the views of a rule name; of a rule with a table those of the table's rules."""
+    found: set[str] = set()
+    for field in ("view", "then"):
+        try:
+            view = parse_view(options[field]) if field in options else None
+        except ViewError:
+            continue
+        found |= {axis for group in view.left for axis in group} if view is not None else set()
+    table = options.get("table", "")
+    if table in tables and table not in within:
+        for rule in tables[table].values():
+            found |= _axes(rule, tables, (*within, table)) if isinstance(rule, dict) else set()
+    return found
