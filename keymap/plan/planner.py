@@ -49,7 +49,7 @@ def choose_plan(sources: Sequence[Source], model: ModelView, request: Request) -
     if plans:
         names = ", ".join(repr(source.unwrapped.wrapper) for _, source in plans)
         raise PlanError(
-            f"{request.file}: {len(plans)} state dicts in the file fit the model; choose one: wrapper= one of {names}"
+            f"{request.file}: {len(plans)} state dicts in the file fit the model; choose one with wrapper=: {names}"
         )
     raise PlanError(f"{request.file}: none of the {len(sources)} state dicts in the file fits the model", faults)
 

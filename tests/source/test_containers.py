@@ -178,7 +178,7 @@ def test_of_two_models_that_both_fit_none_is_guessed(strict, tmp_path):
     path = two(tmp_path, state(seed=2))
     model = openclip.clip(seed=5)
     before = bits(model)
-    with pytest.raises(keymap.PlanError, match=r"pass wrapper=, one of 'state_dict.student', 'state_dict.teacher'"):
+    with pytest.raises(keymap.PlanError, match=r"choose one with wrapper=: 'state_dict.student', 'state_dict.teacher'"):
         keymap.load_checkpoint(model, path, strict)
     assert_unchanged(model, before)
     for wrapper, seed in {"teacher": 2, "state_dict.teacher": 2, "student": 1}.items():
@@ -190,7 +190,7 @@ def test_of_two_models_of_which_none_fits_both_are_reported(tmp_path):
     path = two(tmp_path, openclip.clip(seed=2).state_dict())
     model = openclip.siglip()
     before = bits(model)
-    with pytest.raises(keymap.PlanError, match="none of the 2 state dicts in it fits") as caught:
+    with pytest.raises(keymap.PlanError, match="none of the 2 state dicts in the file fits") as caught:
         keymap.load_checkpoint(model, path)
     told = " ".join(caught.value.faults)
     assert "'state_dict.student'" in told and "'state_dict.teacher'" in told
@@ -276,7 +276,7 @@ def test_ema_beside_raw_weights_is_reported_and_can_be_chosen(tmp_path):
     model = openclip.clip(seed=5)
     result = keymap.load_checkpoint(model, tmp_path / "run.pt")
     assert holds(model, state(1))
-    assert "also in the file, not taken: 'model_ema' (choose with wrapper=)" in str(result)
+    assert "not loaded: 'model_ema' (choose with wrapper=)" in str(result)
     keymap.load_checkpoint(model, tmp_path / "run.pt", wrapper="model_ema")
     assert holds(model, state(2))
 
