@@ -442,7 +442,7 @@ def test_grids_that_are_not_square_do_not_go_between_the_two_spellings(file, npz
 
 def test_a_source_grid_that_is_not_the_tables_own_is_refused(npz):
     path, model = npz(naflex.init(image_size=56)), naflex.model(seed=5)
-    refused(model, path, "source_grid 2x8 is not the grid that the file's positions have, 4x4", source_grid=(2, 8))
+    refused(model, path, "source_grid 2x8 does not match the file, whose grid is 4x4", source_grid=(2, 8))
     keymap.load_checkpoint(model, path, source_grid=(4, 4))
 
 
@@ -672,7 +672,7 @@ def test_lit_of_the_older_code_has_a_position_for_its_class_token(head, form, si
     want = lit.forward(flat, image, ids)
     assert_parity(model, image, want[0], ids, want[1])
     assert model.visual.trunk.pos_embed[0, 0].any()
-    refused(lit.model(head=head, no_embed_class=True, **sizes), npz(flat), "1 rows before its grid", "place for 0")
+    refused(lit.model(head=head, no_embed_class=True, **sizes), npz(flat), "1 rows before its grid", "the model has 0")
 
 
 def test_lit_of_the_code_between_keeps_positions_in_the_encoder(npz):
@@ -719,7 +719,7 @@ def test_the_image_half_of_lit_alone_loads(npz):
     model = lit.model(seed=5)
     keymap.load_checkpoint(model, npz(flat), towers=("image",))
     assert_parity(model, images(), lit.forward(flat, images(), None)[0])
-    refused(model, npz(flat), "the file holds no text tower: load with towers=('image',)")
+    refused(model, npz(flat), "the file has no text tower: load with towers=('image',)")
 
 
 def test_lit_is_refused_where_head_or_architecture_differ(npz):
