@@ -623,12 +623,13 @@ def test_a_text_position_embedding_without_rows(tmp_path):
     assert_unchanged(model, before)
 
 
-def test_a_format_named_wrongly_loads_next_to_nothing_and_is_refused(tmp_path):
-    refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, strict=False, mapping="hf_clip")
+def test_a_format_named_wrongly_is_refused_with_the_nearest_one(tmp_path):
+    words = ["hf_clip knows only 1 of the", "nearest is open_clip"]
+    refuses(openclip.clip(), _safetensors(tmp_path), keymap.DetectionError, *words, strict=False, mapping="hf_clip")
 
 
 def test_a_file_of_no_tower_is_not_told_to_load_no_towers(tmp_path):
-    message = refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, mapping="hf_clip")
+    message = refuses(openclip.clip(), _safetensors(tmp_path), keymap.DetectionError, mapping="hf_clip")
     assert "towers=(,)" not in message
 
 

@@ -14,6 +14,7 @@ from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
 
+_LEAST_OWNED = 0.05  # of a file's keys, that a format which is named without evidence must know
 _LOOKED_AT = 1000  # keys of a file that nobody claims, to tell the nearest format
 
 __all__ = ["Detection", "apply_aliases", "detect", "holds", "refuse_in_words", "tower_layout", "uses_aliases"]
@@ -174,9 +175,8 @@ def detect(
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         accepted, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
         evidence = holds(mapping.detect, accepted, names if accepted is tensors else None)
-        if evidence is None and wanted is not None and not _knows(mapping, accepted):
-            summary = f"{file}: the file has none of the keys that {mapping.name} knows"
-            raise DetectionError(summary, _near(known, tensors))
+        if evidence is None and wanted is not None:
+            _refuse_foreign(known, mapping, accepted, tensors, file)
         if evidence is not None or wanted is not None:
             said = tuple(evidence) if evidence is not None else ("named by the caller",)
             found.append(Detection(mapping, accepted, said, faults, steps))
@@ -190,11 +190,21 @@ def detect(
     raise DetectionError(f"{file}: no known format has these keys", _near(known, tensors))
 
 
-def _knows(mapping: Format, tensors: Mapping[str, Layout]) -> bool:
-    """True where a rule of the format, or a field that leaves keys out, owns one of the keys."""
+def _refuse_foreign(
+    known: Catalogue, mapping: Format, accepted: Mapping[str, Layout], tensors: Mapping[str, Layout], file: str
+) -> None:
+    """Refuse a file that a named format cannot be that of: its rules own none of the keys, or hardly any.
+
+    Raises:
+        DetectionError: with what the file holds and the nearest format.
+    """
     rules = RuleTable((*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)))
     sides = [*(entry.side for entry in mapping.ignore), *(entry.side for entry in mapping.unsupported)]
-    return any(rules.find(key) is not None or any(side.match(key) is not None for side in sides) for key in tensors)
+    owned = [key for key in accepted if rules.find(key) or any(side.match(key) is not None for side in sides)]
+    if len(owned) < _LEAST_OWNED * len(accepted):
+        count = f"only {len(owned)} of the {len(accepted)} keys" if owned else "none of the keys"
+        text = f"{file}: {mapping.name} knows {count} of the file"
+        raise DetectionError(text, _near(known, tensors))
 
 
 def _near(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
@@ -207,8 +217,9 @@ def _near(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
     for mapping in known.formats:
         table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
         accepted, _, _ = apply_aliases(mapping, some, {})
-        scores.append((sum(table.find(key) is not None for key in accepted), mapping.name))
-    best, name = max(scores, default=(0, ""))
+        claimed = holds(mapping.detect, accepted) is not None
+        scores.append((claimed, sum(table.find(key) is not None for key in accepted), mapping.name))
+    _, best, name = max(scores, default=(False, 0, ""))
     if best:
         looked = f"{len(some)} of the " if len(some) < len(keys) else ""
         lines.append(f"nearest is {name}, whose rules know {best} of {looked or 'the '}{len(keys)} keys")
