@@ -80,7 +80,9 @@ def use(form: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def assert_seen(
-    follows: str, distance: Callable[[], float], refusals: tuple[type[keymap.KeymapError], ...] = (keymap.PlanError,)
+    follows: str,
+    distance: Callable[[], float],
+    refusals: tuple[type[keymap.KeymapError], ...] = (keymap.PlanError, keymap.DetectionError),
 ) -> None:
     """The break is seen: the load is refused, or the outputs are clearly another's.
 
