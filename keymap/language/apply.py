@@ -312,10 +312,10 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
         try:
             outputs = [
                 (
-                    None if part.zeros else side.write({**job.values, **part.values}),
-                    part.layout if rule.add is None else _with_sum(rule.add, part.layout, tensors),
+                    None if one.zeros else side.write({**job.values, **one.values}),
+                    one.layout if rule.add is None else _with_sum(rule.add, one.layout, tensors),
                 )
-                for part in blocks.make(rule, members)
+                for one in blocks.make(rule, members)
                 for side in rule.targets
             ]
             made += max(len(outputs) - len(keys), 0)
@@ -329,7 +329,7 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
             continue
         for target, layout in outputs:
             if target is None:
-                name = f"the part of {', '.join(keys.values())} that the format has no key for"
+                name = f"the slice of {', '.join(keys.values())} that the format has no key for"
                 result.checks.append(Check(name, layout, 0, "it is left out"))
             else:
                 _put(result, target, layout, rule, tuple(keys.values()))

@@ -24,7 +24,7 @@ from keymap.language.compile_rules import Compiler, Library
 from keymap.language.cross_checks import cross_faults
 from keymap.language.format import Alias, Evidence, Format, Ignored, Refusal, Unsupported, Variant
 from keymap.language.rules import Rule, RuleTable
-from keymap.language.schema import schema_faults, sound_part
+from keymap.language.schema import schema_faults, without_faults
 from keymap.language.yaml_marks import Marked, parse_yaml
 
 __all__ = ["compile_mapping", "compile_marked"]
@@ -62,12 +62,14 @@ def compile_marked(
         MappingError: as `compile_mapping`.
     """
     broken = schema_faults(marked)
-    sound = sound_part(marked, broken) if broken else marked
+    sound = without_faults(marked, broken) if broken else marked
     faults = [fault.text for fault in broken]
     mapping = None
     if sound is not None:
         compiler = Compiler(sound, library, marked, neighbours)
         mapping = _compiled(compiler)
+        if not released:
+            compiler.check_unused_tables()
         if not (compiler.faults or broken or released):
             compiler.faults += cross_faults(mapping, compiler.effort)
         faults += compiler.faults

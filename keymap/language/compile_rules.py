@@ -10,7 +10,7 @@ from keymap.errors import MappingError
 from keymap.language.compile_operations import LostGroupError, compile_operations
 from keymap.language.format import Clue, Evidence, Ignored, Scalar
 from keymap.language.pattern import Effort, PatternError, Side
-from keymap.language.pattern_syntax import UnknownLookupError, check_part, parse_source, parse_target
+from keymap.language.pattern_syntax import UnknownLookupError, check_fragment, parse_source, parse_target
 from keymap.language.rules import Rule
 from keymap.language.schema import schema_faults
 from keymap.language.schema_words import did_you_mean
@@ -47,7 +47,7 @@ class _Context:
 
     Attributes:
         tower: empty for aliases.
-        source, target: the prefixes; of a target with the number of groups before each part.
+        source, target: the prefixes; of a target with the number of groups before each piece.
         sizes: axis lengths.
         tables: the names of the tables, to notice one that contains itself.
         prefixes: the rules with ``table:``, the outermost first.
@@ -89,7 +89,7 @@ class Compiler:
     ) -> None:
         """
         Args:
-            marked: the file, or the part of it that follows the schema.
+            marked: the file, without the fields that break the schema.
             library: gives the files named under ``uses``.
             written: the whole file; a table that is in it but not in ``marked`` is wrong, and not unknown.
             neighbours: all known files, to name the one that has a table which is not found.
@@ -105,6 +105,7 @@ class Compiler:
         self.measures: dict[str, Any] = {}
         self.configs: dict[str, Any] = {}
         self.uses_are_wrong = marked.data.get("uses", []) != self.written.data.get("uses", [])
+        self.expanded: set[str] = set()  # tables whose rules are compiled
         self.suggested: set[str] = set()  # files that `uses` lacks, each reported once
         for number, name in enumerate(marked.data.get("uses", [])):
             other = library(name)
@@ -263,12 +264,22 @@ class Compiler:
         if fault is not None:
             self.faults += [f"{rule.place}: {fault}"] if fault else []
             return
-        if not self._part_is_right(rule):
+        if not self._is_right_by_itself(rule):
             return
+        self.expanded.add(name)
         home, path = self.tables[name]
         inside = context.inside(rule, name)
         for key, value in home.data["tables"][name].items():
             yield from self._rule(_written(home, (*path, key), key, value), inside)
+
+    def check_unused_tables(self) -> None:
+        """Compile the rules of tables that no rule of the file continues with, for their faults."""
+        for name in self.marked.data.get("tables", {}):
+            if name not in self.expanded:
+                for key, value in self.marked.data["tables"][name].items():
+                    rule = _written(self.marked, ("tables", name, key), key, value)
+                    for _ in self._rule(rule, _Context("", tables=(name,))):
+                        pass
 
     def _wrong_table(self, rule: _Written, context: _Context) -> str | None:
         """What is wrong with a rule that continues with a table; empty if it is reported, None if nothing is."""
@@ -292,7 +303,7 @@ class Compiler:
 
     def _blame(self, rule: _Written, context: _Context, error: PatternError) -> None:
         """Report a wrong pattern at the rule, or at the rule with ``table:`` where only the two together are wrong."""
-        if not self._part_is_right(rule):
+        if not self._is_right_by_itself(rule):
             return
         if not context.prefixes:
             self.faults.append(f"{rule.place}: {error}")
@@ -301,10 +312,10 @@ class Compiler:
         if not any(fault.startswith(start) for fault in self.faults):
             self.faults.append(f"{start}{error}")
 
-    def _part_is_right(self, rule: _Written) -> bool:
+    def _is_right_by_itself(self, rule: _Written) -> bool:
         """Check the patterns of a rule by themselves, and report what is wrong with them."""
         try:
-            check_part(rule.source, rule.targets, self.lookups, rule.options.get("unstack"))
+            check_fragment(rule.source, rule.targets, self.lookups, rule.options.get("unstack"))
         except UnknownLookupError as unknown:
             self.unknown(rule.marked, rule.where, "lookup", unknown.name, self.lookups)
             return False

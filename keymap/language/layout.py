@@ -261,10 +261,10 @@ def cut(layout: Layout, axis: int, start: int, stop: int) -> Layout:
     strides = row_major(shape)
     shift = -start * strides[axis]
     pieces = _few(
-        _flatten(part, strides, shift)
+        _flatten(clipped, strides, shift)
         for p in layout.pieces
         for spread in _spread(p, layout.shape)
-        for part in _clip(spread, axis, start, stop)
+        for clipped in _clip(spread, axis, start, stop)
     )
     return layout._replace(shape=shape, pieces=pieces)
 

@@ -54,7 +54,7 @@ OPEN: dict[
 ] = {  # kind -> (regular expression, "can this character occur in it?")
     "int": (rf"(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})", lambda c: c in "0123456789"),
     "word": (r"[A-Za-z0-9_]+", lambda c: c.isascii() and (c.isalnum() or c == "_")),
-    "part": (r"[^.]+", lambda c: c != "."),
+    "segment": (r"[^.]+", lambda c: c != "."),
     "rest": (r".+", lambda c: True),
 }
 
@@ -65,7 +65,7 @@ class Slot:
 
     Attributes:
         names: the variable, or (high, low).
-        kind: ``int``, ``word``, ``part``, ``rest`` or ``alts``.
+        kind: ``int``, ``word``, ``segment`` (up to a dot), ``rest`` or ``alts``.
         options: for ``alts``, pairs of (value of the variable, its text on this side).
         shift, base: index arithmetic, for ``int``.
         limit: for two variables, how many values the low one has.
@@ -224,7 +224,7 @@ class Side:
         return prod(len(slot.options) or (3 if slot.kind == "int" else 1) for slot in self.slots)
 
     def __str__(self) -> str:
-        names = {"int": r"(\d+)", "word": r"(\w+)", "part": "([^.]+)", "rest": "(.+)"}
+        names = {"int": r"(\d+)", "word": r"(\w+)", "segment": "([^.]+)", "rest": "(.+)"}
         return "".join(
             t if isinstance(t, str) else names.get(t.kind) or "(" + "|".join(s for _, s in t.options) + ")"
             for t in self.tokens

@@ -27,11 +27,11 @@ from itertools import permutations
 from keymap.language.overlap import overlap
 from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Token
 
-__all__ = ["parse_source", "parse_target"]
+__all__ = ["UnknownLookupError", "check_fragment", "parse_source", "parse_target"]
 
 _MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
 _MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
-_GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "part", ".+": "rest"}
+_GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "segment", ".+": "rest"}
 _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
 _INDEX, _NAME, _REST = "(\\d+) for an index", "(\\w+) or ([^.]+) for a name", "(.+) for the rest of the key, at its end"
@@ -160,7 +160,7 @@ def _source_tokens(text: str, first: int = 1) -> list[Token]:
     return tokens
 
 
-def check_part(
+def check_fragment(
     source: str, targets: Sequence[str], lookups: Mapping[str, Mapping[str, str]], index: str | None = None
 ) -> None:
     """Check the patterns of a rule of a table, or of a prefix, without those that they are joined with.
@@ -220,7 +220,7 @@ def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: 
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MOST_READINGS:
         raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
-    opened = any(slot.kind in ("word", "part", "rest") for slot in side.slots)
+    opened = any(slot.kind in ("word", "segment", "rest") for slot in side.slots)
     effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)
     return side
@@ -250,7 +250,7 @@ def _target_tokens(
         elif char == "(":
             end = _group_end(text, at)
             own += 1
-            yield Slot((f"part{own}",), "alts", _alternatives(text[at + 1 : end], text, target=True))
+            yield Slot((f"own{own}",), "alts", _alternatives(text[at + 1 : end], text, target=True))
             at = end + 1
         else:
             literal = _literal(text, at, target=True)

@@ -19,7 +19,7 @@ __all__ = ["RecordedKeys", "keys_of", "read_recorded_keys"]
 
 _MOST_KEYS = 256  # of one target that are looked up
 _NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # the least likeness of a misspelt key, or of one word of it
-_INDEX = r"(\d+)"
+_INDEX, _ANY = r"(\d+)", "*"
 
 
 class RecordedKeys:
@@ -93,7 +93,8 @@ class _Keys:
             others = known.split(".")
             if len(others) != len(words):
                 continue
-            differing = [(one, other) for one, other in zip(words, others, strict=True) if one != other]
+            pairs = zip(words, others, strict=True)
+            differing = [(one, other) for one, other in pairs if one != other and _ANY not in one]
             if len(differing) != 1 or differing[0][0] in self.words:
                 continue
             one, other = differing[0]
@@ -101,12 +102,12 @@ class _Keys:
                 continue
             alike = SequenceMatcher(None, one, other).ratio()
             if alike > best:
-                best, found = alike, known
+                best, found = alike, ".".join(other if word == one else word for word in words)
         return _shown(found)
 
 
 def keys_of(side: Side) -> Iterator[tuple[str, str]]:
-    """Every key of a side, with 0 for an index; and a regular expression of the keys that differ in indices alone."""
+    """Every key of a side, with 0 for an index and * for a name; and a regular expression of the keys it stands for."""
     choices = [[text for _, text in slot.options] if slot.kind == "alts" else [""] for slot in side.slots]
     for number, chosen in enumerate(product(*choices)):
         if number == _MOST_KEYS:
@@ -117,11 +118,12 @@ def keys_of(side: Side) -> Iterator[tuple[str, str]]:
             if isinstance(token, str) or token.kind == "alts":
                 key, form = key + text, form + re.escape(text)
             else:
-                key, form = key + "0", form + ("[0-9]+" if token.kind == "int" else "[^.]+")
+                index = token.kind == "int"
+                key, form = key + ("0" if index else _ANY), form + ("[0-9]+" if index else "[^.]+")
         indices = r"(?<![^.])[0-9]+(?![^.])"
         yield re.sub(indices, "0", key), re.sub(r"(?<![^.])[0-9]+(?![^\\])", "[0-9]+", form)
 
 
 def _shown(key: str) -> str:
     """A key as a pattern."""
-    return re.sub(r"(?<![^.])0(?![^.])", lambda _: _INDEX, key)
+    return re.sub(r"(?<![^.])0(?![^.])", lambda _: _INDEX, key).replace(_ANY, r"(\w+)")

@@ -12,7 +12,7 @@ from keymap.language.schema_words import OLD_KINDS, SchemaFault, in_words
 from keymap.language.yaml_marks import Marked, Path
 from keymap.paths import schema_path
 
-__all__ = ["SchemaFault", "known_right", "schema_faults", "sound_part"]
+__all__ = ["SchemaFault", "known_right", "schema_faults", "without_faults"]
 
 _MAX_FAULTS = 100  # that are looked for
 _MAX_ROUNDS = 8  # in which faulty fields are left out
@@ -78,7 +78,7 @@ def _unit(path: Path) -> Path:
     return path
 
 
-def sound_part(marked: Marked, faults: list[SchemaFault]) -> Marked | None:
+def without_faults(marked: Marked, faults: list[SchemaFault]) -> Marked | None:
     """The file without the fields that break the schema, so that the others can be checked further.
 
     Fields that are missing at the top level stay missing. None where too much is wrong to go on.

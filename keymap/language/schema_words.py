@@ -271,16 +271,16 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     waiting = [schema]
     while waiting:
-        part = waiting.pop(0)
-        if not isinstance(part, Mapping):
+        schema = waiting.pop(0)
+        if not isinstance(schema, Mapping):
             continue
-        found = {**part, **found}
-        if "$ref" in part:
+        found = {**schema, **found}
+        if "$ref" in schema:
             target: Any = root
-            for step in part["$ref"].removeprefix("#/").split("/"):
+            for step in schema["$ref"].removeprefix("#/").split("/"):
                 target = target[step]
             waiting.append(target)
-        waiting += [one for one in part.get("allOf", ()) if "if" not in one]
+        waiting += [one for one in schema.get("allOf", ()) if "if" not in one]
     return found
 
 

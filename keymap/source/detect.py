@@ -14,6 +14,7 @@ from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
 
+_MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
 __all__ = ["Detection", "apply_aliases", "check_refused", "detect", "matching_keys", "tower_layout", "uses_aliases"]
@@ -179,8 +180,8 @@ def detect(
     for mapping in [known.get(wanted)] if wanted is not None else known.formats:
         renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
         keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
-        if keys is None and wanted is not None and not _has_keys(mapping, renamed):
-            raise DetectionError(f"{file}: the file has none of the keys of {mapping.name}", _hints(known, tensors))
+        if keys is None and wanted is not None:
+            _refuse_foreign(known, mapping, renamed, tensors, file)
         if keys is not None or wanted is not None:
             evidence = tuple(keys) if keys is not None else ("named by the caller",)
             found.append(Detection(mapping, renamed, evidence, faults, steps))
@@ -194,11 +195,21 @@ def detect(
     raise DetectionError(f"{file}: no known format has these keys", _hints(known, tensors))
 
 
-def _has_keys(mapping: Format, tensors: Mapping[str, Layout]) -> bool:
-    """True where a rule of the format owns one of the keys, or the format ignores it or does not support it."""
+def _refuse_foreign(
+    known: Catalogue, mapping: Format, renamed: Mapping[str, Layout], tensors: Mapping[str, Layout], file: str
+) -> None:
+    """Refuse a file of which the rules of a named format own no key, or hardly any.
+
+    Raises:
+        DetectionError: with what the file holds and the nearest format.
+    """
     rules = RuleTable((*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)))
     sides = [*(entry.side for entry in mapping.ignore), *(entry.side for entry in mapping.unsupported)]
-    return any(rules.find(key) is not None or any(side.match(key) is not None for side in sides) for key in tensors)
+    owned = [key for key in renamed if rules.find(key) or any(side.match(key) is not None for side in sides)]
+    if len(owned) < _MIN_OWNED * len(renamed):
+        count = f"only {len(owned)} of the {len(renamed)} keys" if owned else "none of the keys"
+        text = f"{file}: {mapping.name} knows {count} of the file"
+        raise DetectionError(text, _hints(known, tensors))
 
 
 def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
@@ -211,8 +222,9 @@ def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
     for mapping in known.formats:
         table = RuleTable(tuple(rule for rule in mapping.rules if not rule.rest))
         renamed, _, _ = apply_aliases(mapping, sample, {})
-        scores.append((sum(table.find(key) is not None for key in renamed), mapping.name))
-    best, name = max(scores, default=(0, ""))
+        claimed = matching_keys(mapping.detect, renamed) is not None
+        scores.append((claimed, sum(table.find(key) is not None for key in renamed), mapping.name))
+    _, best, name = max(scores, default=(False, 0, ""))
     if best:
         of_keys = (
             f"{len(sample)} sampled of its {len(keys)} keys" if len(sample) < len(keys) else f"its {len(keys)} keys"

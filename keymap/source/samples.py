@@ -27,7 +27,7 @@ __all__ = ["Sample", "check_evidence", "evidence_faults", "samples"]
 Shape = tuple[int, ...]
 
 _COUNT = 3  # blocks, layers, experts
-_WORDS = {"word": ("word",), "part": ("part",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
+_WORDS = {"word": ("word",), "segment": ("segment",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # not prime, so that a fact never has the length of another axis
 

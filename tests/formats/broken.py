@@ -116,7 +116,7 @@ def rule_tests(
     rows: str,
     cases: Mapping[str, Callable[[], Case]],
     lookups: str | Mapping[str, str] = "",
-    refusals: tuple[type[keymap.KeymapError], ...] = (keymap.PlanError,),
+    refusals: tuple[type[keymap.KeymapError], ...] = (keymap.PlanError, keymap.DetectionError),
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """The two tests of a format's rows: the rules as they are pass, and each broken one is seen.
 

@@ -85,7 +85,7 @@ def test_lit_of_the_older_code_has_a_position_for_its_class_token(head, form, si
     want = lit.forward(flat, image, ids)
     assert_parity(model, image, want[0], ids, want[1])
     assert model.visual.trunk.pos_embed[0, 0].any()
-    refused(lit.model(head=head, no_embed_class=True, **sizes), npz(flat), "1 rows before its grid", "place for 0")
+    refused(lit.model(head=head, no_embed_class=True, **sizes), npz(flat), "1 rows before its grid", "the model has 0")
 
 
 def test_lit_of_the_code_between_keeps_positions_in_the_encoder(npz):
@@ -132,7 +132,7 @@ def test_the_image_half_of_lit_alone_loads(npz):
     model = lit.model(seed=5)
     keymap.load_checkpoint(model, npz(flat), towers=("image",))
     assert_parity(model, images(), lit.forward(flat, images(), None)[0])
-    refused(model, npz(flat), "the file holds no text tower: load with towers=('image',)")
+    refused(model, npz(flat), "the file has no text tower: load with towers=('image',)")
 
 
 def test_lit_is_refused_where_head_or_architecture_differ(npz):

@@ -69,6 +69,12 @@ def assert_recorded(name, model):
     prints, rows = record_configurations.measured(model)
     told = [entry for entry in registry().configurations if name in entry.names]
     assert [(tuple(entry.fingerprints.items()), list(entry.names[name])) for entry in told] == [(prints, rows)]
+    keys: record_configurations.Keys = {}
+    record_configurations.add_keys(model, keys)
+    recorded = json.loads(record_configurations.KEYS.read_text(encoding="utf-8"))["keys"]
+    assert [(t, n, set(k) - set(recorded[t][n])) for t, of in keys.items() for n, k in of.items()] == [
+        (t, n, set()) for t, of in keys.items() for n in of
+    ]
 
 
 @pytest.mark.parametrize(("name", "form"), [cell(name, form) for name, form in CELLS])

@@ -307,7 +307,7 @@ def test_a_copy_of_a_format_under_another_name_is_not_registered_but_used_by_its
 
 def test_a_file_that_does_not_claim_its_own_keys_is_not_registered(tmp_path):
     text = GREEDY.replace(", CLUE", "").replace("towers:", "  none: [my.bias]\ntowers:", 1)
-    with pytest.raises(keymap.MappingError, match=r"greedy.yaml: its evidence does not match its own keys"):
+    with pytest.raises(keymap.MappingError, match=r"greedy.yaml:5:1: detect does not match the format's own keys"):
         registered(tmp_path, text, "greedy")
 
 

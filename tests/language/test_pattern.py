@@ -85,7 +85,7 @@ def test_groups_of_a_prefix_and_of_a_table_are_counted_apart():
 
 def test_parts_and_indices_of_the_targets_own():
     source = parse_source("in_proj")
-    assert target("p.(q|kv).w", source).match("p.kv.w") == {"part1": "kv"}
+    assert target("p.(q|kv).w", source).match("p.kv.w") == {"own1": "kv"}
     assert target("b.<layer>.w", source, index="layer").write({"layer": "3"}) == "b.3.w"
     with pytest.raises(PatternError, match="goes with unstack"):
         target("b.<layer>.w", source)
@@ -143,7 +143,12 @@ def random_sides(count, seed):
 
 def test_matching_and_writing_undo_each_other():
     rng = random.Random(1)
-    words = {"int": ["0", "7", "10"], "word": ["a", "_1", "aa"], "part": ["a", "1-", "_/"], "rest": ["a", "1.a", "."]}
+    words = {
+        "int": ["0", "7", "10"],
+        "word": ["a", "_1", "aa"],
+        "segment": ["a", "1-", "_/"],
+        "rest": ["a", "1.a", "."],
+    }
     for side in random_sides(300, seed=0):
         for _ in range(5):
             values = {

@@ -623,12 +623,13 @@ def test_a_text_position_embedding_without_rows(tmp_path):
     assert_unchanged(model, before)
 
 
-def test_a_wrong_mapping_argument_is_refused_because_little_would_load(tmp_path):
-    refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, strict=False, mapping="hf_clip")
+def test_a_format_named_wrongly_is_refused_with_the_nearest_one(tmp_path):
+    words = ["hf_clip knows only 1 of the", "the nearest format is open_clip"]
+    refuses(openclip.clip(), _safetensors(tmp_path), keymap.DetectionError, *words, strict=False, mapping="hf_clip")
 
 
 def test_the_error_for_a_file_without_towers_does_not_suggest_towers(tmp_path):
-    message = refuses(openclip.clip(), _safetensors(tmp_path), keymap.PlanError, mapping="hf_clip")
+    message = refuses(openclip.clip(), _safetensors(tmp_path), keymap.DetectionError, mapping="hf_clip")
     assert "towers=(,)" not in message
 
 
