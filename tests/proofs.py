@@ -2,7 +2,7 @@
 
 A test states what it proved after its assertions (fixture ``proves``); a run with ``--proofs FILE`` writes what the
 tests that passed have stated. A record names the format, and of each tower that was loaded the *layout*: a digest of
-the model's keys of that tower, indices left out. So a small model stands for every configuration of its layout.
+the model's keys of that tower, indices left out. So a small model represents every configuration of its layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAME = "proof"
 
 
 def layouts(keys: Iterable[str]) -> dict[str, str]:
-    """A digest for each tower of these keys of the hub. The text tower's spelling makes no difference."""
+    """A digest for each tower of these keys of the hub. The layout of the text tower makes no difference."""
     hub, found = registry().hub, {}
     for key in keys:
         found.setdefault(tower_of(hub, key), set()).add(_INDEX.sub("{i}", key).removeprefix("text."))

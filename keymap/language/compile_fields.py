@@ -64,6 +64,7 @@ def compile_facts(compiler: Compiler) -> dict[str, Fact]:
             compiler.words(entry, ("facts", name)),
             entry.get("present", False),
             entry.get("only", {}),
+            entry.get("formerly", ""),
         )
 
     return {name: fact(name, value) for name, value in compiler.facts.items()}

@@ -143,6 +143,7 @@ class Fact(NamedTuple):
         words: from the values to keymap's words; a module is named by its class.
         present: the fact is whether the attribute holds anything.
         only: facts of the model under which this one matters.
+        formerly: the name that the fact had before.
     """
 
     paths: tuple[tuple[str, int], ...]
@@ -151,6 +152,7 @@ class Fact(NamedTuple):
     words: Mapping[str, Scalar] = {}
     present: bool = False
     only: Mapping[str, Scalar] = {}
+    formerly: str = ""
 
 
 class Configuration(NamedTuple):

@@ -25,7 +25,6 @@ from keymap.paths import data_folder
 
 __all__ = ["review"]
 
-_OLD_FACTS = {"text.pools": "text.pools_at_end_token"}
 _NEAR = 0.7
 
 
@@ -134,7 +133,7 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
                 vocabulary.setdefault(fact, set()).update(values)
     for path, fact, values in _named_facts(marked.data):
         if fact not in hub_facts:
-            today = _OLD_FACTS.get(fact, "")
+            today = next((name for name, entry in hub_facts.items() if entry.formerly == fact), "")
             hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")
             yield marked.at(path), f"there is no fact {fact!r}{hint}"
             continue

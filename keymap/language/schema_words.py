@@ -26,8 +26,6 @@ _OLD_FIELDS = {  # each with what it is called today
     "spellings": "layouts",
     "states": "fixed",
     "nowhere": "unsupported",
-    "image": "between: {image: [...]}",
-    "text": "between: {text: [...]}",
 }
 _OTHER_WORDS = {  # names that other libraries use for a field
     "transpose": "view: out in -> in out",
@@ -68,7 +66,7 @@ _WORDS = {
     "boolean": "true or false",
     "integer": "a whole number",
     "number": "a number",
-    "string": "text",
+    "string": "a text",
     "array": "a list",
     "object": "fields",
 }
@@ -143,6 +141,8 @@ def _unknown_fields(marked: Marked, error: Any, root: Mapping[str, Any]) -> Iter
 
 def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, Any]) -> str:
     today = _OLD_FIELDS.get(name, "")
+    if name in root["$defs"]["tower"]["enum"] and "between" in known:
+        today = f"between: {{{name}: [...]}}"
     if today and today.partition(":")[0] in known:
         return f"{name!r} is now called {today!r}"
     shown = name[:80]
@@ -174,7 +174,8 @@ def _rule_fields(root: Mapping[str, Any]) -> Iterable[str]:
 def _missing(error: Any, root: Mapping[str, Any]) -> str:
     """Of a required field; empty where it is there under its old name, which is a fault already."""
     name = next((name for name in error.validator_value if f"'{name}'" in error.message), "")
-    if any(_OLD_FIELDS[key].partition(":")[0] == name for key in error.instance if key in _OLD_FIELDS):
+    towers = root["$defs"]["tower"]["enum"]
+    if any(_OLD_FIELDS.get(key) == name or (name == "between" and key in towers) for key in error.instance):
         return ""
     if any(_OTHER_WORDS.get(key, "").startswith(f"{name}:") for key in error.instance):
         return ""  # it is there under another library's name, which is a fault already

@@ -25,9 +25,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("big_vision_lit")
 
-
 sizes = sizes_of({"distinct": {}, "square": EQUAL, "a table of 4x4": {"image_size": 56}})
-
 
 FORMS = {
     "plain": lambda flat: flat,
@@ -188,7 +186,6 @@ def square(old: bool) -> Case:
 
 CASES = {"big_vision_lit": lambda: square(old=False), "LiT of the older code": lambda: square(old=True)}
 
-
 ROWS = r"""
 big_vision_lit: HWIO misread: differs
 - h w i o -> o i h w
@@ -212,6 +209,5 @@ LiT of the older code: the old place of positions forgotten: refused
 - img/Transformer/posembed_input/pos_embedding: img/pos_embedding
 + img/Transformer/nothing/pos_embedding: img/pos_embedding
 """
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, "  swapped: {0: 2, 1: 1}\n")

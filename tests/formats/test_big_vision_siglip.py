@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    LIMIT,
-    SIZES,
-    assert_parity,
-    normalised,
-    sizes_of,
-)
+from checks import LIMIT, SIZES, assert_parity, normalised, sizes_of
 from peers import big_vision, openclip
 from peers.common import SQUARE, images, max_diff, tokens
 
@@ -23,9 +17,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("big_vision_siglip")
 
-
 sizes = sizes_of(SIZES)
-
 
 FORMS = {
     "plain": lambda flat: flat,
@@ -159,8 +151,6 @@ big_vision_siglip: t and b exchanged: differs
 + b: logit_scale
 """
 
-
 LOOKUPS = "  turned: {0: 2, 1: 1}\n"  # that the rows use
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"big_vision_siglip": siglip}, LOOKUPS)

@@ -22,9 +22,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("chinese_clip", "hf_chinese_clip")
 
-
 sizes = sizes_of(SIZES)
-
 
 BERT = {"family": "bert", "pooler": "cls_last_hidden_state_pooler", "proj": "linear"}
 
@@ -188,7 +186,6 @@ CASES = {
     "hf_chinese_clip": hf_chinese_clip,
 }
 
-
 ROWS = r"""
 chinese_clip: the text projection not transposed: differs
 - text.proj.weight, view: in out -> out in
@@ -228,8 +225,6 @@ hf_chinese_clip: q and k of the image tower swapped: differs
 + self_attn.(k|q|v)_proj
 """
 
-
 LOOKUPS = "  stem: {1: 2, 2: 1, 3: 3}\n  qkv: {query: key, key: query, value: value}\n"  # that the rows use
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, LOOKUPS)

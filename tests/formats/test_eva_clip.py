@@ -1,7 +1,8 @@
 """EVA-CLIP's own files load into OpenCLIP's models, and compute the same.
 
 They are compared with a forward pass written in plain torch from their own names, and bit for bit with timm's converter
-and with a conversion written by hand."""
+and with a conversion written by hand.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,6 @@ from timm.models.eva import checkpoint_filter_fn
 import keymap
 
 pytestmark = pytest.mark.formats("eva_clip")
-
 
 sizes = sizes_of({**SIZES, "not a square image": {"image_size": (28, 42)}})
 
@@ -270,7 +270,6 @@ EVA02-E: norm1 and norm2 swapped: differs
 - norm(1|2).(weight|bias): norm\1.\2
 + norm(1|2).(weight|bias): norm<1:other>.\2
 """
-
 
 LOOKUPS = "  turned: {q: v, k: k, v: q}\n  ends: {q: v, v: q}\n  other: {1: 2, 2: 1}\n"  # that the rows use
 CASES = {"eva_clip": partial(square, "EVA02"), **{kind: partial(square, kind) for kind in ("EVA01", "EVA02-E")}}

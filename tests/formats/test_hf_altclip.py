@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    LIMIT,
-    SIZES,
-    assert_goes_to_the_hub_and_back,
-    image_tower_in_timms_vit,
-    sizes_of,
-)
+from checks import LIMIT, SIZES, assert_goes_to_the_hub_and_back, image_tower_in_timms_vit, sizes_of
 from peers import by_hand, hf, openclip, relatives
 from peers.common import SQUARE, assert_unchanged, bits, images, max_diff, same_bits
 
 import keymap
 
 pytestmark = pytest.mark.formats("hf_altclip")
-
 
 sizes = sizes_of(SIZES)
 
@@ -97,6 +90,5 @@ hf_altclip: what transformers 5 calls a layer forgotten: refused
 - vision_model.encoder.layer.(\d+).(.+): vision_model.encoder.layers.\1.\2
 + vision_model.encoder.leyer.(\d+).(.+): vision_model.encoder.layers.\1.\2
 """
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"hf_altclip": altclip})

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 from broken import Case, rule_tests
-from checks import (
-    SIZES,
-    assert_equals_a_conversion_by_hand,
-    assert_parity,
-    sizes_of,
-)
+from checks import SIZES, assert_equals_a_conversion_by_hand, assert_parity, sizes_of
 from peers import by_hand, hf, openclip
 from peers.common import SQUARE, images, same_bits, tokens
 
@@ -17,9 +12,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("hf_clip")
 
-
 sizes = sizes_of(SIZES)
-
 
 TARGETS = {"flat": openclip.clip, "custom": openclip.custom, "timm trunk": openclip.clip_trunk}
 
@@ -142,6 +135,5 @@ hf_clip: a norm forgotten: refused
 - post_layernorm.(weight|bias): ln_post.\1
 + nothing.(weight|bias): ln_post.\1
 """
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"hf_clip": clip})

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 from broken import Case, rule_tests
-from checks import (
-    SIZES,
-    assert_equals_a_conversion_by_hand,
-    assert_parity,
-    sizes_of,
-)
+from checks import SIZES, assert_equals_a_conversion_by_hand, assert_parity, sizes_of
 from peers import by_hand, hf, openclip
 from peers.common import SQUARE, images, same_bits, tokens
 
 import keymap
 
 pytestmark = pytest.mark.formats("hf_siglip")
-
 
 sizes = sizes_of(SIZES)
 
@@ -128,8 +122,6 @@ hf_siglip: scale and bias exchanged: differs
 + logit_(scale|bias): logit_<1:other>
 """
 
-
 LOOKUPS = "  turned: {1: 2, 2: 1}\n  other: {scale: bias, bias: scale}\n"  # that the rows use
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"hf_siglip": siglip}, LOOKUPS)

@@ -1,6 +1,7 @@
 """transformers' text encoders load into OpenCLIP's Hugging Face text tower, as their owners save them.
 
-The projection to the embedding is OpenCLIP's own; the tower's last hidden states are the peer's."""
+The projection to the embedding is OpenCLIP's own; the tower's last hidden states are the peer's.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +10,13 @@ from functools import partial
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    SIZES,
-    assert_parity,
-)
+from checks import SIZES, assert_parity
 from peers import hf_text, openclip
 from peers.common import SQUARE, assert_unchanged, bits, same_bits
 
 import keymap
 
 pytestmark = pytest.mark.formats("hf_bert", "hf_mt5", "hf_m2m100")
-
 
 FORMATS = {
     "bert": "hf_bert",
@@ -29,9 +26,7 @@ FORMATS = {
     "m2m_100": "hf_m2m100",
 }
 
-
 FORMS = {"model.safetensors": hf_text.disk_keys, "whole state dict of older versions": hf_text.old_keys}
-
 
 PROJECTION = ["text.proj.0.weight", "text.proj.2.weight"]
 
@@ -240,7 +235,6 @@ def square(form: str) -> Case:
 
 CASES = {form: partial(square, form) for form in WHOLE}
 
-
 ROWS = r"""
 hf_bert: the dense layers of a block exchanged: differs
 - attention.output.(dense|LayerNorm).(weight|bias): attention.output.\1.\2
@@ -282,7 +276,6 @@ hf_m2m100: the table of positions not left out: refused
 - (encoder|decoder).embed_positions.weights: sin
 + (encoder|decoder).embed_position.weights: sin
 """
-
 
 EMBEDDINGS = """\
   embedding:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    assert_bits,
-    assert_parity,
-)
+from checks import assert_bits, assert_parity
 from peers import by_hand, openclip, relatives
 from peers.common import Size, images, tokens
 
 import keymap
 
 pytestmark = pytest.mark.formats("longclip")
-
 
 OPENAI_SQUARE = {"embed_dim": 128, "text_width": 128}  # OpenAI's package fixes what else could be square
 
@@ -75,7 +71,6 @@ longclip: ln_1 and ln_2 swapped: differs
 - ln_(1|2).(weight|bias): ln_\1.\2
 + ln_(1|2).(weight|bias): ln_<1:turned>.\2
 """
-
 
 LOOKUPS = "  turned: {1: 2, 2: 1}\n"  # that the rows use
 

@@ -1,6 +1,7 @@
 """Apple's MobileCLIP files load into OpenCLIP's models, bit for bit as open_clip's converter converts them.
 
-Small models, and the full key lists of Apple's four models at their real shapes."""
+Small models, and the full key lists of Apple's four models at their real shapes.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +11,7 @@ from functools import partial
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    assert_bits,
-    assert_open_clips_and_timms_files_keep_their_formats,
-    complete,
-    refused,
-)
+from checks import assert_bits, assert_open_clips_and_timms_files_keep_their_formats, complete, refused
 from open_clip.convert import convert_state_dict as open_clip_convert
 from peers import mobileclip, openclip
 from peers.common import SQUARE, images, same_bits, tokens
@@ -26,15 +22,12 @@ from keymap.source.registry import registry
 
 pytestmark = pytest.mark.formats("mobileclip_b", "mobileclip_s", "mobileclip_s0")
 
-
 FORMATS = dict.fromkeys(mobileclip.MODELS, "mobileclip_s") | {
     "mobileclip_b": "mobileclip_b",
     "mobileclip_s0": "mobileclip_s0",
 }
 
-
 WHOLE = [name for name in mobileclip.MODELS if name != "mobileclip_s0"]
-
 
 FILLED = {name: f"visual.trunk.head{'' if name == 'mobileclip_b' else '.fc'}.bias" for name in mobileclip.MODELS}
 
@@ -247,13 +240,11 @@ mobileclip_s1: squeeze and expand exchanged: refused
 + conv_exp.se.expand.(weight|bias): final_conv.se.fc1.\1
 """
 
-
 LOOKUPS = (  # that the rows use
     "  other: {1: 2, 2: 1}\n  stem: {0: 1, 1: 0}\n"
     "  stats: {weight: weight, bias: bias, running_mean: running_var, running_var: running_mean, "
     "num_batches_tracked: num_batches_tracked}\n"
 )
 CASES = {name: partial(square, name) for name in ("mobileclip_b", "mobileclip_s1")}
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, LOOKUPS)

@@ -42,9 +42,7 @@ pytestmark = pytest.mark.formats(
     "hf_siglip2_naflex", "big_vision_naflex", "map_trunk_naflex", "native_vit_naflex_token"
 )
 
-
 sizes = sizes_of({"distinct": {}, "square": EQUAL, "a table of 4x4": {"image_size": 56}})
-
 
 DATA = Path(__file__).parents[1] / "data" / "big_vision"
 
@@ -623,7 +621,6 @@ CASES = {
     "native_vit_naflex_token": class_token,
 }
 
-
 ROWS = r"""
 hf_siglip2_naflex: the kernel transposed: differs
 - vision_model.embeddings.patch_embedding.(weight|bias): visual.trunk.embeds.proj.\1
@@ -743,8 +740,6 @@ native_vit_naflex_token: fc1 and fc2 swapped: differs
 + mlp.c_proj.(weight|bias): mlp.fc1.\1
 """
 
-
 LOOKUPS = "  other: {1: 2, 2: 1}\n  turned: {scale: bias, bias: scale}\n"  # that the rows use
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, CASES, LOOKUPS)

@@ -1,7 +1,8 @@
 """OpenCLIP's own files load bit for bit: every layout of its configurations, small.
 
 `peers.layouts` has one model for each set of keys that the 144 configurations have; `test_coverage` carries what is
-proved here over to full size."""
+proved here over to full size.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +11,7 @@ import copy
 import open_clip
 import pytest
 import torch
-from checks import (
-    complete,
-)
+from checks import complete
 from peers import layouts, openclip
 from peers.common import same_bits, tensors
 from safetensors.torch import save_file
@@ -21,19 +20,10 @@ import keymap
 
 pytestmark = pytest.mark.formats("open_clip")
 
-
-OWN = {
+OWN = {  # beside the layouts of the next test
     "clip": openclip.clip,
     "custom": openclip.custom,
-    "siglip": openclip.siglip,
-    "timm trunk": openclip.clip_trunk,
     "timm trunk, no class position": lambda **k: openclip.clip_trunk(no_embed_class=True, **k),
-    "resnet": openclip.resnet,
-    "convnext": openclip.convnext,
-    "convnext, mlp head": lambda **k: openclip.convnext(head="mlp", **k),
-    "coca": openclip.coca,
-    "coca without attention pool": lambda **k: openclip.coca(attn_pool=False, **k),
-    "hf text tower": openclip.hf_text,
 }
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 from broken import Case, rule_tests
-from checks import (
-    assert_parity,
-)
+from checks import assert_parity
 from peers import openai, openclip
 from peers.common import Size, images, tokens
 
@@ -65,6 +63,5 @@ openai: the image tower forgotten: refused
 - visual.: {to: visual., table: vit}
 + nothing.: {to: visual., table: vit}
 """
-
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"openai": vit})

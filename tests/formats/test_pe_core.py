@@ -1,7 +1,8 @@
 """Perception Encoder's own files load into OpenCLIP's models, and compute the same.
 
 They are compared with a forward pass written in plain torch from their own names, and bit for bit with timm's converter
-and with a conversion written by hand."""
+and with a conversion written by hand.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,6 @@ from timm.models.eva import checkpoint_filter_fn
 import keymap
 
 pytestmark = pytest.mark.formats("pe_core")
-
 
 sizes = sizes_of({**SIZES, "not a square image": {"image_size": (28, 42)}})
 
@@ -254,7 +254,6 @@ pe_core: the text projection transposed: differs
 + positional_embedding: positional_embedding
 + text_projection: {to: text_projection, view: a b -> b a}
 """
-
 
 LOOKUPS = "  other: {1: 2, 2: 1}\n"  # that the rows use
 

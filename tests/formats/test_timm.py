@@ -24,9 +24,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("timm", "timm_resnet", "native_vit_clip_trunk")
 
-
 sizes = sizes_of(SIZES)
-
 
 TARGETS = {"flat": openclip.clip, "custom": openclip.custom, "timm trunk": openclip.clip_trunk}
 
@@ -170,7 +168,6 @@ class Tower:
 
 SWIN = {"embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "img_size": 112}
 
-
 TOWERS = {
     "swin": Tower("swin_base_patch4_window7_224", SWIN, size=112),
     "relative positions": Tower("vit_relpos_medium_patch16_cls_224", VIT),
@@ -312,7 +309,6 @@ CASES = {
     **{f"timm {name}": partial(other, name) for name in ("swin", "pooled by average", "relative positions")},
 }
 
-
 ROWS = r"""
 timm_resnet: the norms of a block shifted: differs
 - conv(1_1x1|2_kxk|3_1x1).bn.: {to: visual.layer<1+1>.\2.bn<3:conv>.,
@@ -371,7 +367,6 @@ timm relative positions: the head left in the trunk: refused
 - blocks.0.attn.rel_pos.mlp.fc1.weight]} # a ViT
 + blocks.0.attn.rel_position.mlp.fc1.weight]} # a ViT
 """
-
 
 LOOKUPS = {  # that the rows use
     "timm_resnet": (

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from broken import Case, rule_tests
-from checks import (
-    assert_bits,
-    assert_goes_to_the_hub_and_back,
-    assert_parity,
-)
+from checks import assert_bits, assert_goes_to_the_hub_and_back, assert_parity
 from peers import by_hand, openai, openclip, relatives
 from peers.common import assert_unchanged, bits, images, tokens
 
@@ -17,9 +13,7 @@ import keymap
 
 pytestmark = pytest.mark.formats("tinyclip")
 
-
 OPENAI_SQUARE = {"embed_dim": 128, "text_width": 128}  # OpenAI's package fixes what else could be square
-
 
 TINY_VIT, TINY_RESNET = openai.VIT, relatives.TINY_RESNET
 
@@ -134,13 +128,11 @@ tinyclip resnet: mean and variance swapped: differs
 + (weight|bias|running_mean|running_var): <1:stats>
 """
 
-
 LOOKUPS = """\
   other: {pre: post, post: pre}
   pool: {q: k, k: q, v: v, c: c}
   stats: {weight: weight, bias: bias, running_mean: running_var, running_var: running_mean}
 """
-
 
 CASES = {"tinyclip": lambda: square(resnet=False), "tinyclip resnet": lambda: square(resnet=True)}
 
