@@ -66,7 +66,7 @@ _WORDS = {
     "boolean": "true or false",
     "integer": "a whole number",
     "number": "a number",
-    "string": "a text",
+    "string": "a string",
     "array": "a list",
     "object": "fields",
 }
@@ -146,24 +146,31 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
     if today and today.partition(":")[0] in known:
         return f"{name!r} is now called {today!r}"
     shown = name[:80]
-    if not path:
-        kinds = [kind for kind, branch in root["$defs"]["kinds"]["$defs"].items() if name in branch["properties"]]
-        if name in root["$defs"]["tower"]["enum"] and "towers" in known:
-            return f"{name!r} is a tower: write it under `towers:`, indented by two spaces"
-        if name in root["$defs"]["config"]["properties"] and "config" in known:
-            return f"{name!r} belongs under `config:` in this kind of file" + (
-                f" (at the top level it belongs to kind: {' or '.join(kinds)})" if kinds else ""
-            )
-        if kinds:
-            return f"{name!r} belongs to kind: {' or '.join(kinds)}; remove it, or say `kind: {kinds[0]}`"
-        if name in _rule_fields(root):
-            return f"{name!r} belongs to a rule: write source key: {{to: target key, {name}: ...}} under `towers:`"
+    elsewhere = "" if path else _belongs_elsewhere(name, known, root)
+    if elsewhere:
+        return elsewhere
     if name in _OTHER_WORDS and _OTHER_WORDS[name].partition(":")[0] in [*known, "dtypes"]:
         return f"there is no field {shown!r} here; write `{_OTHER_WORDS[name]}`"
     near = get_close_matches(name[:40], known, 1)
     if near:
         return f"there is no field {shown!r} here; did you mean {near[0]!r}?"
     return f"there is no field {shown!r} here; known: {', '.join(known)}"
+
+
+def _belongs_elsewhere(name: str, known: list[str], root: Mapping[str, Any]) -> str:
+    """A field of another place, at the top level of a file; empty for a name that is no field."""
+    kinds = [kind for kind, branch in root["$defs"]["kinds"]["$defs"].items() if name in branch["properties"]]
+    if name in root["$defs"]["tower"]["enum"] and "towers" in known:
+        return f"{name!r} is a tower: write it under `towers:`, indented by two spaces"
+    if name in root["$defs"]["config"]["properties"] and "config" in known:
+        return f"{name!r} belongs under `config:` in this kind of file" + (
+            f" (at the top level it belongs to kind: {' or '.join(kinds)})" if kinds else ""
+        )
+    if kinds:
+        return f"{name!r} belongs to kind: {' or '.join(kinds)}; remove it, or say `kind: {kinds[0]}`"
+    if name in _rule_fields(root):
+        return f"{name!r} belongs to a rule: write source key: {{to: target key, {name}: ...}} under `towers:`"
+    return ""
 
 
 def _rule_fields(root: Mapping[str, Any]) -> Iterable[str]:

@@ -103,7 +103,7 @@ FIELDS = {
     "a text for a list": (
         HEAD + "notes: text\n" + GOOD,
         "6:1",
-        "notes: 'text' is text; write [text] (what a user of the format should know; printed on its page)",
+        "notes: 'text' is a string; write [text] (what a user of the format should know; printed on its page)",
     ),
     "a number for a target": (
         rules("a: 7"),
@@ -113,14 +113,14 @@ FIELDS = {
     "an empty target": (
         rules('a: ""'),
         "8:5",
-        "a is empty; write text, for example visual.ln_post.\\1 (the target key)",
+        "a is empty; write a string, for example visual.ln_post.\\1 (the target key)",
     ),
-    "an empty reason": (rules("a: b", more="ignore:\n  a: ''\n"), "10:3", "a is empty; write text (the reason)"),
+    "an empty reason": (rules("a: b", more="ignore:\n  a: ''\n"), "10:3", "a is empty; write a string (the reason)"),
     "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "kind: 'fromat' is not known; did you mean 'format'?"),
     "a name in capitals": (
         HEAD.replace("example", "Example", 1) + GOOD,
         "1:1",
-        "format: 'Example' has the wrong form; write text, for example hf_clip",
+        "format: 'Example' has the wrong form; write a string, for example hf_clip",
     ),
     "an unknown dtype": (
         rules("a: b", more="dtypes:\n  a: float8\n"),
@@ -138,7 +138,7 @@ FIELDS = {
     "a power": (
         rules("a: {to: b, times: cube 1, oneway: true}"),
         "8:16",
-        "times: 'cube 1' has the wrong form; write text, for example sqrt 1",
+        "times: 'cube 1' has the wrong form; write a string, for example sqrt 1",
     ),
     "one tied target": (rules("a: {to: [b]}"), "8:9", "to: a list of one entry; write b without [ ]"),
     "one part": (
@@ -149,7 +149,7 @@ FIELDS = {
     "a part in words": (
         rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"),
         "8:39",
-        "parts: 'x' is text; write a whole number or '*'",
+        "parts: 'x' is a string; write a whole number or '*'",
     ),
     "nothing for a target": (
         rules("a: null"),

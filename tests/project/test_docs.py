@@ -203,7 +203,7 @@ def test_the_api_page_names_every_field_of_a_result(kind, tmp_path):
 
 def test_the_rule_language_page_names_every_field_of_a_mapping():
     schema = json.loads((data_folder("schemas") / "mapping.schema.json").read_text(encoding="utf-8"))
-    kinds = schema["$defs"]["kinds"].values()
+    kinds = schema["$defs"]["kinds"]["$defs"].values()
     fields = {name for kind in kinds for name in kind["properties"]}
     fields |= set(schema["$defs"]["rule"]["anyOf"][1]["properties"]) | set(schema["$defs"]["config"]["properties"])
     text = read("docs/rule-language.md")
