@@ -121,7 +121,7 @@ def test_a_lone_tower_of_another_size(tmp_path):
     save_file(timm_towers.clip_vit(image_width=96, image_heads=6).state_dict(), tmp_path / "timm.safetensors")
     with pytest.raises(keymap.PlanError) as error:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "timm.safetensors", towers=("image",))
-    assert "a timm image tower" in told(error) and "clip_trunk (width 96" in told(error)
+    assert "timm image towers" in told(error) and "clip_trunk (width 96" in told(error)
     assert "text tower" not in told(error)
 
 

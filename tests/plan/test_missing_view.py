@@ -96,7 +96,7 @@ def test_a_named_format_that_knows_none_of_the_keys_says_so(name: str, tmp_path:
     with pytest.raises(keymap.DetectionError) as caught:
         keymap.load_checkpoint(model, tmp_path / "a.safetensors", mapping=name)
     assert f"{name} knows none of the keys of the file" in str(caught.value)
-    assert "it holds 2 tensors: " in str(caught.value)
+    assert "it has 2 tensors: " in str(caught.value)
 
 
 def test_the_nearest_format_is_named_for_a_file_of_another_one(tmp_path: Path) -> None:
@@ -104,4 +104,4 @@ def test_the_nearest_format_is_named_for_a_file_of_another_one(tmp_path: Path) -
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(keymap.DetectionError, match="hf_clip knows only 1 of the 74 keys of the file") as caught:
         keymap.plan_load(model, tmp_path / "a.safetensors", mapping="hf_clip")
-    assert "nearest is open_clip" in str(caught.value)
+    assert "the nearest format is open_clip" in str(caught.value)

@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from bounds import Steps, bounded, ends
+from bounds import MEMORY, Steps, bounded, ends
 
 
 def forever():
@@ -43,7 +43,7 @@ def calls():
 
 
 def swell():
-    held = bytearray(80 << 20)
+    held = bytearray(4 * MEMORY)  # far beyond, since the process may hold free memory that it uses first
     held[:: 1 << 12] = b"x" * (len(held) >> 12)
 
 
