@@ -15,7 +15,9 @@ from torch import nn
 from keymap.errors import ConfigurationWarning
 from keymap.load.assign import assign_plan
 from keymap.load.execute import load_plan
+from keymap.load.hooks import call_post_hooks, refuse_hooks
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
+from keymap.load.shared import sharing
 from keymap.plan.describe import Described, configurations_for, describe
 from keymap.plan.model import view_model
 from keymap.plan.plan import Plan, without_failed
@@ -95,10 +97,13 @@ def load_checkpoint(
     view = view_model(model, hub)
     plan, source = choose_plan(sources, view, make_request(hub, sources[0].file, strict, towers, source_grid, facts))
     tensors = source.unwrapped.tensors
+    shared: Mapping[int, str] = {}
     if assign:
-        refuse_unassignable(view, plan, hub.causal_masks, target_device)
+        shared = sharing(view, plan)
+        refuse_unassignable(view, plan, hub.causal_masks, target_device, shared)
     else:
         refuse_unwritable(view, plan)
+    refuse_hooks(view, plan, strict)
     failed = verify_plan(plan, tensors, strict)
     if failed:
         plan = without_failed(plan, failed)
@@ -106,10 +111,12 @@ def load_checkpoint(
         warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
     allocated: list[str] = []
     if assign:
-        allocated = assign_plan(plan, tensors, view, target_device)
+        allocated = assign_plan(plan, tensors, view, target_device, shared)
     else:
         load_plan(plan, tensors, view.tensors)
-    return LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
+    result = LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
+    call_post_hooks(view, result.missing_keys, result.unexpected_keys, plan.file)
+    return result
 
 
 @_without_gc()

@@ -100,9 +100,9 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
 
 
 def value_of(entry: Entry, tensors: Tensors) -> torch.Tensor:
-    """One tensor of the model in new memory, with the model's shape and dtype."""
+    """One tensor of the model in new memory, contiguous, with the model's shape and dtype."""
     dtype = None if entry.resize is not None else entry.dtype
     value = materialise(entry.layout, lambda key: tensors[key].read(), dtype)
     if entry.resize is not None:
         value = resample(value, entry.resize)
-    return value.reshape(entry.shape).to(entry.dtype)
+    return value.reshape(entry.shape).to(entry.dtype).contiguous()

@@ -26,7 +26,7 @@ from keymap.plan.to_hub import Translated, tower_of
 
 __all__ = ["Matches", "Sides", "match"]
 
-Address = tuple[int, int]
+Address = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,8 @@ def _address(tensor: torch.Tensor) -> Address | None:
     count = tensor.numel()
     if not count:
         return None
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_meta:  # its storage has no address
+        return (tensor.untyped_storage()._cdata, tensor.storage_offset(), count)
     return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
 
 

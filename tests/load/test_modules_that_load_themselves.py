@@ -161,3 +161,11 @@ def test_timms_frozen_batch_norms_load(tmp_path):
     save_file({key: value.contiguous() for key, value in source.state_dict().items()}, tmp_path / "frozen.safetensors")
     keymap.load_checkpoint(model, tmp_path / "frozen.safetensors")
     assert_unchanged(model, bits(source))
+
+
+def test_a_hook_after_loading_may_edit_the_missing_keys(path):
+    model = openclip.clip(seed=2)
+    model.head = nn.Linear(3, 3)
+    model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.remove("head.bias"))
+    result = keymap.load_checkpoint(model, path, strict=False)
+    assert result.missing_keys == result["missing_keys"] == ["head.weight"]
