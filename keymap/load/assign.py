@@ -64,7 +64,9 @@ def assign_plan(
     return [entry.key for entry in others]
 
 
-def _swaps(view: ModelView, new: dict[int, torch.Tensor], shared: Mapping[int, str], device: torch.device) -> list[_Change]:
+def _swaps(
+    view: ModelView, new: dict[int, torch.Tensor], shared: Mapping[int, str], device: torch.device
+) -> list[_Change]:
     """What to put where.
 
     Args:

@@ -66,7 +66,7 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
 
 
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor that a layout describes, in new memory.
+    """The tensor that a layout describes, in new memory on the device of its first source.
 
     Args:
         layout: its pieces may compute (sums, factors).
@@ -77,7 +77,9 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
     wide = dtype or layout.dtype
     if computes and wide.is_floating_point and wide != torch.float64:
         wide = torch.float32
-    result = torch.empty(prod(layout.shape), dtype=wide)
+    first = next((piece.source for piece in layout.pieces if piece.source is not None), None)
+    device = torch.device("cpu") if first is None else read(first).device
+    result = torch.empty(prod(layout.shape), dtype=wide, device=device)  # never the default device
     for piece in layout.pieces:
         target = strided(result, piece.shape, piece.target_strides, piece.target_offset)
         if piece.source is None:

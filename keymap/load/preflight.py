@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,6 +11,7 @@ from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.load.copying import Read, Tensors, materialise
 from keymap.load.shared import Region, overlapping, refuse_distributed, refuse_subclasses, refuse_uncopyable
+from keymap.load.threads import Tasks, on_threads
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Plan
 
@@ -29,7 +29,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except Exception as error:  # for example ModuleNotFoundError for a device whose backend is not installed
         raise PlanError(f"device={device!r}: torch cannot use this device: {error}") from None
     return found
 
@@ -56,9 +56,9 @@ def _expected(check: Check, tensor: torch.Tensor, read: Read) -> tuple[torch.Ten
         return materialise(check.value, read), "the same values as the tensor it repeats"
     if check.value == "eye":
         square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
-        identity = torch.eye(*tensor.shape, dtype=tensor.dtype) if square else torch.empty(0)
+        identity = torch.eye(*tensor.shape, dtype=tensor.dtype, device=tensor.device) if square else tensor.new_empty(0)
         return identity, "the identity matrix"
-    value = torch.tensor(float(check.value)).to(tensor.dtype)
+    value = torch.tensor(float(check.value), device=tensor.device).to(tensor.dtype)
     everywhere = torch.broadcast_to(value, tensor.shape)  # takes the memory of one element
     return everywhere, f"{check.value:g} everywhere"
 
@@ -91,8 +91,12 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
     lazy = sorted((tensors[source] for source in used if source is not None), key=lambda one: one.position)
     checksums = {id(one.values): check for one in lazy if (check := one.check) is not None}  # several share a member
     if checksums:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib releases the interpreter's lock
-            list(pool.map(lambda check: check(), checksums.values()))
+
+        def verify(pool: Tasks) -> None:  # zlib releases the interpreter's lock
+            for task in [pool.submit(check) for check in checksums.values()]:
+                task.result()
+
+        on_threads(verify)
     return [check for check, _ in failed]
 
 

@@ -166,7 +166,7 @@ def _region(tensor: torch.Tensor, key: str) -> Region:
     size = tensor.dtype.itemsize
     span = (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * size
     if tensor.is_meta:  # its storage has no address
-        start, storage = tensor.storage_offset() * size, tensor.untyped_storage()._cdata
+        start, storage = int(tensor.storage_offset()) * size, tensor.untyped_storage()._cdata
     else:
         start, storage = tensor.data_ptr(), 0
     return Region(storage, start, start + span, key)

@@ -276,7 +276,7 @@ def _address(tensor: torch.Tensor) -> Address | None:
     if not count:
         return None
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_meta:  # its storage has no address
-        return (tensor.untyped_storage()._cdata, tensor.storage_offset(), count)
+        return (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), count)
     return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
 
 

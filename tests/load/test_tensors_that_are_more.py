@@ -206,7 +206,7 @@ def test_distributed_tensors_are_refused_before_the_first_byte(distribute, assig
     path, _ = saved(tmp_path, FLAT(seed=1))
     model = FLAT(seed=2)
     distribute(model, mesh)
-    held = {key: value for key, value in model.state_dict(keep_vars=True).items()}
+    held = dict(model.state_dict(keep_vars=True))
     values = {key: getattr(value, "_local_tensor", value).detach().clone() for key, value in held.items()}
     with pytest.raises(keymap.PlanError, match=r"are DTensors .*load before fully_shard.*set_model_state_dict"):
         keymap.load_checkpoint(model, path, assign=assign)
