@@ -57,7 +57,7 @@ def convert_state_dict(
     unwrapped = unwrap(lazy, known.containers, "the state dict")
     found = detect(known, layouts_of(unwrapped.tensors), wanted, facts)
     translated = to_hub(found, facts)
-    translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys)
+    translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
     if target.kind == "format":
