@@ -11,19 +11,19 @@ from pathlib import Path
 
 from keymap.errors import MappingError
 from keymap.language.catalogue import Catalogue
-from keymap.paths import data_folder
+from keymap.paths import data_folder, path_text
 
 __all__ = ["Catalogue", "list_formats", "register_mappings", "registry"]
 
 
 def _yaml_files(path: Path) -> list[Path]:
     """The file itself, or all ``*.yaml`` files of a folder; raises MappingError if there is none."""
-    if path.is_dir():
+    if os.path.isdir(path):  # for a name that is too long this is False, not an error
         files = sorted(path.glob("*.yaml"))
         if not files:
             raise MappingError(f"{path}: the folder has no .yaml file")
         return files
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MappingError(f"{path}: the file does not exist; check the path")
     return [path]
 
@@ -90,9 +90,8 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
             make a second path between two layouts, or the evidence of two formats matches the same keys.
             Then no mapping is added.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise MappingError(f"register_mappings({path!r}): pass the path of a YAML file, or of a folder of YAML files")
-    return [mapping.name for mapping in registry().add(_yaml_files(Path(path)), check=_check_evidence)]
+    text = path_text(path, MappingError, "register_mappings takes the path of a YAML file, or of a folder of them")
+    return [mapping.name for mapping in registry().add(_yaml_files(Path(text)), check=_check_evidence)]
 
 
 def list_formats() -> dict[str, str]:

@@ -182,7 +182,7 @@ def test_the_same_grid_is_copied_as_it_is(tower, grid, st):
     assert_only(model, source)
 
 
-@pytest.mark.parametrize("grid", [(2, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize("grid", [(2, 6), (1, 6)], ids=str)
 @pytest.mark.parametrize("tower", UNAMBIGUOUS)
 def test_a_grid_that_is_not_square_needs_source_grid(tower, grid, st):
     build, _, _ = TOWERS[tower]
