@@ -65,6 +65,12 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
         _copy(target, strided(source, piece.shape, piece.source_strides, piece.source_offset))
 
 
+def _device(layout: Layout, read: Read) -> torch.device:
+    """The device of a layout's first source, else the CPU; never torch's default device."""
+    first = next((piece.source for piece in layout.pieces if piece.source is not None), None)
+    return torch.device("cpu") if first is None else read(first).device
+
+
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The tensor that a layout describes, in new memory on the device of its first source.
 
@@ -77,9 +83,7 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
     wide = dtype or layout.dtype
     if computes and wide.is_floating_point and wide != torch.float64:
         wide = torch.float32
-    first = next((piece.source for piece in layout.pieces if piece.source is not None), None)
-    device = torch.device("cpu") if first is None else read(first).device
-    result = torch.empty(prod(layout.shape), dtype=wide, device=device)  # never the default device
+    result = torch.empty(prod(layout.shape), dtype=wide, device=_device(layout, read))
     for piece in layout.pieces:
         target = strided(result, piece.shape, piece.target_strides, piece.target_offset)
         if piece.source is None:

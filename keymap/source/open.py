@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.layout import Layout, whole
-from keymap.paths import path_text
 from keymap.read import LazyTensor, open_checkpoint
 from keymap.source.config import read_config
 from keymap.source.detect import Detection, check_refused, detect
 from keymap.source.folder import choose_file
-from keymap.source.registry import Catalogue, registry
+from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, submodels, unwrap
 
@@ -57,7 +56,7 @@ def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
     known = registry()
     if mapping is None:
         return known, None
-    name = path_text(mapping, MappingError, "mapping= takes the name of a format or the path of a YAML file")
+    name = path_text(mapping, MappingError, "pass the name of a format or the path of a YAML file as mapping=")
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
         kind = known.get(name).kind
         if kind not in ("format", "hub"):

@@ -416,7 +416,7 @@ def test_malformed_facts_are_refused_by_every_function(facts, hf_file):
 @pytest.mark.parametrize("call", [keymap.inspect_checkpoint, keymap.register_mappings])
 @pytest.mark.parametrize("path", [None, 5, b"x"])
 def test_a_path_without_a_file_is_refused(call, path):
-    with pytest.raises(keymap.KeymapError, match="give the path"):
+    with pytest.raises(keymap.KeymapError, match="pass the path"):
         call(path)
 
 
