@@ -12,15 +12,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from keymap.errors import ConfigurationWarning
+from keymap.errors import ConfigurationWarning, printable
 from keymap.load.assign import assign_plan
 from keymap.load.execute import load_plan
+from keymap.load.hooks import call_post_hooks, refuse_hooks
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
+from keymap.load.shared import sharing
 from keymap.plan.describe import Described, configurations_for, describe
 from keymap.plan.model import view_model
 from keymap.plan.plan import Plan, without_failed
 from keymap.plan.planner import choose_plan
-from keymap.plan.request import check_model, make_request
+from keymap.plan.request import check_model, checked_flag, make_request
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
 from keymap.source.open import PathLike, open_sources
@@ -89,27 +91,33 @@ def load_checkpoint(
     """
     start = time.perf_counter()
     check_model(model)
-    target_device = checked_device(device)
+    strict, assign = checked_flag("strict", strict), checked_flag("assign", assign)
+    weights_only, target_device = checked_flag("weights_only", weights_only), checked_device(device)
     sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
     hub = sources[0].known.hub
     view = view_model(model, hub)
     plan, source = choose_plan(sources, view, make_request(hub, sources[0].file, strict, towers, source_grid, facts))
     tensors = source.unwrapped.tensors
+    shared: Mapping[int, str] = {}
     if assign:
-        refuse_unassignable(view, plan, hub.causal_masks, target_device)
+        shared = sharing(view, plan)
+        refuse_unassignable(view, plan, hub.causal_masks, target_device, shared)
     else:
         refuse_unwritable(view, plan)
+    refuse_hooks(view, plan, strict)
     failed = verify_plan(plan, tensors, strict)
     if failed:
         plan = without_failed(plan, failed)
     for difference in plan.warnings:  # before anything is written: a filter may turn them into errors
-        warnings.warn(f"{plan.file}: {difference}", ConfigurationWarning, stacklevel=3)  # past the decorator
+        warnings.warn(printable(f"{plan.file}: {difference}"), ConfigurationWarning, stacklevel=3)  # past the decorator
     allocated: list[str] = []
     if assign:
-        allocated = assign_plan(plan, tensors, view, target_device)
+        allocated = assign_plan(plan, tensors, view, target_device, shared)
     else:
         load_plan(plan, tensors, view.tensors)
-    return LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
+    result = LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
+    call_post_hooks(view, result.missing_keys, result.unexpected_keys, plan.file)
+    return result
 
 
 @_without_gc()
@@ -136,6 +144,7 @@ def plan_load(
         KeymapError: as the load would, apart from values that only the load reads and memory that only it writes.
     """
     check_model(model)
+    strict, weights_only = checked_flag("strict", strict), checked_flag("weights_only", weights_only)
     sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
     hub = sources[0].known.hub
     request = make_request(hub, sources[0].file, strict, towers, source_grid, facts)
@@ -151,7 +160,7 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    source, *others = open_sources(path, weights_only, None, wrapper)
+    source, *others = open_sources(path, checked_flag("weights_only", weights_only), None, wrapper)
     unwrapped, found = source.unwrapped, source.found
     tensors = {key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()}
     evidence: tuple[str, ...] = ()

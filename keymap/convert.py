@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from keymap.errors import MappingError, PlanError, VerifyError, some
 from keymap.language.catalogue import Catalogue
@@ -14,9 +16,11 @@ from keymap.load.copying import Read, materialise
 from keymap.load.preflight import failed_checks
 from keymap.plan.completeness import incomplete
 from keymap.plan.from_hub import from_hub
+from keymap.plan.model import has_memory
 from keymap.plan.request import checked_facts
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
 from keymap.read import LazyTensor
+from keymap.read.lazy import brief
 from keymap.source.detect import detect, tower_layout
 from keymap.source.open import PathLike, catalogue_with, layouts_of
 from keymap.source.unwrap import unwrap
@@ -51,13 +55,12 @@ def convert_state_dict(
     known, wanted, target = _checked(state_dict, to, mapping)
     facts = checked_facts(facts, known.hub)
     lazy = {
-        key: LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())  # type: ignore[misc]
-        for key, value in state_dict.items()
+        key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, value)) for key, value in state_dict.items()
     }
     unwrapped = unwrap(lazy, known.containers, "the state dict")
     found = detect(known, layouts_of(unwrapped.tensors), wanted, facts)
     translated = to_hub(found, facts)
-    translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys)
+    translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
     if target.kind == "format":
@@ -89,13 +92,36 @@ def _checked(
     target = known.get(to)
     if not target.rules:
         raise MappingError(f"{to} (kind {target.kind}) has no rules and cannot be written; pass the name of a format")
+    wrong = [brief(key) for key in state_dict if not isinstance(key, str)]
+    if wrong:
+        raise PlanError(f"the state dict has keys that are not strings: {some(wrong)}; rename or remove them")
     others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise PlanError(f"the state dict holds values that are not tensors: {some(map(str, others))}; remove them")
-    empty = [key for key, value in state_dict.items() if value.layout is not torch.strided or value.is_meta]
-    if empty:
-        raise PlanError(f"tensors that are sparse, or on the meta device, cannot be converted: {some(empty)}")
+    faults = [f"{key} {why}" for key, value in state_dict.items() if (why := _why_unreadable(value))]
+    if faults:
+        raise PlanError(f"{len(faults)} tensors of the state dict cannot be converted", faults)
     return known, wanted, target
+
+
+def _why_unreadable(value: torch.Tensor) -> str:
+    """Why a tensor cannot be converted; empty where it can."""
+    if is_lazy(value):
+        return "has no shape yet: run the model once, or remove it"
+    if value.is_quantized:
+        return "is quantized: pass the state dict of the model before it was quantized, or dequantize() it"
+    if value.layout is not torch.strided:
+        return f"is sparse ({value.layout}): pass it dense, for example with to_dense()"
+    if value.is_meta:
+        return "is on the meta device and has no values: load the model first"
+    if not has_memory(value):
+        return f"is a {type(value).__name__}: pass a plain tensor, for example with full_tensor() of a DTensor"
+    return ""
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its history, conjugated and negated where it says so."""
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

@@ -19,6 +19,11 @@ def some(keys: Iterable[str], count: int = SHOWN) -> str:
     return ", ".join(listed[:count]) + more
 
 
+def printable(text: str) -> str:
+    """A text that every terminal prints: bytes of file names that are not UTF-8 as escapes, for example ``\\udcff``."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 class KeymapError(Exception):
     """Base class of keymap's errors.
 
@@ -33,7 +38,7 @@ class KeymapError(Exception):
         lines = [summary, *(f"  - {fault}" for fault in self.faults[:_LISTED])]
         if len(self.faults) > _LISTED:
             lines.append(f"  and {len(self.faults) - _LISTED} more (in .faults)")
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
 
 
 class ConfigurationWarning(UserWarning):

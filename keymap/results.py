@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from keymap.errors import some
+from keymap.errors import printable, some
 from keymap.plan.describe import Described
 from keymap.plan.plan import Plan
 
@@ -142,4 +142,4 @@ class Inspection:
         lines += [f"  setting: {name} = {value}" for name, value in self.config_hints.items() if value != ""]
         lines += [f"  note: {name}" for name, value in self.config_hints.items() if value == ""]
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return printable("\n".join(lines))

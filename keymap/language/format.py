@@ -226,6 +226,7 @@ class Format:
     layout_evidence: Mapping[str, Mapping[str, Evidence]] = field(default_factory=dict)
     written_as: Mapping[str, str] = field(default_factory=dict)
     scalars: frozenset[str] = frozenset()
+    optional_buffers: frozenset[str] = frozenset()
     absent_means: Mapping[str, tuple[float | str, bool]] = field(default_factory=dict)
     file_only: frozenset[str] = frozenset()
     positions: Mapping[str, Position] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -17,6 +17,8 @@ from keymap.read import LazyTensor
 
 __all__ = ["assign_plan"]
 
+_Change = tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]  # holder, name, old, new
+
 
 def _to_device(device: torch.device, value: torch.Tensor) -> torch.Tensor:
     """One tensor on a device. Staging in pinned memory would go here."""
@@ -24,11 +26,19 @@ def _to_device(device: torch.device, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.device) -> list[str]:
+def assign_plan(
+    plan: Plan, tensors: Tensors, view: ModelView, device: torch.device, shared: Mapping[int, str]
+) -> list[str]:
     """Put the file's tensors into the model instead of copying into its memory.
 
     A tensor that needs no operation is the file's own, mapped privately: training writes to a copy of its page,
     never to the file. The others are made one after the other: several threads do not get new memory faster.
+
+    Args:
+        plan, tensors: what to load.
+        view: the model.
+        device: where the tensors go.
+        shared: tensors that get the memory of another one, see `sharing`.
 
     Returns:
         The keys of the tensors that were allocated.
@@ -36,8 +46,9 @@ def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.dev
     Raises:
         LoadError: there is not enough memory on the host or on the device; nothing was changed.
     """
-    values = _unconverted(plan, tensors)
-    others = sorted((e for e in plan.entries if e.key not in values), key=lambda entry: _position(entry, tensors))
+    entries = [entry for entry in plan.entries if id(view.tensors[entry.key]) not in shared]
+    values = _unconverted(entries, tensors)
+    others = sorted((e for e in entries if e.key not in values), key=lambda entry: _position(entry, tensors))
     try:
         values |= {entry.key: value_of(entry, tensors) for entry in others}
         new: dict[int, torch.Tensor] = {
@@ -49,9 +60,27 @@ def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.dev
         ) from error
     for file in files_of(tensors):
         file.check_unchanged()
-    swaps: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
+    _swap(_swaps(view, new, shared, device))
+    return [entry.key for entry in others]
+
+
+def _swaps(
+    view: ModelView, new: dict[int, torch.Tensor], shared: Mapping[int, str], device: torch.device
+) -> list[_Change]:
+    """What to put where.
+
+    Args:
+        view: the model.
+        new: by the id of the tensor that is replaced.
+        shared: see `assign_plan`.
+        device: where new causal masks go.
+    """
+    swaps: list[_Change] = []
     for holder in (held for module in view.modules.values() for held in (module._parameters, module._buffers)):
         for name, old in holder.items():
+            if old is not None and id(old) in shared and id(old) not in new:
+                leader = new[id(view.tensors[shared[id(old)]])]
+                new[id(old)] = leader.detach().view(old.shape)
             if old is None or id(old) not in new:
                 continue
             value = new[id(old)]
@@ -61,11 +90,10 @@ def assign_plan(plan: Plan, tensors: Tensors, view: ModelView, device: torch.dev
     for path, buffer in view.unsaved_meta_buffers.items():
         owner, _, name = path.rpartition(".")
         swaps.append((view.modules[owner]._buffers, name, buffer, causal_mask(buffer, device)))
-    _swap(swaps)
-    return [entry.key for entry in others]
+    return swaps
 
 
-def _swap(swaps: Sequence[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]) -> None:
+def _swap(swaps: Sequence[_Change]) -> None:
     """Put new tensors (holder, name, old, new) into modules: all of them, or none after an interrupt."""
     try:
         for holder, name, _, new in swaps:
@@ -82,13 +110,13 @@ def _position(entry: Entry, tensors: Tensors) -> int:
     return tensors[source].position if source is not None else -1
 
 
-def _unconverted(plan: Plan, tensors: Tensors) -> dict[str, torch.Tensor]:
+def _unconverted(entries: Iterable[Entry], tensors: Tensors) -> dict[str, torch.Tensor]:
     """The file's own tensors, by the model's keys that need them element by element and in order.
 
     No two tensors of the model may share memory, so of those that overlap only the first is used.
     """
     fitting: list[tuple[int, int, Entry, LazyTensor]] = []
-    for number, entry in enumerate(plan.entries):
+    for number, entry in enumerate(entries):
         lazy = _same_tensor(entry, tensors)
         if lazy is not None:
             fitting.append((lazy.position, number, entry, lazy))

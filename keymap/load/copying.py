@@ -65,8 +65,14 @@ def copy_pieces(pieces: Iterable[Piece], source: torch.Tensor | None, destinatio
         _copy(target, strided(source, piece.shape, piece.source_strides, piece.source_offset))
 
 
+def _device(layout: Layout, read: Read) -> torch.device:
+    """The device of a layout's first source, else the CPU; never torch's default device."""
+    first = next((piece.source for piece in layout.pieces if piece.source is not None), None)
+    return torch.device("cpu") if first is None else read(first).device
+
+
 def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The tensor that a layout describes, in new memory.
+    """The tensor that a layout describes, in new memory on the device of its first source.
 
     Args:
         layout: its pieces may compute (sums, factors).
@@ -77,7 +83,7 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
     wide = dtype or layout.dtype
     if computes and wide.is_floating_point and wide != torch.float64:
         wide = torch.float32
-    result = torch.empty(prod(layout.shape), dtype=wide)
+    result = torch.empty(prod(layout.shape), dtype=wide, device=_device(layout, read))
     for piece in layout.pieces:
         target = strided(result, piece.shape, piece.target_strides, piece.target_offset)
         if piece.source is None:
@@ -100,9 +106,9 @@ def materialise(layout: Layout, read: Read, dtype: torch.dtype | None = None) ->
 
 
 def value_of(entry: Entry, tensors: Tensors) -> torch.Tensor:
-    """One tensor of the model in new memory, with the model's shape and dtype."""
+    """One tensor of the model in new memory, contiguous, with the model's shape and dtype."""
     dtype = None if entry.resize is not None else entry.dtype
     value = materialise(entry.layout, lambda key: tensors[key].read(), dtype)
     if entry.resize is not None:
         value = resample(value, entry.resize)
-    return value.reshape(entry.shape).to(entry.dtype)
+    return value.reshape(entry.shape).to(entry.dtype).contiguous()

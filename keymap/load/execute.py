@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from math import prod
 
@@ -14,6 +13,7 @@ from keymap.errors import KeymapError, LoadError
 from keymap.language.layout import Piece
 from keymap.load.copying import Tensors, copy_pieces, files_of, value_of
 from keymap.load.direct import ByteRange, batches, byte_range, read_batch
+from keymap.load.threads import Tasks, on_threads
 from keymap.load.transposed import Scratch, Strip, copy_strip, strip_batches, strips_of
 from keymap.plan.model import has_memory
 from keymap.plan.plan import Entry, Plan
@@ -129,10 +129,9 @@ def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _
 
     written = [one.target for one in schedule.direct] + [strip.target for strip in schedule.strips if not strip.first]
     increment_version(written)  # autograd does not see these writes
-    pool = ThreadPoolExecutor(torch.get_num_threads())
-    tasks: list[Future[None]] = []
-    try:
-        tasks += [pool.submit(copy_strips, batch) for batch in strip_batches(schedule.strips)]
+
+    def copy(pool: Tasks) -> None:
+        tasks = [pool.submit(copy_strips, batch) for batch in strip_batches(schedule.strips)]
         for batch in batches(schedule.direct):
             if len(tasks) >= _MAX_WAITING:  # the buffers of many tiny tensors take more memory than the tensors
                 tasks[-_MAX_WAITING].result()
@@ -146,9 +145,8 @@ def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _
             _release_pages(sources, tensors)
         for task in tasks:
             task.result()
-    finally:
-        _finish(tasks)
-        pool.shutdown(wait=False)
+
+    on_threads(copy)
 
 
 def _source_groups(sources: Iterable[str | None], tensors: Tensors) -> Iterator[list[str | None]]:
@@ -177,15 +175,3 @@ def _release_pages(sources: Iterable[str | None], tensors: Tensors) -> None:
             spans[id(file)] = (file, min(first, start), max(last, stop))
     for file, first, last in spans.values():
         file.release_pages(first, last)
-
-
-def _finish(tasks: Sequence[Future[None]]) -> None:
-    """Cancel what has not begun and wait for the rest, however often the user interrupts."""
-    while True:
-        try:
-            for task in tasks:
-                task.cancel()
-            wait(tasks)
-            return
-        except KeyboardInterrupt:  # the first one is on its way to the caller
-            continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import torch
 
@@ -12,6 +10,8 @@ from keymap.errors import PlanError, VerifyError, some
 from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.load.copying import Read, Tensors, materialise
+from keymap.load.shared import Region, overlapping, refuse_distributed, refuse_subclasses, refuse_uncopyable
+from keymap.load.threads import Tasks, on_threads
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Plan
 
@@ -29,7 +29,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except Exception as error:  # for example ModuleNotFoundError for a device whose backend is not installed
         raise PlanError(f"device={device!r}: torch cannot use this device: {error}") from None
     return found
 
@@ -56,9 +56,9 @@ def _expected(check: Check, tensor: torch.Tensor, read: Read) -> tuple[torch.Ten
         return materialise(check.value, read), "the same values as the tensor it repeats"
     if check.value == "eye":
         square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
-        identity = torch.eye(*tensor.shape, dtype=tensor.dtype) if square else torch.empty(0)
+        identity = torch.eye(*tensor.shape, dtype=tensor.dtype, device=tensor.device) if square else tensor.new_empty(0)
         return identity, "the identity matrix"
-    value = torch.tensor(float(check.value)).to(tensor.dtype)
+    value = torch.tensor(float(check.value), device=tensor.device).to(tensor.dtype)
     everywhere = torch.broadcast_to(value, tensor.shape)  # takes the memory of one element
     return everywhere, f"{check.value:g} everywhere"
 
@@ -91,8 +91,12 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
     lazy = sorted((tensors[source] for source in used if source is not None), key=lambda one: one.position)
     checksums = {id(one.values): check for one in lazy if (check := one.check) is not None}  # several share a member
     if checksums:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # zlib releases the interpreter's lock
-            list(pool.map(lambda check: check(), checksums.values()))
+
+        def verify(pool: Tasks) -> None:  # zlib releases the interpreter's lock
+            for task in [pool.submit(check) for check in checksums.values()]:
+                task.result()
+
+        on_threads(verify)
     return [check for check, _ in failed]
 
 
@@ -103,12 +107,14 @@ def refuse_unwritable(view: ModelView, plan: Plan) -> None:
     """Refuse a model that a copying load cannot write to.
 
     Raises:
-        PlanError: a tensor of the plan is on the meta device, expanded, made in inference mode, a copy that a hook
-            returns, or overlaps another one in part.
+        PlanError: a tensor of the plan is distributed, on the meta device, expanded, made in inference mode, a copy
+            that a hook returns, of a class that takes no copy, or overlaps another one in part.
     """
+    refuse_distributed(view, plan)
     _refuse_copies(view, plan)
+    refuse_uncopyable(view, plan)
     on_meta, expanded, frozen = list[str](), list[str](), list[str]()
-    regions: list[tuple[int, int, str]] = []
+    regions: list[Region] = []
     inference = torch.is_inference_mode_enabled()
     for entry in plan.entries:
         key, target = entry.key, view.tensors[entry.key]
@@ -121,16 +127,16 @@ def refuse_unwritable(view: ModelView, plan: Plan) -> None:
             expanded += [key] * _overlaps_itself(target)
         elif target.numel() and has_memory(target):
             start = target.data_ptr()
-            regions.append((start, start + target.nbytes, key))
+            regions.append(Region(0, start, start + target.nbytes, key))
     if on_meta:
         raise PlanError(
             f"{plan.file}: {len(on_meta)} of the model's tensors are on the meta device and have no memory "
             f"({some(on_meta)}); pass assign=True, or call model.to_empty(device='cpu') first"
         )
-    overlapping = _overlapping(regions)
-    if overlapping:
+    pairs = [f"{one.key} and {other.key}" for one, other in overlapping(regions)]
+    if pairs:
         raise PlanError(
-            f"{plan.file}: tensors of the model share a part of their memory: {some(overlapping)}; clone them first"
+            f"{plan.file}: tensors of the model share a part of their memory: {some(pairs)}; clone them first"
         )
     if expanded or frozen:
         what = "are expanded or overlapping views" if expanded else "were made under torch.inference_mode"
@@ -138,16 +144,6 @@ def refuse_unwritable(view: ModelView, plan: Plan) -> None:
             f"{plan.file}: tensors of the model {what} and cannot be written to: {some(expanded or frozen)}; "
             f"pass assign=True, or clone them first"
         )
-
-
-def _overlapping(regions: list[tuple[int, int, str]]) -> list[str]:
-    """Pairs of neighbours (start, end, key) in memory that overlap, but are not the same."""
-    regions.sort()
-    return [
-        f"{one} and {other}"
-        for (first, last, one), (start, stop, other) in pairwise(regions)
-        if start < last and (first, last) != (start, stop)
-    ]
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -160,7 +156,9 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def refuse_unassignable(view: ModelView, plan: Plan, masks: Collection[str], device: torch.device) -> None:
+def refuse_unassignable(
+    view: ModelView, plan: Plan, masks: Collection[str], device: torch.device, shared: Collection[int] = ()
+) -> None:
     """Refuse a model that would keep tensors without values after ``assign=True``.
 
     Args:
@@ -168,17 +166,21 @@ def refuse_unassignable(view: ModelView, plan: Plan, masks: Collection[str], dev
         plan: what will be assigned.
         masks: names of buffers that are causal masks, which can be made anew.
         device: where the tensors go.
+        shared: ids of tensors that get the memory of another one.
 
     Raises:
-        PlanError: the device is meta, tensors of the model on the meta device would get no values, or a hook returns
-            copies of the model's tensors.
+        PlanError: the device is meta, tensors of the model on the meta device would get no values, a hook returns
+            copies of the model's tensors, or tensors are of a subclass.
     """
+    refuse_distributed(view, plan)
     _refuse_copies(view, plan)
+    refuse_subclasses(view, plan)
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' cannot hold values; pass the device that the model will use")
     empty = [path for path in view.unsaved_meta_buffers if path not in masks]
     written = {entry.key for entry in plan.entries}
-    empty += [key for key, target in view.tensors.items() if target.is_meta and key not in written]
+    lacking = [key for key, target in view.tensors.items() if target.is_meta and key not in written]
+    empty += [key for key in lacking if id(view.tensors[key]) not in shared]
     if empty:
         raise PlanError(
             f"{plan.file}: tensors of the model are on the meta device, and the checkpoint has no values for them: "

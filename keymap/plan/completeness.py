@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice, product
 from typing import NamedTuple
 
@@ -30,11 +30,14 @@ class _Present(NamedTuple):
     indices: dict[str, set[Values]]
 
 
-def incomplete(mapping: Format, rules: Iterable[Rule], keys: Iterable[str]) -> list[Fault]:
+def incomplete(
+    mapping: Format, rules: Iterable[Rule], keys: Iterable[str], optional: Collection[str] = ()
+) -> list[Fault]:
     """Towers of a format that are present only in part, one fault each, with the missing keys.
 
     A tower is complete for every index that any of its rules counts, or absent. Optional rules, `rest` rules and
-    rules with open-ended words require nothing; neither does the hub.
+    rules with open-ended words require nothing; neither does the hub. Keys whose last word is in ``optional`` are
+    not required either.
     """
     if mapping.kind == "hub":
         return []
@@ -45,7 +48,8 @@ def incomplete(mapping: Format, rules: Iterable[Rule], keys: Iterable[str]) -> l
         required = [rule for rule in exact if rule.tower == tower and not rule.optional]
         if not any(present.captures[id(rule)] for rule in required):
             continue
-        found = chain.from_iterable(_missing(rule, present) for rule in required)
+        found: Iterator[str] = chain.from_iterable(_missing(rule, present) for rule in required)
+        found = (key for key in found if key.rpartition(".")[2] not in optional)
         missing = list(islice(found, _MAX_INDICES + 1))
         if missing:
             text = f"{mapping.name}: the {tower} tower is incomplete; missing keys: {some(missing, _LISTED)}"

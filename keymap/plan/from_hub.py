@@ -37,7 +37,9 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
             translated.unowned.append(key)
     translated.tensors = applied.out
     failed = {fault.tower for fault in applied.faults}  # their keys are missing for a reason that is listed already
-    partly = [fault for fault in incomplete(mapping, rules, applied.out) if fault.tower not in failed]
+    partly = [
+        fault for fault in incomplete(mapping, rules, applied.out, hub.optional_buffers) if fault.tower not in failed
+    ]
     translated.faults += [*applied.faults, *partly]
     translated.checks += applied.checks
     translated.steps += applied.steps

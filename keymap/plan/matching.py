@@ -21,12 +21,12 @@ from keymap.language.rules import Check
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, dtype_name
 from keymap.plan.request import Request
-from keymap.plan.resize import MismatchError, Resize, Rows, plan_resize
+from keymap.plan.resize import MismatchError, Resize, Rows, assumed_grid, plan_resize
 from keymap.plan.to_hub import Translated, tower_of
 
 __all__ = ["Matches", "Sides", "key_before_bridges", "match"]
 
-Address = tuple[int, int]
+Address = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: 
             f"these dtypes"
         )
     position = sides.hub.positions.get(key)
-    resize = _resize(sides, position, layout, shape) if position is not None else None
+    resize = _resize(sides, position, layout, shape, notes) if position is not None else None
     if resize is None and layout.shape != shape:
         if key not in sides.hub.scalars or not prod(layout.shape) == prod(shape) == 1:
             raise MismatchError(f"shape {list(layout.shape)} in the file, {list(shape)} in the model")
@@ -152,14 +152,24 @@ def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: 
     return Entry(key, sides.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
 
 
-def _resize(sides: Sides, position: Position, layout: Layout, shape: tuple[int, ...]) -> Resize | None:
+def _resize(
+    sides: Sides, position: Position, layout: Layout, shape: tuple[int, ...], notes: list[str]
+) -> Resize | None:
     origin = sides.hub.positions.get(key_before_bridges(sides, position.key), position)
     prefixes = _prefixes(sides, origin)
     grid, config_grid = sides.request.source_grid, sides.config_grid
     if grid is None and config_grid is not None and len(layout.shape) > position.lead:
         grid = config_grid if layout.shape[position.lead] - prod(config_grid) in prefixes else None
     target = Rows(shape, _prefixes(sides, position), sides.model.grids.get(position.grid_fact))
-    return plan_resize(position, Rows(layout.shape, prefixes, grid), target)
+    file_rows = Rows(layout.shape, prefixes, grid)
+    guess = assumed_grid(position, file_rows, target)
+    if guess is not None:
+        h, w = guess
+        notes.append(
+            f"{position.key}: taken as the model's grid of {h}x{w}, because the file does not show its own; pass "
+            f"source_grid=(h, w) if it is another"
+        )
+    return plan_resize(position, file_rows, target)
 
 
 def _prefixes(sides: Sides, position: Position) -> list[int]:
@@ -213,12 +223,22 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
     loaded = {entry.key for entry in entries}
     loaded_addresses = {sides.addresses[key] for key in loaded} - {None}
     loaded_towers = {entry.tower for entry in entries}
+    optional: list[str] = []
     for key, target in sides.targets.items():
         if key in loaded or key in mismatched:
             continue
         tower = sides.towers[key]
         if sides.hub.ignored(key) is not None:
             found.notes.append(f"{key}: computed by the model, left unchanged")
+        elif tower in loaded_towers and _last_word(key) in sides.hub.optional_buffers:
+            if target.is_meta:
+                layout, how = (
+                    _constant(0.0, tuple(target.shape), target.dtype),
+                    "with 0, because the file has no such key",
+                )
+                found.filled.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=how))
+            else:
+                optional.append(key)
         elif sides.addresses[key] in loaded_addresses:
             found.notes.append(f"{key}: tied to a tensor that is loaded")
         elif tower in loaded_towers and _may_fill(sides, key):
@@ -229,6 +249,9 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
             found.filled.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=how))
         else:
             found.missing.append(key)
+    if optional:
+        found.notes.append(f"not in the file, left unchanged: {some(optional)}")
+    found.missing.extend(key for key in sides.model.lazy if sides.request.includes(tower_of(sides.hub, key)))
     return found
 
 
@@ -260,6 +283,8 @@ def _match_file_only(sides: Sides) -> _FileOnly:
         ignored, meaning = sides.hub.ignored(key), sides.hub.absent_means.get(key)
         if ignored is not None:
             found.dropped.update(dict.fromkeys(layout.named(key), ignored[0]))
+        elif _last_word(key) in sides.hub.optional_buffers:
+            found.dropped.update(dict.fromkeys(layout.named(key), "the model does not keep it"))
         elif meaning is not None:
             value = _constant_name(meaning[0])
             why = f"the model has no {key}, which means {value}"
@@ -270,11 +295,17 @@ def _match_file_only(sides: Sides) -> _FileOnly:
     return found
 
 
+def _last_word(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def _address(tensor: torch.Tensor) -> Address | None:
     """Where a tensor lies; equal for tied tensors."""
     count = tensor.numel()
     if not count:
         return None
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_meta:  # its storage has no address
+        return (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), count)
     return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
 
 

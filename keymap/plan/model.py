@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
@@ -27,12 +28,14 @@ class ModelView:
         tensors: parameters and persistent buffers by key, in the model's own memory.
         facts: settings that weights do not show, for example head counts, by the hub's names.
         grids: (h, w) in patches, by the name of the fact that gives it.
+        lazy: keys of parameters and buffers that have no shape yet.
     """
 
     model: nn.Module
     tensors: Mapping[str, torch.Tensor]
     facts: Mapping[str, Scalar]
     grids: Mapping[str, tuple[int, int]]
+    lazy: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -70,6 +73,8 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         found[path] = module
         start = f"{path}." if path else ""
+        if isinstance(module, ScriptModule):  # what is inside is compiled, too
+            continue
         inner = [(start + name, child) for name, child in module._modules.items() if child is not None]
         waiting += reversed(inner)
     return found
@@ -115,8 +120,6 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 def _why_unloadable(tensor: torch.Tensor) -> str:
     """Why a load cannot fill a tensor; empty where it can."""
-    if is_lazy(tensor):
-        return "has no shape yet: run the model once, or set its sizes"
     if tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else tensor.layout
         return f"is {kind}: load before you convert it, or make it dense"
@@ -127,9 +130,18 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
     """Read a model's keys and facts; the model is not changed.
 
     Raises:
-        PlanError: a tensor of the model is lazy, sparse, quantized, or a view that negates or conjugates.
+        PlanError: a tensor of the model is sparse, quantized, or a view that negates or conjugates; or the model has
+            ScriptModules, or a ``state_dict()`` that fails.
     """
-    tensors = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    scripted = [path or "the model" for path, module in modules_of(model).items() if isinstance(module, ScriptModule)]
+    if scripted:
+        raise PlanError(
+            f"the model holds compiled TorchScript ({some(scripted)}): load into the model before torch.jit.script or "
+            f"torch.jit.trace, for example with create_model(..., jit=False)"
+        )
+    state = _state_dict(model)
+    lazy = tuple(key for key, value in state.items() if is_lazy(value))
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and not is_lazy(value)}
     unloadable = [f"{key} {why}" for key, value in tensors.items() if (why := _why_unloadable(value))]
     if unloadable:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")
@@ -139,8 +151,31 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
     for name, fact in hub.facts.items():
         value = _fact_value(fact, model)
         if name in grid_facts:
-            if value is not None:
-                grids[name] = (value, value) if isinstance(value, int) else value
+            sides = (value, value) if type(value) is int else value
+            if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
+                grids[name] = sides
         elif isinstance(value, (str, int, float)):
             facts[name] = value
-    return ModelView(model, tensors, facts, grids)
+    return ModelView(model, tensors, facts, grids, lazy)
+
+
+def _state_dict(model: nn.Module) -> Mapping[str, Any]:
+    """The model's own parameters and persistent buffers by key.
+
+    Raises:
+        PlanError: ``model.state_dict()`` fails.
+    """
+    try:
+        state = model.state_dict(keep_vars=True)
+    except TypeError:  # a state_dict of the user that does not take this argument
+        return {
+            f"{path}.{name}".removeprefix("."): tensor
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+    except Exception as error:  # of code that keymap does not know
+        raise PlanError(f"model.state_dict() failed with {type(error).__name__}: {error}; repair it first") from error
+    if not isinstance(state, Mapping):
+        raise PlanError(f"model.state_dict() returned a {type(state).__name__}, not a dict of tensors; repair it first")
+    return {key: value for key, value in state.items() if isinstance(key, str)}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keymap.errors import SHOWN, some
+from keymap.errors import SHOWN, printable, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
@@ -153,7 +153,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
         lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def _source_lines(self) -> Iterator[str]:
         """What was unwrapped, stripped and converted."""

@@ -78,7 +78,9 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
     """
     faults = list(sides.translated.faults)
     if matches.missing:
-        partly = incomplete(sides.format, sides.translated.rules, sides.translated.source_keys)
+        partly = incomplete(
+            sides.format, sides.translated.rules, sides.translated.source_keys, sides.hub.optional_buffers
+        )
         faults += [fault for fault in partly if sides.request.includes(fault.tower)]
     name = f"{sides.request.file} (format {sides.format.name})"
     if sides.request.strict:

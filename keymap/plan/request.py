@@ -10,7 +10,7 @@ from torch import nn
 from keymap.errors import PlanError
 from keymap.language.format import Format
 
-__all__ = ["Request", "check_model", "checked_facts", "example_towers", "hub_towers", "make_request"]
+__all__ = ["Request", "check_model", "checked_facts", "checked_flag", "example_towers", "hub_towers", "make_request"]
 
 
 class Request(NamedTuple):
@@ -89,6 +89,18 @@ def checked_facts(facts: object, hub: Format) -> Mapping[str, int]:
     grids = {position.grid_fact for position in hub.positions.values()}
     example = next((f", for example {{{name!r}: 12}}" for name in hub.facts if name not in grids), "")
     raise PlanError(f"facts={facts!r}: expected a dict of names and positive integers{example}")
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """An argument that is True or False.
+
+    Raises:
+        PlanError: it is neither, for example an array of several values.
+    """
+    try:
+        return bool(value)
+    except Exception:  # of a __bool__ that keymap does not know
+        raise PlanError(f"{name}={value!r}: pass True or False") from None
 
 
 def check_model(model: object) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from keymap.language.format import Position
 
-__all__ = ["MismatchError", "Resize", "Rows", "plan_resize"]
+__all__ = ["MismatchError", "Resize", "Rows", "assumed_grid", "plan_resize"]
 
 _LISTED_GRIDS = 16  # grids that a message offers
 
@@ -84,17 +84,27 @@ def plan_resize(position: Position, source: Rows, target: Rows) -> Resize | None
     rows, wanted = source.shape[lead], target.shape[lead]
     if not position.grid:
         return None if rows == wanted else Resize(lead, 0, 0, (rows,), (wanted,))
-    if target.grid is None and source.grid is None and same:
-        return None
+    if same and source.grid is None and not set(source.prefixes).isdisjoint(target.prefixes):
+        return None  # see assumed_grid
     target_prefix, target_grid = _target_grid(wanted, target)
-    found = _source_grid(rows, source, same, target_prefix, target_grid)
-    if found is None:
-        return None
-    source_prefix, source_grid = found
+    source_prefix, source_grid = _source_grid(rows, source, target_prefix, target_grid)
     if source_prefix not in (0, target_prefix):
         raise MismatchError(f"the file has {source_prefix} rows before its grid, the model has {target_prefix}")
     resize = Resize(lead, source_prefix, target_prefix, source_grid, target_grid, assumed=source.grid is None)
     return None if resize.identity else resize
+
+
+def assumed_grid(position: Position, source: Rows, target: Rows) -> Grid | None:
+    """The model's grid (h, w) where the file's positions are taken to be on it; None where their grid is clear.
+
+    Equal shapes are copied unchanged. Where the model's grid is not square, the file's may be another one of as many
+    positions, which only ``source_grid`` or a configuration shows.
+    """
+    if source.shape != target.shape or not position.grid or position.apart or source.grid or not target.grid:
+        return None
+    h, w = target.grid
+    fits = len(target.shape) == position.lead + 2 and target.shape[position.lead] - h * w in target.prefixes
+    return target.grid if h != w and fits else None
 
 
 def _resizable(position: Position, source: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -145,8 +155,8 @@ def _target_grid(wanted: int, target: Rows) -> tuple[int, Grid]:
     return prefix, target.grid
 
 
-def _source_grid(rows: int, source: Rows, same: bool, target_prefix: int, target_grid: Grid) -> tuple[int, Grid] | None:
-    """The file's prefix and grid; None where equal shapes and square grids leave nothing to resize."""
+def _source_grid(rows: int, source: Rows, target_prefix: int, target_grid: Grid) -> tuple[int, Grid]:
+    """The file's prefix and grid."""
     if source.grid is not None:
         prefix = rows - prod(source.grid)
         if prefix not in source.prefixes:
@@ -157,12 +167,9 @@ def _source_grid(rows: int, source: Rows, same: bool, target_prefix: int, target
             )
         return prefix, source.grid
     squares = _square_grids(rows, source.prefixes)
-    square = target_grid[0] == target_grid[1]
-    if len(squares) == 1 and (square or not same):
+    if len(squares) == 1:
         prefix, side = squares[0]
         return prefix, (side, side)
-    if len(squares) > 1 and same and square:
-        return None
     h, w = target_grid
     raise MismatchError(
         f"cannot infer the grid of the file's {rows} positions (the model's is {h}x{w}): "

@@ -72,7 +72,7 @@ class LazyTensor(NamedTuple):
         if whole == 0 or 0 in shape:
             if block.crc is not None:
                 block.load()
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         if block.crc is None:
             flat = block.mapped(dtype, whole // dtype.itemsize)
         else:
@@ -351,7 +351,7 @@ class Block(NamedTuple):
         if self.file.inflated is not None and self.file.inflated[0] == self.start:
             return self.file.inflated[1]
         self.file.inflated = None  # free the last one before allocating the next
-        result = torch.empty(self.nbytes, dtype=torch.uint8)
+        result = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         target = result.numpy().data
         total, crc = self.skip + self.nbytes, 0
         at = -self.skip

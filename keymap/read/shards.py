@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from keymap.read.safetensors_file import parse_json
 MAX_INDEX = 1 << 21  # bytes; the parsed index takes up to twenty times as many
 MAX_SHARDS = 1000
 MAX_FAULTS = 20  # after this many, open no further shard
+_BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # its git hash or its sha256
 AGAIN = "download the index and all shards again"
 
 
@@ -104,13 +106,16 @@ def _plain(name: str) -> bool:
 def leads_out(path: Path, *allowed: Path) -> bool:
     """Whether a path is a link to a file outside these folders.
 
-    Links within a Hugging Face download cache are allowed: ``snapshots/<revision>/`` links into ``blobs/``.
+    Links of a Hugging Face download cache are allowed: ``snapshots/<revision>/`` links into ``blobs/``, and into
+    another store if the file there has the name of a blob, which is a hash.
     """
     try:
         target, folders = path.resolve(), {folder.resolve() for folder in allowed}
         caches = {
             up.parent / "blobs" for folder in folders for up in (folder, *folder.parents) if up.name == "snapshots"
         }
-        return folders.isdisjoint(target.parents) and target.parent not in {cache.resolve() for cache in caches}
+        is_blob = bool(caches) and _BLOB.fullmatch(target.name) is not None
+        inside = not folders.isdisjoint(target.parents) or target.parent in {cache.resolve() for cache in caches}
+        return not (inside or is_blob)
     except (OSError, RuntimeError):  # for example a circle of links
         return True

@@ -132,7 +132,7 @@ class TreeBuilder:
 
         def read() -> torch.Tensor:
             if count == 0:
-                return torch.empty(shape, dtype=dtype)
+                return torch.empty(shape, dtype=dtype, device="cpu")
             return torch.frombuffer(bytearray(raw), dtype=dtype).view(order).permute(axes)
 
         return LazyTensor(shape, dtype, read)

@@ -13,7 +13,7 @@ from keymap.read import LazyTensor, open_checkpoint
 from keymap.source.config import read_config
 from keymap.source.detect import Detection, check_refused, detect
 from keymap.source.folder import choose_file
-from keymap.source.registry import Catalogue, registry
+from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, submodels, unwrap
 
@@ -56,9 +56,7 @@ def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
     known = registry()
     if mapping is None:
         return known, None
-    if not isinstance(mapping, (str, os.PathLike)):
-        raise MappingError(f"mapping={mapping!r}: pass the name of a format or the path of a YAML file")
-    name = os.fspath(mapping)
+    name = path_text(mapping, MappingError, "pass the name of a format or the path of a YAML file as mapping=")
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
         kind = known.get(name).kind
         if kind not in ("format", "hub"):
@@ -97,11 +95,10 @@ def open_sources(
         CheckpointError: the file cannot be read, or has no state dict.
     """
     known, wanted = catalogue_with(mapping)
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise CheckpointError(f"the checkpoint is {path!r}: pass the path of a file")
+    text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
     if not isinstance(wrapper, (str, type(None))):
         raise CheckpointError(f"wrapper={wrapper!r}: pass the dotted path of a state dict in the file")
-    file_path, notes = Path(path), tuple[str, ...]()
+    file_path, notes = Path(text), tuple[str, ...]()
     if os.path.isdir(file_path):  # without permission this is False, not an error
         file_path, note = choose_file(file_path, known.containers)
         notes = (note,)

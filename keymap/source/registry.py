@@ -9,21 +9,41 @@ from hashlib import sha256
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
-from keymap.errors import MappingError
+from keymap.errors import KeymapError, MappingError
 from keymap.language.catalogue import Catalogue
 from keymap.paths import data_folder
 
-__all__ = ["Catalogue", "list_formats", "register_mappings", "registry"]
+__all__ = ["Catalogue", "list_formats", "path_text", "register_mappings", "registry"]
+
+
+def path_text(path: object, error: type[KeymapError], advice: str) -> str:
+    """A path of the caller as text, with ``~`` replaced by the home folder.
+
+    Args:
+        path: a string, or an object with ``__fspath__``, which may return bytes.
+        error: what to raise.
+        advice: the end of its message: what to pass instead.
+
+    Raises:
+        KeymapError: it is not a path, or empty.
+    """
+    try:
+        text = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else ""
+    except Exception:  # of an __fspath__ that keymap does not know
+        text = ""
+    if not text:
+        raise error(f"{path!r} is not a path: {advice}")
+    return os.path.expanduser(text)
 
 
 def _yaml_files(path: Path) -> list[Path]:
     """The file itself, or all ``*.yaml`` files of a folder; raises MappingError if there is none."""
-    if path.is_dir():
+    if os.path.isdir(path):  # for a name that is too long this is False, not an error
         files = sorted(path.glob("*.yaml"))
         if not files:
             raise MappingError(f"{path}: the folder has no .yaml file")
         return files
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MappingError(f"{path}: the file does not exist; check the path")
     return [path]
 
@@ -90,9 +110,8 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
             make a second path between two layouts, or the evidence of two formats matches the same keys.
             Then no mapping is added.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise MappingError(f"register_mappings({path!r}): pass the path of a YAML file, or of a folder of YAML files")
-    return [mapping.name for mapping in registry().add(_yaml_files(Path(path)), check=_check_evidence)]
+    text = path_text(path, MappingError, "pass the path of a YAML file, or of a folder of YAML files")
+    return [mapping.name for mapping in registry().add(_yaml_files(Path(text)), check=_check_evidence)]
 
 
 def list_formats() -> dict[str, str]:

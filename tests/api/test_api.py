@@ -425,7 +425,7 @@ def test_a_path_without_a_file_is_refused(call, path):
 def test_a_tensor_without_values_cannot_be_converted():
     state = openclip.clip().state_dict()
     for hollow in (torch.zeros(3, 3).to_sparse(), torch.zeros(3, device="meta")):
-        with pytest.raises(keymap.PlanError, match=r"sparse, or on the meta device, cannot be converted: visual.proj"):
+        with pytest.raises(keymap.PlanError, match=r"visual\.proj is (sparse|on the meta device)"):
             keymap.convert_state_dict({**state, "visual.proj": hollow}, "hf_clip")
 
 

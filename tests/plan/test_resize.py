@@ -182,12 +182,32 @@ def test_the_same_grid_is_copied_as_it_is(tower, grid, st):
     assert_only(model, source)
 
 
+@pytest.mark.parametrize("grid", [(2, 6), (1, 6)], ids=str)
+@pytest.mark.parametrize("tower", UNAMBIGUOUS)
+def test_a_grid_that_is_not_square_needs_source_grid(tower, grid, st):
+    build, _, _ = TOWERS[tower]
+    refuses(build((4, 4), 2), st(state_of(build(grid, 1))), "source_grid=(h, w)", f"({grid[0]}, {grid[1]})")
+
+
 @pytest.mark.parametrize("grid", [(2, 4), (1, 3)], ids=str)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_grid_that_is_not_square_needs_source_grid(tower, grid, st):
-    """Even into a model of that grid: the same rows could be another one."""
-    build, _, _ = TOWERS[tower]
-    refuses(build(grid, 2), st(state_of(build(grid, 1))), "source_grid=(h, w)", f"({grid[0]}, {grid[1]})")
+def test_equal_shapes_are_taken_to_be_on_the_models_grid(tower, grid, st):
+    """The same rows could be on another grid, which a note says."""
+    build, key, _ = TOWERS[tower]
+    source, model = state_of(build(grid, 1)), build(grid, 2)
+    result = keymap.load_checkpoint(model, st(source))
+    assert_only(model, source)
+    note = f"{key}: taken as the model's grid of {grid[0]}x{grid[1]}"
+    assert any(note in line and "source_grid=(h, w)" in line for line in result.report.plan.notes)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_equal_shapes_are_resized_where_source_grid_says_another_grid(tower, st):
+    build, key, prefix = TOWERS[tower]
+    source, model = state_of(build((2, 4), 1)), build((4, 2), 2)
+    result = keymap.load_checkpoint(model, st(source), source_grid=(2, 4))
+    assert_only(model, source, **{key: by_hand(source[key], prefix, (2, 4), (4, 2))})
+    assert not any("taken as" in line for line in result.report.plan.notes)
 
 
 @pytest.mark.parametrize("target", [(4, 4), (2, 5), (1, 4), (5, 2)], ids=str)
@@ -451,7 +471,7 @@ def test_a_configuration_that_does_not_fit_is_not_believed(size, st, tmp_path):
     config = {"model_cfg": {"vision_cfg": {"image_size": size, "patch_size": 14}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     source = state_of(native((2, 4), 1))
-    refuses(native((4, 2), 2), st(source), "source_grid=(h, w)", "(2, 4)")
+    refuses(native((4, 4), 2), st(source), "source_grid=(h, w)", "(2, 4)")
 
 
 def test_source_grid_goes_before_the_configuration(st, tmp_path):
