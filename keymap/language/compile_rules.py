@@ -98,7 +98,7 @@ class Compiler:
 
         return Evidence(clues("all"), clues("any"), clues("none"))
 
-    def words(self, data: Mapping[str, Any], where: Where) -> Mapping[str, Scalar]:
+    def words(self, data: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
         """The words of a fact or a place: as given, or those of a lookup."""
         words: Any = data.get("words", {})
         if not isinstance(words, str):

@@ -99,10 +99,13 @@ def _fact_value(fact: Fact, model: nn.Module) -> Any:
             value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
         if isinstance(value, (str, bool, float)):
             return value
+        by = _attribute(model, divide) if isinstance(divide, str) else divide
+        if not isinstance(by, int) or by < 1:
+            continue
         if isinstance(value, int):
-            return value // divide
+            return value // by
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
-            return (value[0] // divide, value[1] // divide)
+            return (value[0] // by, value[1] // by)
     return None
 
 
