@@ -147,7 +147,7 @@ def compile_config(compiler: Compiler) -> Config | None:
         compiler.fault(marked, ("config",), "name the file, as `file: config.json`, or `use` a block that does")
         return None
     image, patch = (
-        tuple(_places(joined.get(name, []), compiler, ("config", name), sections.get("image", [""]), named))
+        tuple(_places(joined.get(name, []), compiler, ("config", name), [""], ()))
         for name in ("image_size", "patch_size")
     )
     return Config(joined["file"], image, patch, facts, defaults)

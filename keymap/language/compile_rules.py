@@ -11,7 +11,6 @@ from keymap.language.format import (
     Clue,
     Evidence,
     Ignored,
-    Scalar,
 )
 from keymap.language.pattern import Effort, PatternError, Side
 from keymap.language.pattern_syntax import parse_source, parse_target

@@ -127,7 +127,7 @@ def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
 def _applicable(data: Any, places: Iterable[Place]) -> Iterator[Place]:
     """The places that count for this file."""
     for place in places:
-        if place.unless and _holds(data, place.unless) or place.only_if and not _holds(data, place.only_if):
+        if (place.unless and _holds(data, place.unless)) or (place.only_if and not _holds(data, place.only_if)):
             continue
         if all(_at(data, path) in (_ABSENT, None) for path in place.outside):
             yield place

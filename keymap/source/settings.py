@@ -67,10 +67,10 @@ def differences(hub: Format, towers: Iterable[str], settings: Settings, model: M
         value, origin = settings.facts[name]
         in_source, in_model = _translated(fact, value), _translated(fact, model[name])
         if not _equal(in_source, in_model):
+            theirs = f"{_source_text(fact, in_source)} in the source ({origin})"
+            ours = f"{config_text(in_model)} in the model"
             found.setdefault(
-                fact.label,
-                f"{fact.label}: {_source_text(fact, in_source)} in the source ({origin}), {config_text(in_model)} in the "
-                f"model, so embeddings will differ; change {fact.change}",
+                fact.label, f"{fact.label}: {theirs}, {ours}, so embeddings will differ; change {fact.change}"
             )
     return tuple(found.values())
 

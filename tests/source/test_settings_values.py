@@ -1,4 +1,4 @@
-"""A value of a configuration that is there is never read as the default: it has a word, is unknown, or is a filter's."""
+"""A value of a configuration that is there is never read as the default: it has a word, or it is unknown."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_text_of_an_unknown_value(tmp_path):
         .partition(": ")[2]
         .startswith(
             "activation of the text tower: unknown activation 'snake' in the source "
-            "(config.json: text_config.hidden_act = snake), gelu in the model, so embeddings will differ; change quick_gelu"
+            "(config.json: text_config.hidden_act = snake), gelu in the model, so embeddings will differ; change quick"
         )
     )
 
