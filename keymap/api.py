@@ -81,7 +81,8 @@ def load_checkpoint(
         assign: use the file's tensors directly and allocate only those that need converting. This makes a model on
             the meta device usable. The model then reads from the file for as long as it lives: do not overwrite
             the file in place (save to another name, then rename), or the process may be killed.
-        facts: settings that shapes cannot show, for example ``{"image.heads": 12}``; most are read from the model.
+        facts: settings that shapes cannot show, for example ``{"image.heads": 12}``; most are read from the model. A
+            name that does not exist, and a value that contradicts the model or the file, is refused.
 
     Returns:
         The missing and unexpected keys, and ``.report``.
@@ -96,7 +97,8 @@ def load_checkpoint(
     sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
     hub = sources[0].known.hub
     view = view_model(model, hub)
-    plan, source = choose_plan(sources, view, make_request(hub, sources[0].file, strict, towers, source_grid, facts))
+    request = make_request(sources[0].known, sources[0].file, strict, towers, source_grid, facts)
+    plan, source = choose_plan(sources, view, request)
     tensors = source.unwrapped.tensors
     shared: Mapping[int, str] = {}
     if assign:
@@ -146,9 +148,9 @@ def plan_load(
     check_model(model)
     strict, weights_only = checked_flag("strict", strict), checked_flag("weights_only", weights_only)
     sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
-    hub = sources[0].known.hub
-    request = make_request(hub, sources[0].file, strict, towers, source_grid, facts)
-    return choose_plan(sources, view_model(model, hub), request)[0]
+    known = sources[0].known
+    request = make_request(known, sources[0].file, strict, towers, source_grid, facts)
+    return choose_plan(sources, view_model(model, known.hub), request)[0]
 
 
 @_without_gc()

@@ -44,7 +44,7 @@ def convert_state_dict(
             the text tower without ``text.``, as CLIP has it.
         mapping: the name of the source format, or the path of a YAML file; None detects the format.
         facts: settings that shapes cannot show and the target's shapes need, for example
-            ``{"image.heads": 12, "text.heads": 8}``.
+            ``{"image.heads": 12, "text.heads": 8}``. One that contradicts the shapes is refused.
 
     Returns:
         A new dict. Tensors that are only renamed are the caller's own; the others are new and contiguous.
@@ -53,7 +53,7 @@ def convert_state_dict(
         KeymapError: the source is incomplete, a key has no place in the target, or a fact is missing.
     """
     known, wanted, target = _checked(state_dict, to, mapping)
-    facts = checked_facts(facts, known.hub)
+    facts = checked_facts(facts, known)
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, value)) for key, value in state_dict.items()
     }

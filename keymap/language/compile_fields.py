@@ -168,16 +168,31 @@ def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], nam
 
     Args:
         value: a path, a place with words, or a list of them.
-        starts: sections of the fact's tower, "" for the top level.
-        named: all named sections; in a file that has one of them, the top level is not read for a tower.
+        starts: sections of the fact's tower, "" for the top level. The first that a file has is the only one that
+            counts.
+        named: all named sections; a file that has one of them says nothing of a tower at its top level.
     """
     for entry in value if isinstance(value, list) else [value]:
-        place: Mapping[str, Any] = {"path": entry} if isinstance(entry, str) else entry
-        words, unless = compiler.words(place, where), place.get("unless", "")
-        path = place["path"]
-        if path.startswith("/"):
-            yield Place(path[1:], words, unless)
+        data: Mapping[str, Any] = {"path": entry} if isinstance(entry, str) else entry
+        others, minus = data.get("others", "unknown"), data.get("minus", {"path": "", "default": 0})
+        place = Place(
+            data["path"],
+            compiler.words(data, where),
+            data.get("unless", ""),
+            others=others if isinstance(others, str) else "",
+            other_word=None if isinstance(others, str) else others["word"],
+            minus=(minus["path"], minus["default"]),
+            only_if=data.get("only_if", ""),
+        )
+        if place.path.startswith("/"):
+            yield place._replace(path=place.path[1:])
             continue
-        for start in starts:
-            inside = f"{start}.{path}" if start else path
-            yield Place(inside, words, unless, named if not start else ())
+        for number, start in enumerate(starts):
+            outside = tuple(starts[:number]) if start else named
+            yield place._replace(
+                path=_inside(start, place.path), outside=outside, minus=(_inside(start, place.minus[0]), place.minus[1])
+            )
+
+
+def _inside(section: str, path: str) -> str:
+    return f"{section}.{path}" if section and path else path

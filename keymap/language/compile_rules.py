@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keymap.errors import MappingError
 from keymap.language.compile_operations import LostGroupError, compile_operations
-from keymap.language.format import Clue, Evidence, Ignored, Scalar
+from keymap.language.format import Clue, Evidence, Ignored
 from keymap.language.pattern import Effort, PatternError, Side
 from keymap.language.pattern_syntax import UnknownLookupError, check_fragment, parse_source, parse_target
 from keymap.language.rules import Rule
@@ -186,7 +186,7 @@ class Compiler:
 
         return Evidence(clues("all"), clues("any"), clues("none"))
 
-    def words(self, data: Mapping[str, Any], where: Where) -> Mapping[str, Scalar]:
+    def words(self, data: Mapping[str, Any], where: Where) -> Mapping[str, Any]:
         """The words of a fact or a place: as given, or those of a lookup."""
         words: Any = data.get("words", {})
         if not isinstance(words, str):

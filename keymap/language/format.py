@@ -109,15 +109,24 @@ class Place(NamedTuple):
 
     Attributes:
         path: keys with dots between them.
-        words: from the values to keymap's words; if given, a value that is not among them is not used.
-        unless: a path whose presence makes this one mean something else.
-        outside: this place, at the top level, is read only in a file without any of these sections.
+        words: the hub's words for its values; None for a value that says nothing.
+        unless: a path that the file must not have, or whose value must be false, null or empty.
+        only_if: a path that the file must have, with another value than false, null or empty.
+        outside: sections that the file must not have if this place is read.
+        others: with ``words``, what a value without a word means: "unknown" differs from every value of a model,
+            "ignore" says nothing.
+        other_word: the word for every value without one, instead of ``others``.
+        minus: a path whose number is subtracted, and the number that is used if the file has none; "" for no path.
     """
 
     path: str
-    words: Mapping[str, Scalar] = {}
+    words: Mapping[str, Scalar | None] = {}
     unless: str = ""
     outside: tuple[str, ...] = ()
+    others: str = "unknown"
+    other_word: Scalar | None = None
+    minus: tuple[str, int] = ("", 0)
+    only_if: str = ""
 
 
 class Config(NamedTuple):
@@ -137,7 +146,8 @@ class Fact(NamedTuple):
     """A setting that weights do not show, and where a model holds it.
 
     Attributes:
-        paths: of attributes, each with a number to divide by; the first that the model has is taken.
+        paths: of attributes, each with a number, or the path of a number, to divide by; the first that the model has
+            is taken.
         label: in words; facts without one are not compared. Facts with one label say the same in other units.
         change: the setting of the hub's configuration that determines it.
         words: from the values to keymap's words; a module is named by its class.
@@ -146,7 +156,7 @@ class Fact(NamedTuple):
         formerly: the name that the fact had before.
     """
 
-    paths: tuple[tuple[str, int], ...]
+    paths: tuple[tuple[str, int | str], ...]
     label: str = ""
     change: str = ""
     words: Mapping[str, Scalar] = {}

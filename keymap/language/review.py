@@ -131,20 +131,19 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
         if other is not marked:
             for _, fact, values in _named_facts(other.data):
                 vocabulary.setdefault(fact, set()).update(values)
+    hub_words = {word for entry in hub_facts.values() for word in entry.words.values() if isinstance(word, str)}
     for path, fact, values in _named_facts(marked.data):
         if fact not in hub_facts:
             today = next((name for name, entry in hub_facts.items() if entry.formerly == fact), "")
             hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")
             yield marked.at(path), f"there is no fact {fact!r}{hint}"
             continue
-        allowed: set[Any] = vocabulary.get(fact, set())
-        decided = bool(hub_facts[fact].words) or hub_facts[fact].present
-        if hub_facts[fact].words:
-            allowed = set(hub_facts[fact].words.values())
-        elif hub_facts[fact].present:
+        entry = hub_facts[fact]
+        allowed: set[Any] = {*vocabulary.get(fact, ()), *entry.words, *entry.words.values()}
+        if entry.present:
             allowed = {True, False}
         for value in values:
-            text = _wrong_fact(fact, value, allowed, decided)
+            text = "" if value is None or value in hub_words else _wrong_fact(fact, value, allowed, entry.present)
             if text:
                 yield marked.at(path), text
 

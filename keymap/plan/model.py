@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ class ModelView:
         model: the module.
         tensors: parameters and persistent buffers by key, in the model's own memory.
         facts: settings that weights do not show, for example head counts, by the hub's names.
+        fact_paths: the attribute that each fact was read from.
         grids: (h, w) in patches, by the name of the fact that gives it.
         lazy: keys of parameters and buffers that have no shape yet.
     """
@@ -35,6 +36,7 @@ class ModelView:
     tensors: Mapping[str, torch.Tensor]
     facts: Mapping[str, Scalar]
     grids: Mapping[str, tuple[int, int]]
+    fact_paths: Mapping[str, str] = field(default_factory=dict)
     lazy: tuple[str, ...] = ()
 
     @cached_property
@@ -91,24 +93,27 @@ def _attribute(model: nn.Module, path: str) -> Any:
     return value
 
 
-def _fact_value(fact: Fact, model: nn.Module) -> Any:
-    """A fact as the model has it: a number, (h, w), a word, or whether an attribute holds anything; else None."""
+def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
+    """A fact as the model has it, and where: a number, (h, w), a word, or whether an attribute holds anything."""
     for path, divide in fact.paths:
         value = _attribute(model, path)
         if value is _ABSENT:
             continue
         if fact.present:
-            return value is not None
+            return value is not None, path
         if isinstance(value, nn.Module):  # a module by its class, torch's GELU also by its approximation
             approximate = getattr(value, "approximate", "none")
             value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
         if isinstance(value, (str, bool, float)):
-            return value
+            return value, path
+        by = _attribute(model, divide) if isinstance(divide, str) else divide
+        if not isinstance(by, int) or by < 1:
+            continue
         if isinstance(value, int):
-            return value // divide
+            return value // by, path
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
-            return (value[0] // divide, value[1] // divide)
-    return None
+            return (value[0] // by, value[1] // by), path
+    return None, ""
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
@@ -146,17 +151,18 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
     if unloadable:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")
     facts: dict[str, Scalar] = {}
+    paths: dict[str, str] = {}
     grids: dict[str, tuple[int, int]] = {}
     grid_facts = {position.grid_fact for position in hub.positions.values()}
     for name, fact in hub.facts.items():
-        value = _fact_value(fact, model)
+        value, path = _fact_value(fact, model)
         if name in grid_facts:
             sides = (value, value) if type(value) is int else value
             if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
                 grids[name] = sides
         elif isinstance(value, (str, int, float)):
-            facts[name] = value
-    return ModelView(model, tensors, facts, grids, lazy)
+            facts[name], paths[name] = value, path
+    return ModelView(model, tensors, facts, grids, paths, lazy)
 
 
 def _state_dict(model: nn.Module) -> Mapping[str, Any]:

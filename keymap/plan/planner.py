@@ -16,7 +16,7 @@ from keymap.plan.matching import Sides, match
 from keymap.plan.model import ModelView
 from keymap.plan.plan import Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
-from keymap.plan.request import Request, hub_towers
+from keymap.plan.request import Request, hub_towers, refuse_contradictions
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.source.detect import tower_layout
 from keymap.source.open import Source
@@ -65,6 +65,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     if found is None:
         raise source.refusal or DetectionError(f"{request.file}: no known format has these keys")
     refuse_other_model(known, model, request.file)
+    refuse_contradictions(request, model, source.settings)
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     translated = to_hub(found, facts)
     tower_notes = _keep_requested_towers(translated, request, known.hub)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from torch import nn
 
 from keymap.errors import PlanError
+from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
+from keymap.plan.model import ModelView
+from keymap.source.settings import Settings, config_text
 
-__all__ = ["Request", "check_model", "checked_facts", "checked_flag", "example_towers", "hub_towers", "make_request"]
+__all__ = [
+    "Request",
+    "check_model",
+    "checked_facts",
+    "checked_flag",
+    "example_towers",
+    "hub_towers",
+    "make_request",
+    "refuse_contradictions",
+]
+
+_MAX_NAME = 100  # characters of a name that are compared with the known names
 
 
 class Request(NamedTuple):
@@ -36,7 +51,7 @@ class Request(NamedTuple):
 
 
 def make_request(
-    hub: Format,
+    known: Catalogue,
     file: str,
     strict: bool,
     towers: Sequence[str] | str | None,
@@ -46,9 +61,10 @@ def make_request(
     """Check the arguments of a load.
 
     Raises:
-        PlanError: an argument has a wrong type or value, or names an unknown tower.
+        PlanError: an argument has a wrong type or value, or names an unknown tower or an unknown fact.
     """
-    return Request(file, strict, _checked_towers(towers, hub), _checked_grid(source_grid), checked_facts(facts, hub))
+    chosen = _checked_towers(towers, known.hub)
+    return Request(file, strict, chosen, _checked_grid(source_grid), checked_facts(facts, known))
 
 
 def _checked_grid(source_grid: object) -> tuple[int, int] | None:
@@ -74,19 +90,27 @@ def _checked_towers(towers: object, hub: Format) -> tuple[str, ...] | None:
     return chosen
 
 
-def checked_facts(facts: object, hub: Format) -> Mapping[str, int]:
+def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     """The caller's facts about a source or a target; empty for None.
 
     Raises:
-        PlanError: they are not a dict of names and positive integers.
+        PlanError: they are not a dict of names and positive integers, or there is no such fact.
     """
     if facts is None:
         return {}
+    hub = known.hub
+    grids = {position.grid_fact for position in hub.positions.values()}
     if isinstance(facts, Mapping) and all(
         isinstance(name, str) and type(value) is int and value > 0 for name, value in facts.items()
     ):
+        names = hub.facts.keys() - grids
+        unknown = [name for name in facts if name not in names]
+        if unknown:
+            names |= _sizes_of_rules(known) - grids
+            faults = [_unknown_fact(name, facts[name], names, grids) for name in unknown if name not in names]
+            if faults:
+                raise PlanError("the argument facts is wrong", faults)
         return facts
-    grids = {position.grid_fact for position in hub.positions.values()}
     example = next((f", for example {{{name!r}: 12}}" for name in hub.facts if name not in grids), "")
     raise PlanError(f"facts={facts!r}: expected a dict of names and positive integers{example}")
 
@@ -101,6 +125,39 @@ def checked_flag(name: str, value: object) -> bool:
         return bool(value)
     except Exception:  # of a __bool__ that keymap does not know
         raise PlanError(f"{name}={value!r}: pass True or False") from None
+
+
+def _sizes_of_rules(known: Catalogue) -> set[str]:
+    """The facts that give the length of an axis in a rule of any mapping."""
+    tables = [(mapping.rules, *(variant.rules for variant in mapping.variants)) for mapping in known.mappings.values()]
+    sizes = (size for rules in tables for part in rules for rule in part for size in rule.sizes.values())
+    return {size for size in sizes if isinstance(size, str) and "." in size}
+
+
+def _unknown_fact(name: str, value: int, names: Collection[str], grids: Collection[str]) -> str:
+    text = f"facts={{{name!r}: {value}}}: there is no such fact"
+    if name in grids:
+        return f"{text}; pass the grid as source_grid=(h, w)"
+    near = get_close_matches(name[:_MAX_NAME], names, 1)
+    return f"{text}; did you mean {near[0]}?" if near else f"{text}; the facts are {', '.join(sorted(names))}"
+
+
+def refuse_contradictions(request: Request, model: ModelView, settings: Settings) -> None:
+    """Refuse facts of the caller that differ from what the model or the file's configuration has.
+
+    Raises:
+        PlanError: with one fault for each difference, which names both values.
+    """
+    faults = []
+    for name, value in request.facts.items():
+        text = f"facts={{{name!r}: {value}}}"
+        if model.facts.get(name, value) != value:
+            faults.append(f"{text}: the model has {config_text(model.facts[name])} ({model.fact_paths[name]})")
+        in_file, origin = settings.facts.get(name, (value, ""))
+        if in_file != value:
+            faults.append(f"{text}: the file has {config_text(in_file)} ({origin})")
+    if faults:
+        raise PlanError(f"{request.file}: the argument facts contradicts the model or the file", faults)
 
 
 def check_model(model: object) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 from keymap.language.format import Config, Format, Place, Scalar
 from keymap.read.shards import leads_out
-from keymap.source.settings import Settings, Size, config_text
+from keymap.source.settings import Settings, Size, Unknown, config_text
 
 __all__ = ["read_config"]
 
 _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
 _MAX_NUMBER = 1 << 53
+_SHOWN = 40  # characters of a value that is too long for a message
+_ABSENT = object()
 
 
 def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Settings:
@@ -59,12 +61,18 @@ def _parse(data: Any, config: Config, origin: str) -> Settings | None:
     facts: dict[str, tuple[Scalar, str]] = {}
     for name, places in config.facts.items():
         value = found[name]
-        overridden = any(place.unless and _at(data, place.unless) is not None for place in places)
         if value is not None:
             facts[name] = (value[0], f"{origin}: {value[1]}")
-        elif name in config.defaults and not overridden:
+        elif name in config.defaults and _leaves_out(data, places):
             facts[name] = (config.defaults[name], f"default, not set in {origin}")
     return Settings(*sizes, facts)
+
+
+def _leaves_out(data: Any, places: Iterable[Place]) -> bool:
+    """Whether a file leaves a fact to the default of the format's code."""
+    if any(place.unless and _holds(data, place.unless) for place in places):
+        return False
+    return all(place.others == "ignore" or _at(data, place.path) is _ABSENT for place in _applicable(data, places))
 
 
 def _config_texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, str, str]]:
@@ -93,25 +101,58 @@ def _config_texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterato
 
 
 def _at(data: Any, path: str) -> Any:
-    """The value at a dotted path; None if there is none."""
+    """The value at a dotted path; ``_ABSENT`` if there is none."""
     for name in path.split("."):
-        data = data.get(name) if isinstance(data, dict) else None
+        data = data.get(name, _ABSENT) if isinstance(data, dict) else _ABSENT
     return data
+
+
+def _holds(data: Any, path: str) -> bool:
+    """Whether the value at a dotted path exists and is not false, null or empty."""
+    value = _at(data, path)
+    return value is not _ABSENT and bool(value)
 
 
 def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
     """The value at the first place that applies, and a text that shows where it is."""
-    for place in places:
+    for place in _applicable(data, places):
         value = _at(data, place.path)
-        if place.unless and _at(data, place.unless) is not None:
-            continue
-        if any(_at(data, section) is not None for section in place.outside):
-            continue
-        if _is_comparable(value):
-            word = place.words.get(config_text(value)) if place.words else value
+        if value is not _ABSENT:
+            word = _word(data, place, value)
             if word is not None:
-                return word, f"{place.path} = {config_text(value)}"
+                return word, f"{place.path} = {_shown(value)}"
     return None
+
+
+def _applicable(data: Any, places: Iterable[Place]) -> Iterator[Place]:
+    """The places that count for this file."""
+    for place in places:
+        if (place.unless and _holds(data, place.unless)) or (place.only_if and not _holds(data, place.only_if)):
+            continue
+        if all(_at(data, path) in (_ABSENT, None) for path in place.outside):
+            yield place
+
+
+def _word(data: Any, place: Place, value: Any) -> Scalar | None:
+    """The hub's word for a value; `Unknown` if there is none, and None if the value says nothing."""
+    known: Scalar | None = value if _is_comparable(value) else None
+    if place.minus[0] and type(value) is int:
+        subtracted = _at(data, place.minus[0])
+        known = value - (subtracted if type(subtracted) is int else place.minus[1])
+    if place.words:
+        text = config_text(value if known is None else known)
+        if text in place.words:
+            return place.words[text]
+        if place.others == "ignore":
+            return None
+        known = place.other_word if known is not None else None
+    return Unknown(_shown(value)) if known is None else known
+
+
+def _shown(value: Any) -> str:
+    """A value of a configuration for messages: one short line."""
+    text = config_text(value)
+    return text if len(text) <= _MAX_WORD and text.isprintable() else f"{text[:_SHOWN]!r}..."
 
 
 def _is_comparable(value: Any) -> bool:
@@ -123,7 +164,7 @@ def _is_comparable(value: Any) -> bool:
 
 def _size(data: Any, places: Iterable[Place]) -> Size | None:
     """(h, w) from the first place that has a number or a list of two."""
-    for place in places:
+    for place in _applicable(data, places):
         value = _at(data, place.path)
         sides = [value, value] if isinstance(value, int) else value
         if isinstance(sides, list) and len(sides) == 2 and all(type(n) is int and 0 < n < _MAX_NUMBER for n in sides):

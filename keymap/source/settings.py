@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 from keymap.language.format import Fact, Format, Scalar
 
-__all__ = ["Settings", "Size", "config_text", "differences", "unverified"]
+__all__ = ["Settings", "Size", "Unknown", "config_text", "differences", "unverified"]
 
 Size = tuple[int, int]
+
+
+class Unknown(str):
+    """A value of a configuration that the mapping has no word for. It differs from every value of a model."""
 
 
 class Settings(NamedTuple):
@@ -49,6 +53,8 @@ class Settings(NamedTuple):
 
 def config_text(value: object) -> str:
     """A value as a configuration file writes it."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -61,12 +67,19 @@ def differences(hub: Format, towers: Iterable[str], settings: Settings, model: M
         value, origin = settings.facts[name]
         in_source, in_model = _translated(fact, value), _translated(fact, model[name])
         if not _equal(in_source, in_model):
+            theirs = f"{_source_text(fact, in_source)} in the source ({origin})"
+            ours = f"{config_text(in_model)} in the model"
             found.setdefault(
-                fact.label,
-                f"{fact.label}: {config_text(in_source)} in the source ({origin}), {config_text(in_model)} in the "
-                f"model, so embeddings will differ; change {fact.change}",
+                fact.label, f"{fact.label}: {theirs}, {ours}, so embeddings will differ; change {fact.change}"
             )
     return tuple(found.values())
+
+
+def _source_text(fact: Fact, value: Scalar) -> str:
+    """A value of the source for a warning: ``unknown activation 'foo'`` where the mapping has no word for it."""
+    if isinstance(value, Unknown):
+        return f"unknown {fact.label.partition(' of ')[0]} {str(value)!r}"
+    return config_text(value)
 
 
 def unverified(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
@@ -88,10 +101,12 @@ def _comparable(hub: Format, towers: Iterable[str], model: Mapping[str, Scalar])
 
 def _translated(fact: Fact, value: Scalar) -> Scalar:
     """The value, or the fact's own word for it."""
-    return fact.words.get(config_text(value), value)
+    return value if isinstance(value, Unknown) else fact.words.get(config_text(value), value)
 
 
 def _equal(one: Scalar, other: Scalar) -> bool:
+    if isinstance(one, Unknown):
+        return False
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return isclose(one, other, rel_tol=1e-6)
     return one == other

@@ -1,0 +1,209 @@
+"""A value of a configuration that is there is never read as the default: it has a word, or it is unknown."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import transformers
+from peers import hf, hf_text, openclip
+from peers.common import images, max_diff
+from safetensors.torch import save_file
+from transformers.activations import ACT2CLS
+
+import keymap
+from keymap.language.compile import compile_mapping
+from keymap.source.config import read_config
+from keymap.source.registry import registry
+
+
+def load(model, folder, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = keymap.load_checkpoint(model, folder, **options)
+    return result, [str(w.message) for w in caught if issubclass(w.category, keymap.ConfigurationWarning)]
+
+
+def labels(texts):
+    return {text.split(": ")[1] for text in texts}
+
+
+def saved(peer, folder, **sections):
+    """The peer's file, and its configuration with these fields of sections changed."""
+    peer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for section, fields in sections.items():
+        config[section] = {**config.get(section, {}), **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SAME = {  # names of transformers for one function, and OpenCLIP's models of that function
+    "gelu": {"gelu", "gelu_python"},
+    "gelu_tanh": {"gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"},
+}
+WEIGHTED = {"prelu", "xielu"}  # activations with weights of their own
+
+
+@pytest.mark.parametrize("name", sorted(ACT2CLS.keys() - WEIGHTED))
+@pytest.mark.parametrize("ours", SAME)
+def test_every_activation_of_transformers(name, ours, tmp_path):
+    """A warning comes exactly where the embeddings differ: known names map, all others are not the default."""
+    peer = hf.siglip(act=ours)
+    config = type(peer.config).from_dict(peer.config.to_dict())
+    config.vision_config.hidden_act = name
+    theirs = transformers.SiglipModel(config).eval()
+    theirs.load_state_dict(peer.state_dict())
+    theirs.save_pretrained(tmp_path)
+    model = openclip.siglip(act=ours, seed=4)
+    _, texts = load(model, tmp_path)
+    far = max_diff(model.encode_image(images()), hf.image_features(theirs, images())) > 1e-5
+    far |= name == "gelu_10"  # differs from gelu above 10 only
+    assert far == (name not in SAME[ours])
+    assert labels(texts) == ({"activation of the image tower"} if far else set())
+
+
+@pytest.mark.parametrize(
+    "value", ["snake", "QuickGELU", "", None, 3, 0.5, True, ["gelu"], {"name": "gelu"}, "x" * 999, "a\nb"]
+)
+@pytest.mark.parametrize("kind", [openclip.clip, openclip.clip_trunk])
+def test_an_unknown_activation_is_not_the_default(value, kind, tmp_path):
+    saved(hf.clip(quick_gelu=True, eos=2), tmp_path, vision_config={"hidden_act": value})
+    result, texts = load(kind(quick_gelu=True, seed=4), tmp_path)
+    found = [text for text in texts if "activation of the image tower" in text]
+    assert len(found) == 1 and "unknown activation " in found[0] and "quick_gelu in the model" in found[0]
+    assert "default" not in found[0] and "\n" not in found[0] and len(found[0]) < 600
+    assert "activation of the image tower" not in result.report.plan.unverified
+
+
+def test_the_text_of_an_unknown_value(tmp_path):
+    saved(hf.clip(eos=2), tmp_path, text_config={"hidden_act": "snake"})
+    _, texts = load(openclip.clip(), tmp_path)
+    assert (
+        texts[0]
+        .partition(": ")[2]
+        .startswith(
+            "activation of the text tower: unknown activation 'snake' in the source "
+            "(config.json: text_config.hidden_act = snake), gelu in the model, so embeddings will differ; change quick"
+        )
+    )
+
+
+@pytest.mark.parametrize("value", ["12", None, [3], "three"])
+def test_a_head_count_that_is_not_a_number_is_not_the_default(value, tmp_path):
+    saved(hf.clip(eos=2), tmp_path, vision_config={"num_attention_heads": value})
+    _, texts = load(openclip.clip(), tmp_path)
+    assert labels(texts) == {"attention heads of the image tower"}
+
+
+@pytest.mark.parametrize(("name", "warns"), [("gelu_python", False), ("gelu_new", True), ("mish", True), (None, True)])
+def test_the_activation_of_a_hf_text_tower(name, warns, tmp_path):
+    peer = hf_text.model("XLMRobertaModel")
+    peer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": name}))
+    _, texts = load(openclip.hf_text(family="xlm-roberta"), tmp_path, towers=("text",), strict=False)
+    assert labels(texts) == ({"activation of the text tower"} if warns else set())
+
+
+@pytest.mark.parametrize(("theirs", "warns"), [("gelu_python", False), ("silu", True), ("snake", True)])
+def test_a_right_model_gives_no_false_alarm(theirs, warns, tmp_path):
+    saved(hf.clip(eos=2), tmp_path, text_config={"hidden_act": theirs})
+    assert bool(load(openclip.custom(), tmp_path)[1]) == warns
+
+
+# --- the YAML language ---
+
+MAPPING = """format: example
+title: an example
+reference: none
+layouts: {image: native_vit}
+detect: {any: [w]}
+towers: {image: {w: visual.w}}
+config:
+  file: x.json
+  sections: {image: [new, old, ""]}
+  facts:
+    image.pool: PLACE
+  defaults: {image.pool: the default}
+"""
+
+
+def read(place, data, tmp_path):
+    """The value of the fact, in an example of a mapping and of its configuration."""
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    mapping = compile_mapping(MAPPING.replace("PLACE", place), "example.yaml")
+    found = read_config(tmp_path / "w.safetensors", {}, mapping, registry().hub).facts.get("image.pool")
+    return found and found[0]
+
+
+FILTER = "[{path: kind, words: {a: one}, others: ignore}, {path: pool, words: {p: two}}]"
+LAST = "{path: id, minus: {path: count, default: 10}, words: {-1: null, -2: last but one}, others: {word: another}}"
+PLACES = [  # a place, a configuration, and the value
+    (FILTER, {"kind": "a", "pool": "p"}, "one"),
+    (FILTER, {"kind": "b", "pool": "p"}, "two"),
+    (FILTER, {"kind": "b", "pool": "q"}, "q"),  # unknown
+    (FILTER, {"pool": None}, "null"),  # unknown
+    (FILTER, {"kind": "b", "new": {}}, "the default"),
+    (LAST, {"id": 4, "count": 5}, None),
+    (LAST, {"id": 3, "count": 5}, "last but one"),
+    (LAST, {"id": 8}, "last but one"),
+    (LAST, {"id": 3}, "another"),
+    (LAST, {"id": [3]}, "[3]"),
+    ("pool", {"new": {"pool": 1}, "old": {"pool": 2}}, 1),
+    ("pool", {"old": {"pool": 2}, "pool": 3}, 2),
+    ("pool", {"new": None, "old": {"pool": 2}}, 2),
+    ("pool", {"new": {"x": 1}, "old": {"pool": 2}}, "the default"),
+    ("{path: pool, unless: kind}", {"kind": False, "pool": 1}, 1),
+    ("{path: pool, unless: kind}", {"kind": "a", "pool": 1}, None),
+    ("{path: pool, only_if: kind}", {"kind": "a", "pool": 1}, 1),
+    ("{path: pool, only_if: kind}", {"kind": "", "pool": 1, "new": {}}, "the default"),
+]
+
+
+@pytest.mark.parametrize(("place", "data", "value"), PLACES)
+def test_how_a_place_is_read(place, data, value, tmp_path):
+    assert read(place, data, tmp_path) == value
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "{path: kind, others: ignore}",
+        "{path: kind, words: {a: b}, others: skip}",
+        "{path: kind, words: {a: b}, others: {word: null}}",
+        "{path: id, minus: {path: count, default: 1}}",
+        "{path: id, minus: count, words: {a: b}}",
+    ],
+)
+def test_a_wrong_place_is_refused(place, tmp_path):
+    with pytest.raises(keymap.MappingError, match=r"example.yaml:11:"):
+        read(place, {}, tmp_path)
+
+
+# --- sections that override ---
+
+
+@pytest.mark.parametrize("section", ["vision", "text"])
+def test_the_old_sections_of_transformers_override(section, tmp_path):
+    """CLIPConfig reads text_config_dict and vision_config_dict, and their defaults, over the other sections."""
+    peer = hf.clip(eos=2)
+    save_file(hf.disk_keys(peer), tmp_path / "model.safetensors")
+    config = peer.config.to_dict()
+    config[f"{section}_config_dict"] = {**config[f"{section}_config"], "hidden_act": "quick_gelu"}
+    read_back = transformers.CLIPConfig.from_dict(json.loads(json.dumps(config)))
+    assert getattr(read_back, f"{section}_config").hidden_act == "quick_gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tower = {"vision": "image", "text": "text"}[section]
+    assert labels(load(openclip.clip(), tmp_path)[1]) == {f"activation of the {tower} tower"}
+    del config[f"{section}_config_dict"]["layer_norm_eps"], config[f"{section}_config_dict"]["hidden_act"]
+    config[f"{section}_config"] |= {"layer_norm_eps": 0.1}
+    read_back = transformers.CLIPConfig.from_dict(json.loads(json.dumps(config)))
+    assert getattr(read_back, f"{section}_config").layer_norm_eps == 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, texts = load(openclip.clip(), tmp_path)
+    assert labels(texts) == {f"activation of the {tower} tower"}  # the default, QuickGELU
+    config[f"{section}_config_dict"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert labels(load(openclip.clip(), tmp_path)[1]) == {f"eps of the {tower} tower's norms"}
