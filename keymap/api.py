@@ -32,7 +32,7 @@ __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Disable cyclic garbage collection meanwhile.
+    """Disable cyclic garbage collection while the block runs.
 
     A plan is thousands of small objects, and none of them is garbage. To visit every object of a process that has
     imported torch takes longer than the load of a model.
@@ -68,7 +68,7 @@ def load_checkpoint(
         model: a CLIP, CustomTextCLIP or CoCa model, or any module with their keys.
         checkpoint_path: a .pt, .pth, .bin, .safetensors or .npz file, an index of shards, or a folder. Files are
             recognised by their content.
-        strict: every key of the model must be filled, and every key of the file must be used or known to carry no
+        strict: every key of the model must be filled, and every key of the file must be used or known to hold no
             weights. ``False`` loads what fits and reports the rest; it still refuses when less than a tenth of a
             tower in the file would load.
         weights_only: refuse a pickle that needs anything but tensors and plain data.

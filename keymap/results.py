@@ -20,7 +20,7 @@ class Report:
     """What a load did.
 
     Attributes:
-        plan: the plan that was carried out: every key, with its pieces.
+        plan: the plan that was executed: every key, with its pieces.
         seconds: from opening the file to the last copy.
         materialised: with ``assign=True`` the keys whose tensors were allocated; the others are the file's own memory.
     """

@@ -143,7 +143,7 @@ def _join_all(rule: Rule, join: Join, members: Mapping[tuple[str, ...], Layout])
 
 
 def _cut_all(join: Join, layout: Layout) -> Iterator[tuple[dict[str, str], Layout, bool]]:
-    """The parts of a whole: (captures, layout, is it a made-up member that must hold zeros?)."""
+    """The parts of a whole: (captures, layout, is it a member of zeros, which the file lacks?)."""
     yield from _slices(join, 0, 0 if len(join.variables) > 1 else join.axis, layout, {})
 
 
@@ -300,7 +300,7 @@ class _Job(NamedTuple):
 
 
 def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Blocks, result: Applied) -> None:
-    """Carry out the operations of every job; what goes wrong becomes one fault a rule."""
+    """Apply the operations of every job; the errors of one rule become one fault."""
     made = 0  # additional keys
     wrong: dict[int, list[Fault]] = {}
     for job in jobs:

@@ -113,7 +113,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _piece(like: Piece, axes: Iterable[Axis], source_offset: int, target_offset: int) -> Piece:
-    """``like`` with other axes: outermost target stride first, neighbours that run on joined into one."""
+    """``like`` with other axes: outermost target stride first, contiguous neighbours joined into one."""
     ordered = sorted((a for a in axes if a[0] != 1), key=lambda a: -a[2])
     merged: list[Axis] = []
     for n, s, t in ordered:
@@ -270,7 +270,7 @@ def cut(layout: Layout, axis: int, start: int, stop: int) -> Layout:
 
 
 def join_runs(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Neighbouring pieces that run on in source and target become one; the order is the target's."""
+    """Join neighbouring pieces that are contiguous in source and target; the order is the target's."""
     done: list[Piece] = []
     for piece in sorted(pieces, key=lambda p: (p.add, p.target_offset)):
         last = done[-1] if done else None

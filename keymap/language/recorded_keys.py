@@ -107,7 +107,7 @@ class _Keys:
 
 
 def keys_of(side: Side) -> Iterator[tuple[str, str]]:
-    """Every key of a side, with 0 for an index and * for a name; and a regular expression of the keys it stands for."""
+    """Every key of a side, with 0 for an index and * for a name; and a regular expression of the keys it matches."""
     choices = [[text for _, text in slot.options] if slot.kind == "alts" else [""] for slot in side.slots]
     for number, chosen in enumerate(product(*choices)):
         if number == _MOST_KEYS:

@@ -1,1 +1,1 @@
-"""Carry a plan out: the last checks, then the pieces are copied or assigned into the model."""
+"""Execute a plan: run the last checks, then copy or assign the pieces into the model."""

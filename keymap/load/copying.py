@@ -1,4 +1,4 @@
-"""Pieces at work: strided copies from a source tensor to a destination tensor."""
+"""Copy pieces: strided copies from a source tensor to a destination tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carry a plan out: copy every piece into the model's own memory, on all threads."""
+"""Execute a plan: copy every piece into the model's own memory, on all threads."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Matches(NamedTuple):
         missing: keys of the model that are not filled.
         unexpected: keys of the file that are not used.
         mismatched: keys of the model whose tensor in the file does not fit, and why.
-        dropped: keys of the file that carry no weights, and why.
+        dropped: keys of the file that hold no weights, and why.
         notes: remarks for the report.
     """
 

@@ -56,7 +56,7 @@ class Plan:
         layouts: for each tower of the file the layouts that it was converted through.
         entries: one for each tensor of the model that will be written.
         checks: values to verify before anything is written.
-        dropped: keys of the file that carry no weights, and why.
+        dropped: keys of the file that hold no weights, and why.
         missing_keys: the model's keys that are not filled; empty under strict.
         unexpected_keys: the file's keys that are not used; empty under strict.
         mismatched: keys of the model whose tensor in the file does not fit, and why; empty under strict.
@@ -168,7 +168,7 @@ class Plan:
                 yield f"converted: {tower} tower, layout {' -> '.join(chain)}"
 
     def _tensor_lines(self) -> Iterator[str]:
-        """What becomes of the tensors."""
+        """The lines on tensors."""
         loaded = self.loaded
         counts = ", ".join(f"{tower} {n}" for tower, n in loaded.items())
         yield f"loaded: {_count(sum(loaded.values()), 'tensor')}" + (f" ({counts})" if counts else "")

@@ -46,7 +46,7 @@ class Request(NamedTuple):
     facts: Mapping[str, int] = {}
 
     def includes(self, tower: str) -> bool:
-        """True for a tower to load; the empty name stands for keys that the hub does not know."""
+        """True for a tower to load; "" means the keys that the hub does not know."""
         return self.towers is None or tower in self.towers
 
 

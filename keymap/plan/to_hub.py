@@ -24,7 +24,7 @@ class Translated:
     Attributes:
         tensors: layouts by their new key.
         unowned: source keys that no rule owns.
-        dropped: source keys that carry no weights, with the reason.
+        dropped: source keys that hold no weights, with the reason.
         layouts: for each tower the chain of layouts that it was converted through.
         rules: those of the source's format that applied; ``source_keys`` what they were applied to.
         unbridged: the tensors before any bridge.
@@ -75,7 +75,7 @@ def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
 
 
 def _sort_out(found: Detection, result: Translated) -> tuple[dict[str, Layout], dict[tuple[str, str], list[str]]]:
-    """Enter the keys that carry no weights into ``result``.
+    """Enter the keys that hold no weights into ``result``.
 
     Returns:
         The keys that rules apply to; and those that no model of the hub has a place for, by tower and reason.

@@ -120,7 +120,7 @@ class AllowedGlobals:
         self.storages: list[Storage] = []
 
     def find(self, module: str, name: str) -> Global:
-        """The allowed name ``module.name`` in its current spelling; raises ForbiddenGlobalError for other names."""
+        """The allowed name ``module.name`` under its current name; raises ForbiddenGlobalError for other names."""
         module = {"__builtin__": "builtins", "torch.storage": "torch"}.get(module, module)
         module = module.replace("numpy.core.", "numpy._core.").replace("pathlib._local", "pathlib")
         full = f"{module}.{name}"

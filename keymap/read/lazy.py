@@ -221,7 +221,7 @@ class SourceFile:
         """Fill the buffers, 1024 at most, one after the other with the bytes from ``start`` on.
 
         If possible, the system copies the bytes without the mapping (see ``handle``). That saves page faults, and if
-        the file shrinks meanwhile, the read fails with an error; a read from the mapping would kill the process.
+        the file shrinks during the read, the read fails with an error; a read from the mapping would kill the process.
 
         Raises:
             CheckpointError: the file ends before the buffers are full.

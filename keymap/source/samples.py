@@ -274,7 +274,7 @@ def _sample_faults(
 
 
 def check_evidence(known: Catalogue, new: Iterable[str]) -> None:
-    """Check that the evidence of new formats tells them apart from all others.
+    """Check that the evidence of each new format distinguishes it from all others.
 
     Raises:
         MappingError: with every pair of formats that match the same keys.
