@@ -11,7 +11,7 @@ from peers.common import assert_unchanged, bits
 from safetensors.torch import save_file
 
 import keymap
-from keymap.plan.turned import missing_view
+from keymap.plan.missing_view import missing_view
 
 MINE = r"""format: mine
 title: my model
