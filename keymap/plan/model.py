@@ -82,6 +82,22 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _is_scripted(model: nn.Module) -> bool:
+    """True where a module of the model is compiled."""
+    waiting: list[nn.Module | None] = [model]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        if isinstance(module, ScriptModule):
+            return True
+        if module._modules:
+            seen.add(id(module))
+            waiting += module._modules.values()
+    return False
+
+
 def _attribute(model: nn.Module, path: str) -> Any:
     """The attribute at a dotted path, or ``_ABSENT``."""
     value: Any = model
@@ -138,8 +154,9 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
         PlanError: a tensor of the model is sparse, quantized, or a view that negates or conjugates; or the model has
             ScriptModules, or a ``state_dict()`` that fails.
     """
-    scripted = [path or "the model" for path, module in modules_of(model).items() if isinstance(module, ScriptModule)]
-    if scripted:
+    if _is_scripted(model):
+        modules = modules_of(model).items()
+        scripted = [path or "the model" for path, module in modules if isinstance(module, ScriptModule)]
         raise PlanError(
             f"the model holds compiled TorchScript ({some(scripted)}): load into the model before torch.jit.script or "
             f"torch.jit.trace, for example with create_model(..., jit=False)"

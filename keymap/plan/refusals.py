@@ -12,10 +12,10 @@ from keymap.language.rules import Fault
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
 from keymap.plan.matching import Matches, Sides, key_before_bridges
+from keymap.plan.missing_view import missing_views
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request, example_towers
 from keymap.plan.to_hub import Translated, tower_of
-from keymap.plan.missing_view import missing_views
 from keymap.source.detect import uses_aliases
 
 __all__ = ["judge", "refuse_empty", "refuse_other_model"]
