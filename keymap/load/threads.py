@@ -37,6 +37,7 @@ class Task:
         except BaseException as error:
             self._error = error
         finally:
+            self._arguments = ()  # the list of tasks keeps no tensors and no buffers
             self.done = True
             self._ended.release()
 
