@@ -331,9 +331,18 @@ def _written(marked: Marked, where: Where, key: str, value: Any) -> _Written:
     return _Written(marked, where, key, targets, options)
 
 
+def _in_yaml(option: object) -> object:
+    """An option as YAML writes it, where Python's text differs."""
+    if isinstance(option, bool):
+        return "true" if option else "false"
+    if isinstance(option, list) and None in option:
+        return f"[{', '.join('null' if entry is None else str(entry) for entry in option)}]"
+    return option
+
+
 def _text(rule: _Written) -> str:
     """The rule as written, on one line."""
     if len(rule.options) == 1 and isinstance(rule.options["to"], str):
         return f"'{rule.source}: {rule.options['to']}'"
-    shown = ", ".join(f"{name}: {option}" for name, option in rule.options.items())
+    shown = ", ".join(f"{name}: {_in_yaml(option)}" for name, option in rule.options.items())
     return f"'{rule.source}: {{{shown if len(shown) < 400 else shown[:400] + ' ...'}}}'"
