@@ -21,7 +21,7 @@ from keymap.language.yaml_marks import Path as Where
 __all__ = ["Compiler", "Library"]
 
 _MAX_RULES = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
-_MOST_NESTED = 8  # tables within tables
+_MAX_NESTED = 8  # tables within tables
 _SECTIONS = {"table": "tables", "lookup": "lookups", "config block": "configs"}
 
 Library = Callable[[str], Marked | None]
@@ -289,8 +289,8 @@ class Compiler:
             return ""
         if name in context.tables:
             return f"table {name!r} contains itself: {' -> '.join([*context.tables, name])}"
-        if len(context.tables) >= _MOST_NESTED:
-            return f"table {name!r}: tables lie in at most {_MOST_NESTED} others"
+        if len(context.tables) >= _MAX_NESTED:
+            return f"table {name!r}: tables lie in at most {_MAX_NESTED} others"
         if len(rule.targets) > 1:
             return f"a rule with a table has one target; write one rule for each of {', '.join(rule.targets)}"
         others = [option for option in rule.options if option not in ("to", "table", "sizes")]
