@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -67,7 +68,9 @@ def convert_state_dict(
         from_hub(known.hub, target, translated, facts)
     faults = [fault.text for fault in translated.faults]
     if translated.unowned:
-        faults.append(f"{len(translated.unowned)} keys have no place in {to}: {some(translated.unowned)}")
+        count = len(translated.unowned)
+        have = "key has" if count == 1 else "keys have"
+        faults.append(f"{count} {have} no place in {to}: {some(translated.unowned)}")
     if faults:
         raise PlanError(f"the state dict (format {found.mapping.name}) cannot be written as {to}", faults)
 
@@ -89,6 +92,11 @@ def _checked(
             f"expected a dict of tensors and the name of a format, not {type(state_dict).__name__} and {to!r}"
         )
     known, wanted = catalogue_with(mapping)
+    targets = sorted(name for name, mapping in known.mappings.items() if mapping.rules)
+    if to not in known.mappings:
+        near = get_close_matches(to[:80], targets, 1, 0.7)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(targets)}"
+        raise MappingError(f"there is no format {to!r} to convert to; {hint}")
     target = known.get(to)
     if not target.rules:
         raise MappingError(f"{to} (kind {target.kind}) has no rules and cannot be written; pass the name of a format")

@@ -15,9 +15,9 @@ from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable
 
 __all__ = ["Applied", "apply_rules"]
 
-_MOST_LACKING = 10_000  # members of a join that the file lacks
-_MOST_SLICES = 10_000  # additional keys that tensors are cut into
-_MOST_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
+_MAX_LACKING = 10_000  # members of a join that the file lacks
+_MAX_SLICES = 10_000  # additional keys that tensors are cut into
+_MAX_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ def _in_order(join: Join, found: Iterable[tuple[str, ...]]) -> list[tuple[str | 
             if gap is not None:
                 raise RuleError(f"the index has a gap: {indices[-1]} exists, {gap} does not")
             column = [str(n) for n in indices]
-        if len(product) * len(column) > len(keys) + _MOST_LACKING:
+        if len(product) * len(column) > len(keys) + _MAX_LACKING:
             raise RuleError(f"the join lacks {len(product) * len(column) - len(keys)} members or more")
         product = [(*row, cell) for row in product for cell in column]
     return product
@@ -174,8 +174,8 @@ def _slices(
 def _check_cut(join: Join, axis: int, layout: Layout) -> None:
     if axis >= len(layout.shape) or not layout.shape[axis]:
         raise RuleError(f"axis {axis} of {list(layout.shape)} does not exist or is empty: nothing to cut")
-    if join.kind == "stack" and layout.shape[axis] > _MOST_SLICES:
-        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MOST_SLICES} long, too much to cut apart")
+    if join.kind == "stack" and layout.shape[axis] > _MAX_SLICES:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MAX_SLICES} long, too much to cut apart")
 
 
 def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
@@ -203,7 +203,7 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
     now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
     zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
-    if zeros > _MOST_MADE_UP * (prod(now.shape) - zeros):
+    if zeros > _MAX_MADE_UP * (prod(now.shape) - zeros):
         raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
     if rule.computes:
         if rule.root is not None and rule.root >= len(now.shape):
@@ -319,12 +319,12 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
                 for side in rule.targets
             ]
             made += max(len(outputs) - len(keys), 0)
-            if made > _MOST_SLICES:
-                raise RuleError(f"with it, tensors are cut into more than {_MOST_SLICES} keys")
+            if made > _MAX_SLICES:
+                raise RuleError(f"with it, tensors are cut into more than {_MAX_SLICES} keys")
         except ValueError as error:  # of a rule, a view or a piece
             fault = _fault(rule, job.values, keys, members, str(error))
-            wrong.setdefault(id(rule), []).append(fault._replace(fatal=made > _MOST_SLICES))
-            if made > _MOST_SLICES:
+            wrong.setdefault(id(rule), []).append(fault._replace(fatal=made > _MAX_SLICES))
+            if made > _MAX_SLICES:
                 break
             continue
         for target, layout in outputs:

@@ -76,7 +76,7 @@ class Catalogue:
         """
         if name in self.mappings:
             return self.mappings[name]
-        near = get_close_matches(name, self.mappings, 3)
+        near = get_close_matches(name, self.mappings, 3, 0.7)
         known = ", ".join(sorted(m.name for m in self.formats))
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise MappingError(f"there is no format {name!r}; {hint}known: {known}")

@@ -21,7 +21,7 @@ from keymap.language.yaml_marks import Path as Where
 __all__ = ["Compiler", "Library"]
 
 _MAX_RULES = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
-_MOST_NESTED = 8  # tables within tables
+_MAX_NESTED = 8  # tables within tables
 _SECTIONS = {"table": "tables", "lookup": "lookups", "config block": "configs"}
 
 Library = Callable[[str], Marked | None]
@@ -289,8 +289,8 @@ class Compiler:
             return ""
         if name in context.tables:
             return f"table {name!r} contains itself: {' -> '.join([*context.tables, name])}"
-        if len(context.tables) >= _MOST_NESTED:
-            return f"table {name!r}: tables lie in at most {_MOST_NESTED} others"
+        if len(context.tables) >= _MAX_NESTED:
+            return f"table {name!r}: tables lie in at most {_MAX_NESTED} others"
         if len(rule.targets) > 1:
             return f"a rule with a table has one target; write one rule for each of {', '.join(rule.targets)}"
         others = [option for option in rule.options if option not in ("to", "table", "sizes")]
@@ -331,9 +331,18 @@ def _written(marked: Marked, where: Where, key: str, value: Any) -> _Written:
     return _Written(marked, where, key, targets, options)
 
 
+def _in_yaml(option: object) -> object:
+    """An option as YAML writes it, where Python's text differs."""
+    if isinstance(option, bool):
+        return "true" if option else "false"
+    if isinstance(option, list) and None in option:
+        return f"[{', '.join('null' if entry is None else str(entry) for entry in option)}]"
+    return option
+
+
 def _text(rule: _Written) -> str:
     """The rule as written, on one line."""
     if len(rule.options) == 1 and isinstance(rule.options["to"], str):
         return f"'{rule.source}: {rule.options['to']}'"
-    shown = ", ".join(f"{name}: {option}" for name, option in rule.options.items())
+    shown = ", ".join(f"{name}: {_in_yaml(option)}" for name, option in rule.options.items())
     return f"'{rule.source}: {{{shown if len(shown) < 400 else shown[:400] + ' ...'}}}'"

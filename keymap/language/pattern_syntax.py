@@ -29,8 +29,8 @@ from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Toke
 
 __all__ = ["UnknownLookupError", "check_fragment", "parse_source", "parse_target"]
 
-_MOST_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
-_MOST_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
+_MAX_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
+_MAX_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
 _GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "segment", ".+": "rest"}
 _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
@@ -175,8 +175,8 @@ def check_fragment(
 
 
 def _check_length(text: str) -> None:
-    if len(text) > _MOST_TEXT:
-        raise PatternError(f"a pattern of {len(text)} characters, {text[:40]!r} ...: the limit is {_MOST_TEXT}")
+    if len(text) > _MAX_TEXT:
+        raise PatternError(f"a pattern of {len(text)} characters, {text[:40]!r} ...: the limit is {_MAX_TEXT}")
 
 
 _ARITHMETIC = re.compile(r"(\d{1,9})(?:\*(\d{1,9})\+(\d{1,9}))?(?:([+-]\d{1,9}))?", re.ASCII)
@@ -218,8 +218,8 @@ def parse_target(
 
 def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: bool = False) -> Side:
     side, effort = Side(tuple(tokens)), effort or Effort()
-    if side.readings > _MOST_READINGS:
-        raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MOST_READINGS}")
+    if side.readings > _MAX_READINGS:
+        raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MAX_READINGS}")
     opened = any(slot.kind in ("word", "segment", "rest") for slot in side.slots)
     effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)

@@ -17,7 +17,7 @@ from keymap.language.pattern import Side
 
 __all__ = ["RecordedKeys", "keys_of", "read_recorded_keys"]
 
-_MOST_KEYS = 256  # of one target that are looked up
+_MAX_KEYS = 256  # of one target that are looked up
 _NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # the least likeness of a misspelt key, or of one word of it
 _INDEX, _ANY = r"(\d+)", "*"
 
@@ -110,7 +110,7 @@ def keys_of(side: Side) -> Iterator[tuple[str, str]]:
     """Every key of a side, with 0 for an index and * for a name; and a regular expression of the keys it matches."""
     choices = [[text for _, text in slot.options] if slot.kind == "alts" else [""] for slot in side.slots]
     for number, chosen in enumerate(product(*choices)):
-        if number == _MOST_KEYS:
+        if number == _MAX_KEYS:
             return
         key, form, texts = "", "", iter(chosen)
         for token in side.tokens:

@@ -200,7 +200,7 @@ Step = tuple[Rule, tuple[str, ...], str]  # one application of a rule, for `Plan
 
 
 _MANY = 100  # rules of a table; those of real formats have fewer
-_MOST_SEEN = 1000  # forms of keys that a table remembers
+_MAX_SEEN = 1000  # forms of keys that a table remembers
 _DIGITS = re.compile(r"[0-9]+")
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
@@ -307,7 +307,7 @@ class RuleTable:
             may = key.startswith(rule.source.starts) and key.endswith(rule.source.ends)
             values = rule.match(key) if may else None
             if values is not None:
-                new = len(self._seen) < _MOST_SEEN and not rule.rest and all(rule is not other for other, _ in seen)
+                new = len(self._seen) < _MAX_SEEN and not rule.rest and all(rule is not other for other, _ in seen)
                 if new and self._counts:
                     self._seen.setdefault(form, []).append((rule, _like(rule, values)))
                 return rule, values

@@ -16,7 +16,7 @@ from keymap.language.layout import Layout, permute
 __all__ = ["View", "ViewError", "parse_view"]
 
 Group = tuple[str, ...]
-_MOST_AXES = 16
+_MAX_AXES = 16
 
 
 class ViewError(ValueError):
@@ -189,8 +189,8 @@ def parse_view(text: str) -> View:
         names = [name for group in side for name in group]
         if len(set(names)) != len(names):
             raise ViewError(f"view {text!r} names an axis twice on one side: give each axis a name of its own")
-        if len(names) > _MOST_AXES or len(side) > _MOST_AXES:
-            raise ViewError(f"view {text[:40]!r} ... has more than {_MOST_AXES} axes")
+        if len(names) > _MAX_AXES or len(side) > _MAX_AXES:
+            raise ViewError(f"view {text[:40]!r} ... has more than {_MAX_AXES} axes")
     lost = {n for g in left for n in g} ^ {n for g in right for n in g}
     if lost:
         raise ViewError(f"the sides of view {text!r} do not balance: {', '.join(sorted(lost))} must be on both sides")

@@ -191,7 +191,8 @@ def key_before_bridges(sides: Sides, key: str) -> str:
     for target, source in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
         for bridge in sides.known.path(tower, target, source) or []:
             found = bridge.table.find(key)
-            key = found[0].targets[0].write(found[1]) if found is not None else key
+            if found is not None and found[0].cut is None:
+                key = found[0].targets[0].write(found[1])
     return key
 
 

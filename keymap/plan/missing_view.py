@@ -1,21 +1,59 @@
-"""Rules that lack a ``view``: their tensors have the model's shape with the axes in another order."""
+"""Tensors whose shape is not the model's: one fault for each rule, with the ``view`` to add, to write or to remove."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from string import ascii_lowercase
 from typing import NamedTuple
 
-from keymap.language.rules import Rule, Step
+from keymap.language.rules import Rule
 
-__all__ = ["Turned", "missing_view", "missing_views"]
+__all__ = ["Mismatch", "MismatchGroup", "grouped", "missing_view"]
+
+Shape = tuple[int, ...]
+
+_DIGITS = re.compile(r"[0-9]+")
 
 
-class Turned(NamedTuple):
-    """The tensors of one rule whose axes are in another order than the model's: the fault, and the model's keys."""
+class Mismatch(NamedTuple):
+    """A key of the model whose tensor in the file does not fit.
 
-    fault: str
+    Attributes:
+        key: of the model.
+        why: the shapes or dtypes of both sides.
+        rule: the format's rule that makes the tensor; None if it is not known.
+        source: the shape in the file, where the rule reads one key; else None.
+        made: the shape that the rule makes; None where a bridge changes it.
+        wanted: the shape of the model.
+    """
+
+    key: str
+    why: str
+    rule: Rule | None
+    source: Shape | None
+    made: Shape | None
+    wanted: Shape
+
+
+class MismatchGroup(NamedTuple):
+    """The mismatches of one rule that have one reason.
+
+    Attributes:
+        place: of the rule, empty if the rule is not known or not to blame.
+        text: the first key and what to do, without the place.
+        view: True where another view, or none, makes the keys fit.
+        keys: of the model.
+    """
+
+    place: str
+    text: str
+    view: bool
     keys: tuple[str, ...]
+
+    @property
+    def fault(self) -> str:
+        return f"{self.place}: {self.text}" if self.place else self.text
 
 
 def missing_view(source: Sequence[int], target: Sequence[int]) -> str:
@@ -36,29 +74,65 @@ def missing_view(source: Sequence[int], target: Sequence[int]) -> str:
     return f"{' '.join(names)} -> {' '.join(right)}"
 
 
-def missing_views(
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], steps: Iterable[Step]
-) -> Iterator[Turned]:
-    """One fault for each rule whose tensors would fit with a view.
+def grouped(mismatches: Iterable[Mismatch], fitting: Collection[str], other_model: bool) -> Iterator[MismatchGroup]:
+    """One group for each rule and change of its view; keys of repeated layers are one group.
 
     Args:
-        shapes: of the model's keys that do not fit, the shape that the rule gives and the shape of the model.
-        steps: the applications of the format's rules.
+        mismatches: in the model's order.
+        fitting: places of rules that make tensors that fit.
+        other_model: the file is of another architecture or size, so a rule that only renames is not to blame.
     """
-    found: dict[str, tuple[Rule, list[str]]] = {}
-    fitting: set[str] = set()
-    for rule, _, key in steps:
-        if key in shapes and rule.renames and missing_view(*shapes[key]):
-            found.setdefault(rule.place, (rule, []))[1].append(key)
-        else:
-            fitting.add(rule.place)
-    for place, (rule, keys) in found.items():
-        given, wanted = shapes[keys[0]]
-        used = f" (used at {rule.used_at})" if rule.used_at else ""
-        alone = ", in a rule for these keys alone" if place in fitting else ""
-        more = f" ({len(keys) - 1} more key{'' if len(keys) == 2 else 's'} of this rule)" if len(keys) > 1 else ""
-        yield Turned(
-            f"{place}: {keys[0]} has shape {list(given)} in the file and {list(wanted)} in the model: "
-            f"add view: {missing_view(given, wanted)} to rule {rule.text}{used}{alone}{more}",
-            tuple(keys),
-        )
+    found: dict[tuple[str, str, str], list[Mismatch]] = {}
+    for one in mismatches:
+        change = _change(one)
+        place = one.rule.place if one.rule is not None else ""
+        alike = "" if one.rule is not None and (change or _is_closed(one.rule)) else _DIGITS.sub("#", one.key)
+        found.setdefault((place, change, alike), []).append(one)
+    for (place, change, _), members in found.items():
+        first, keys = members[0], tuple(one.key for one in members)
+        rule = first.rule
+        if rule is not None and change:
+            used = f" (used at {rule.used_at})" if rule.used_at else ""
+            alone = ", in a rule for these keys alone" if place in fitting and change.startswith("add") else ""
+            text = f"{_shapes(first)}: {change} rule {rule.text}{used}{alone}{_more(keys, 'of this rule')}"
+            yield MismatchGroup(place, text, True, keys)
+            continue
+        innocent = rule is None or rule.keeps or (other_model and rule.renames)
+        more = _more(keys, "like it" if innocent else "of this rule")
+        yield MismatchGroup("" if innocent else place, f"{first.key}: {first.why}{more}", False, keys)
+
+
+def _is_closed(rule: Rule) -> bool:
+    """True for a rule whose keys differ in indices and alternatives only, as those of one tensor of each layer do."""
+    return all(slot.kind in ("int", "alts") for slot in rule.source.slots)
+
+
+def _change(one: Mismatch) -> str:
+    """What to change in the view of the rule, up to the word "rule"; empty if that does not help."""
+    rule = one.rule
+    if rule is None or one.source is None or one.made is None or one.made == one.wanted:
+        return ""
+    if rule.renames:
+        view = missing_view(one.made, one.wanted)
+        return f"add view: {view} to" if view else ""
+    only_views = rule.join is None and rule.cut is None and rule.take is None and rule.add is None
+    if not only_views or not (rule.before or rule.then or rule.after):
+        return ""
+    if one.source == one.wanted:
+        return "remove the view from"
+    view = missing_view(one.source, one.wanted)
+    return f"write view: {view} in" if view else ""
+
+
+def _shapes(one: Mismatch) -> str:
+    """The shapes, in the words of the change."""
+    if one.rule is not None and one.rule.renames:
+        return f"{one.key} has shape {list(one.made or ())} in the file and {list(one.wanted)} in the model"
+    return (
+        f"{one.key} has shape {list(one.source or ())} in the file, {list(one.made or ())} after the view and "
+        f"{list(one.wanted)} in the model"
+    )
+
+
+def _more(keys: Sequence[str], which: str) -> str:
+    return f" (and {len(keys) - 1} more key{'' if len(keys) == 2 else 's'} {which})" if len(keys) > 1 else ""

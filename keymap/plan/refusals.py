@@ -12,9 +12,10 @@ from keymap.language.rules import Fault
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
 from keymap.plan.matching import Matches, Sides, key_before_bridges
-from keymap.plan.missing_view import missing_views
+from keymap.plan.missing_view import Mismatch, MismatchGroup, grouped
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request, example_towers
+from keymap.plan.rule_faults import RuleFaults
 from keymap.plan.to_hub import Translated, tower_of
 from keymap.source.detect import uses_aliases
 
@@ -77,10 +78,10 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
         PlanError: with everything that is wrong.
     """
     faults = list(sides.translated.faults)
+    of_rules = RuleFaults(sides.translated, faults)
     if matches.missing:
-        partly = incomplete(
-            sides.format, sides.translated.rules, sides.translated.source_keys, sides.hub.optional_buffers
-        )
+        keys = [*sides.translated.source_keys, *of_rules.absent_members()]  # those are in the rules' faults already
+        partly = incomplete(sides.format, sides.translated.rules, keys, sides.hub.optional_buffers)
         faults += [fault for fault in partly if sides.request.includes(fault.tower)]
     name = f"{sides.request.file} (format {sides.format.name})"
     if sides.request.strict:
@@ -88,6 +89,7 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
         if lines:
             raise PlanError(f"{name} does not fit the model; nothing was changed", [*lines, *notes])
         return matches
+    faults = RuleFaults(sides.translated, faults).merged({})
     lines = [fault.text for fault in faults if fault.fatal]
     lines += _nearly_empty_towers(sides.hub, matches, file_counts) + _nearly_empty_file(sides.translated, matches)
     if lines:
@@ -107,32 +109,49 @@ def _strict_faults(
         return []
     cause = _difference(sides)
     shown = _SHOWN_BESIDE_CAUSE if cause or any(fault.foreign for fault in faults) else SHOWN
-    lines = [*cause, *(fault.text for fault in faults)]
-    if matches.missing:
-        lines.append(f"{_of(matches.missing, 'model')} missing from the file: {some(matches.missing, shown)}")
+    of_rules = RuleFaults(sides.translated, faults)
+    groups = _mismatch_groups(sides, matches, bool(cause))
+    following = {group.place: group.text for group in groups if group.place in of_rules.places}
+    others = [group for group in groups if group.place not in following]
+    missing = [key for key in matches.missing if not of_rules.explain(key_before_bridges(sides, key))]
+    lines = [*cause, *(fault.text for fault in of_rules.merged(following))]
+    if missing:
+        lines.append(f"{_of(missing, 'model')} missing from the file: {some(missing, shown)}")
     if matches.unexpected:
         lines.append(
             f"{_of(matches.unexpected, 'file')} unexpected, with no place in the model: "
             f"{some(matches.unexpected, shown)}"
         )
-    lines += _mismatch_faults(sides, matches, shown if cause else 4 * shown)
+    lines += _mismatch_faults(others, shown if cause else 4 * shown)
     return [*lines, _advice(sides, matches, file_counts)]
 
 
-def _mismatch_faults(sides: Sides, matches: Matches, listed: int) -> list[str]:
-    """Keys of another shape: one fault for a rule that lacks a view, then the first of the others."""
-    shapes = {
-        key: (sides.translated.tensors[key].shape, tuple(sides.targets[key].shape))
-        for key in matches.mismatched
-        if key_before_bridges(sides, key) == key  # no bridge changes its shape
-    }
-    turned = list(missing_views(shapes, sides.translated.steps))
-    explained = {key for rule in turned for key in rule.keys}
-    others = [f"{key}: {why}" for key, why in matches.mismatched.items() if key not in explained]
-    lines = [*(rule.fault for rule in turned), *others[:listed]]
-    if len(others) > listed:
-        lines.append(f"and {len(others) - listed} more keys with another shape")
-    return lines
+def _mismatch_groups(sides: Sides, matches: Matches, other_model: bool) -> list[MismatchGroup]:
+    """The keys of another shape or dtype, by the rule that makes them."""
+    translated = sides.translated
+    own_rules = {id(rule) for rule in translated.rules}
+    makers = {key: (rule, sources) for rule, sources, key in translated.steps if id(rule) in own_rules}
+    mismatches: list[Mismatch] = []
+    unfit: set[str] = set()
+    for key, why in matches.mismatched.items():
+        own = key_before_bridges(sides, key)
+        rule, sources = makers.get(own, (None, ()))
+        layout = translated.tensors[key]
+        renamed = translated.unbridged.get(own) is layout  # no bridge changes the tensor
+        source = translated.source_keys[sources[0]].shape if len(sources) == 1 else None
+        made, wanted = layout.shape if renamed else None, tuple(sides.targets[key].shape)
+        mismatches.append(Mismatch(key, why, rule, source, made, wanted))
+        unfit.add(own)
+    fitting = {rule.place for key, (rule, _) in makers.items() if key not in unfit}
+    return list(grouped(mismatches, fitting, other_model))
+
+
+def _mismatch_faults(groups: Sequence[MismatchGroup], listed: int) -> list[str]:
+    """Every rule whose view is wrong, then the first of the others."""
+    others = [group for group in groups if not group.view]
+    lines = [group.fault for group in (*(g for g in groups if g.view), *others[:listed])]
+    hidden = sum(len(group.keys) for group in others[listed:])
+    return [*lines, f"and {hidden} more key{'' if hidden == 1 else 's'} with another shape"] if hidden else lines
 
 
 def _of(keys: Sequence[str], side: str) -> str:

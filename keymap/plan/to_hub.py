@@ -69,7 +69,7 @@ def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     result.unbridged = result.tensors
     result.unowned = [source for key, layout in applied.left.items() for source in layout.named(key)]
     for (tower, why), keys in unsupported.items():
-        text = f"{len(keys)} keys ({some(keys, 2)}): {why}"
+        text = f"{len(keys)} key{'' if len(keys) == 1 else 's'} ({some(keys, 2)}): {why}"
         result.faults.append(Fault(text, tuple(keys), tower, foreign=True))
     return result
 

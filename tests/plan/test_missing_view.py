@@ -61,9 +61,9 @@ def test_the_view_that_a_shape_lacks(source: tuple[int, ...], target: tuple[int,
 
 def test_a_rule_without_its_view_is_named_once_with_the_view_to_add(tmp_path: Path) -> None:
     model = openclip.clip(seed=1)
-    turned = ("visual.proj", ".mlp.c_fc.weight")
+    transposed = ("visual.proj", ".mlp.c_fc.weight")
     state = {
-        f"m.{key}": (value.t() if key.endswith(turned) and not key.startswith("visual.tr") else value).contiguous()
+        f"m.{key}": (value.t() if key.endswith(transposed) and not key.startswith("visual.tr") else value).contiguous()
         for key, value in model.state_dict().items()
     }
     save_file(state, tmp_path / "a.safetensors")
@@ -77,7 +77,7 @@ def test_a_rule_without_its_view_is_named_once_with_the_view_to_add(tmp_path: Pa
     assert "mine.yaml:9:5: visual.proj has shape" in projection
     assert "add view: a b -> b a to rule 'm.visual.proj: visual.proj'" in projection
     assert "mine.yaml:16:5: transformer.resblocks.0.mlp.c_fc.weight has shape" in mlp
-    assert "(2 more keys of this rule)" in mlp
+    assert "(and 2 more keys of this rule)" in mlp
     assert_unchanged(model, before)
     fixed = MINE.replace("m.visual.proj: visual.proj", "m.visual.proj: {to: visual.proj, view: a b -> b a}")
     fixed = fixed.replace(
