@@ -25,7 +25,7 @@ SECONDS = 2.0  # of processor time: what a mutant may take on a machine that doe
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """The same values; which of its many spellings a NaN has depends on how a cast is vectorised."""
+    """The same values; which of its many bit patterns a NaN has depends on how a cast is vectorised."""
     if one.numel() != other.numel() or one.dtype != other.dtype:
         return False
     other = other.reshape(one.shape)  # a scalar may be () or (1,)
@@ -147,7 +147,7 @@ class Kind:
             wanted = self.expected.setdefault(which, now)
             chosen = now if strict else {entry.key for entry in plan.entries}
             if any(now[key] != wanted[key] for key in chosen):
-                return "the values are not the original's, and no checksum told"
+                return "the values are not the original's, and no checksum showed it"
         written = {entry.key for entry in plan.entries}
         kept = {key for note in plan.notes for key in [note.partition(":")[0]] if key in now}
         before = self.before[id(seed.model)]

@@ -23,13 +23,13 @@ import selection
 
 class Collector:
     def pytest_collection_modifyitems(self, items):
-        told = [
+        tests = [
             {"test": item.nodeid, "formats": sorted(selection.formats_of(item)),
              "proves": "proves" in item.fixturenames, "slow": item.get_closest_marker("slow") is not None}
             for item in items
         ]
         with open(sys.argv[1], "w") as file:
-            json.dump(told, file)
+            json.dump(tests, file)
 
 sys.exit(pytest.main(["--collect-only", "-qq", "tests/formats"], plugins=[Collector()]))
 """
