@@ -1,4 +1,4 @@
-"""What became of one mutant: a right load, a refusal, or a failure in words."""
+"""The outcome of one mutant: a right load, a refusal, or a failure with its reason."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Kind:
         if word == "load":
             fault = self._wrong(which, result, file, options, data, intact, strict)
         elif "cannot be read (" in text:
-            fault = f"only the last net caught it: {text}"
+            fault = f"only the catch-all handler caught it: {text}"
         else:
             fault = self._changed(seed)
         size = max(len(data), file.stat().st_size)

@@ -1,4 +1,4 @@
-"""The short run: some mutants of every kind, always the same. And that the judge sees what it has to see."""
+"""The short run: some mutants of every kind, always the same. And the judge must report every planted fault."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _swells(*arguments, **options):
 
 PLANTED = {
     "another exception": (_raises(ValueError("odd")), "ValueError: odd"),
-    "the last net": (_raises(keymap.CheckpointError("a: cannot be read (KeyError: 3)")), "only the last net"),
+    "an error that only the catch-all handler caught": (
+        _raises(keymap.CheckpointError("a: cannot be read (KeyError: 3)")),
+        "only the catch-all handler",
+    ),
     "a changed model": (_raises(keymap.CheckpointError("no"), change=True), "['visual.proj'] changed"),
     "too slow": (_burns, "it took 0."),
     "too large": (_swells, "MB for a file of"),

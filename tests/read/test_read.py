@@ -104,7 +104,7 @@ def read_all(path: Path, **options: Any) -> None:
 
 
 def refused(path: Path, *words: str, **options: Any) -> CheckpointError:
-    """The refusal, after every word was found in it; the last net must not be what caught it."""
+    """The refusal, after every word was found in it; the catch-all handler must not be what caught it."""
     with pytest.raises(CheckpointError) as caught:
         read_all(path, **options)
     message = str(caught.value)
