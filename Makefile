@@ -1,5 +1,5 @@
-# Two commands do everything: `make demo` shows the main job, `make test` proves it.
-# Both make the environment first (.venv, some minutes for the packages of the peers).
+# The two main commands: `make test` runs the tests, `make demo` loads full-size models of every library and compares
+# embeddings. Every command first creates .venv if it is missing; the packages take some minutes.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -17,14 +17,16 @@ test: $(DONE)
 	rm -f $(PROOFS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal --proofs=$(PROOFS)
 
-# One format in a minute: `make check-format NAME=hf_clip`. Its mapping, then its tests, but for the slow ones.
+# One format in under a minute: `make check-format NAME=hf_clip` checks its mapping, then runs its tests without the
+# slow ones.
 check-format: $(DONE)
 	@test -n "$(NAME)" || { echo "name a format: make check-format NAME=hf_clip"; exit 2; }
 	@test -f mappings/$(NAME).yaml || $(BIN)/python -m pytest --collect-only tests/formats/test_ownership.py --format=$(NAME)
 	$(BIN)/python tools/check_mappings.py mappings/$(NAME).yaml
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/formats --format=$(NAME) -m "not slow"
 
-# Of what the tests have just proved: is the page fresh, and is no cell of it worse? `coverage-page` writes it.
+# Compare docs/coverage.md with what the last `make test` proved: a stale page or a worse cell fails. `coverage-page`
+# writes the page.
 coverage: $(DONE)
 	HF_HUB_OFFLINE=1 $(BIN)/python tools/make_coverage.py --proofs $(PROOFS) --check
 

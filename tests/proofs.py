@@ -30,7 +30,7 @@ def layouts(keys: Iterable[str]) -> dict[str, str]:
     hub, found = registry().hub, {}
     for key in keys:
         found.setdefault(tower_of(hub, key), set()).add(_INDEX.sub("{i}", key).removeprefix("text."))
-    return {tower: hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:12] for tower, told in found.items()}
+    return {tower: hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:12] for tower, keys in found.items()}
 
 
 def record(word: str, plan: Plan, towers: Iterable[str] | None = None, **more: Any) -> dict[str, Any]:
@@ -65,15 +65,15 @@ class Book:
             return
         for name, value in report.user_properties:
             if name == _NAME:
-                told = json.dumps(value, sort_keys=True)
-                self.tests[told] = min(report.nodeid, self.tests.get(told, report.nodeid))
+                text = json.dumps(value, sort_keys=True)
+                self.tests[text] = min(report.nodeid, self.tests.get(text, report.nodeid))
 
     def pytest_sessionfinish(self) -> None:
-        found = [{**json.loads(told), "test": test} for told, test in sorted(self.tests.items())]
+        found = [{**json.loads(text), "test": test} for text, test in sorted(self.tests.items())]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"failed": sorted(set(self.bad)), "proofs": found}, indent=1) + "\n", "utf-8")
 
 
-def state(node: pytest.Item, told: dict[str, Any]) -> None:
+def state(node: pytest.Item, proof: dict[str, Any]) -> None:
     """Put a record on a test."""
-    node.user_properties.append((_NAME, told))
+    node.user_properties.append((_NAME, proof))

@@ -26,20 +26,24 @@ def formats_of(item: pytest.Item) -> set[str]:
 
 
 def refuse_unknown(name: str) -> None:
-    """Raise a usage error, with near names, if no mapping has this name, or if it is a file of tables."""
+    """Raise a usage error if no format has this name. It gives near names, or the formats to check instead."""
     known = registry()
     selectable = sorted(m.name for m in known.mappings.values() if m.kind in ("hub", "format", "bridge"))
     if name in selectable:
         return
-    if name in known.mappings and known.mappings[name].kind == "tables":
+    kind = known.mappings[name].kind if name in known.mappings else None
+    if kind == "tables":
         users = [m.name for m in known.mappings.values() if name in known.files[m.name].data.get("uses", ())]
         raise pytest.UsageError(f"{name} is a file of tables: check a format that uses it: {', '.join(users)}")
-    near = difflib.get_close_matches(name, selectable, n=3, cutoff=0.5) or selectable
-    raise pytest.UsageError(f"there is no format {name!r}; known names like it: {', '.join(near)}")
+    if kind is not None:
+        raise pytest.UsageError(f"{name} is not a format (its kind is {kind}); formats: {', '.join(selectable)}")
+    near = difflib.get_close_matches(name.lower(), selectable, n=3, cutoff=0.6)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"formats: {', '.join(selectable)}"
+    raise pytest.UsageError(f"there is no format {name!r}; {advice}")
 
 
 def select(items: Iterable[pytest.Item], name: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """The tests about this format, and the others. None at all is a usage error that says what to add."""
+    """The tests about this format, and the others. If no test is about it, the usage error says what to add."""
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:

@@ -102,7 +102,7 @@ class Chapter:
 
 @dataclass
 class Book:
-    """Prints the story, with rich where it is installed, and remembers its chapters."""
+    """Prints each load, with rich where it is installed, and keeps all of them."""
 
     chapters: list[Chapter] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
@@ -139,18 +139,18 @@ class Book:
             self.complaints.append(f"{chapter.title}: {chapter.differences}")
 
     def table(self) -> None:
-        """All chapters at a glance."""
-        head = ["file", "model", "format", "tensors", "besides", "s", "image", "text"]
+        """One table of all loads."""
+        head = ["file", "model", "format", "tensors", "changes", "s", "image", "text"]
         rows = []
         for chapter in self.chapters:
-            told = chapter.result.to_dict()
+            report = chapter.result.to_dict()
             found = [chapter.differences.get(f"encode_{tower}") for tower in ("image", "text")]
-            besides = {name: len(told[name]) for name in ("resized", "filled", "dropped")}
-            besides["cast"] = sum(told["cast"].values())
+            changes = {name: len(report[name]) for name in ("resized", "filled", "dropped")}
+            changes["cast"] = sum(report["cast"].values())
             rows.append(
-                [chapter.title, chapter.target, told["format"], str(sum(told["loaded"].values()))]
-                + [", ".join(f"{number} {name}" for name, number in besides.items() if number) or "-"]
-                + [f"{told['seconds']:.2f}"]
+                [chapter.title, chapter.target, report["format"], str(sum(report["loaded"].values()))]
+                + [", ".join(f"{number} {name}" for name, number in changes.items() if number) or "-"]
+                + [f"{report['seconds']:.2f}"]
                 + ["-" if value is None else f"{value:.1e}" for value in found]
             )
         if self.console is not None:
@@ -353,8 +353,8 @@ def quiet() -> Iterator[None]:
     root.setLevel(level)
 
 
-def tell(tiny: bool = False) -> Book:
-    """The whole story."""
+def run(tiny: bool = False) -> Book:
+    """Load every file, compare, and print."""
     scale, book, start = Scale(tiny), Book(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="keymap-demo-") as name, quiet():
         folder = Path(name)
@@ -376,7 +376,7 @@ def tell(tiny: bool = False) -> Book:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Load real checkpoints of every peer, and compare embeddings.")
     parser.add_argument("--tiny", action="store_true", help="tiny models instead of full size")
-    book = tell(parser.parse_args(arguments).tiny)
+    book = run(parser.parse_args(arguments).tiny)
     for complaint in book.complaints:
         book.say(f"FAILED: {complaint}")
     return 1 if book.complaints else 0

@@ -245,7 +245,8 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
             section(name.replace("_", " ").capitalize(), [about_it, "", ", ".join(map(code, data[name]))])
     for name, title in (("files", "Which file of a folder is loaded"), ("folders", "Folders that are refused")):
         first = ["The first of these that exists; of numbered files the last.", ""] if name == "files" else []
-        listing = [f"- {code(key)}: {what}" for key, what in data.get(name, {}).items()]
+        row = "- {}: {}" if name == "files" else "- A folder with {} {}."
+        listing = [row.format(code(key), what) for key, what in data.get(name, {}).items()]
         section(title, [*first, *listing] if listing else ())
     section("Writing", [*writing(mapping), *_fixed(data)])
     return "\n".join(lines).rstrip() + "\n"

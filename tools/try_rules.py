@@ -26,7 +26,7 @@ from keymap.source.detect import apply_aliases
 HEAD = """
 format: example
 title: an example
-reference: nowhere
+reference: example 1.0
 layouts: {image: native_vit}
 detect: {any: [x]}
 towers:

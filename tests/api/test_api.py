@@ -37,10 +37,10 @@ def test_the_result_is_a_dict_with_the_two_lists_and_a_report(hf_file):
     result = keymap.load_checkpoint(openclip.clip(), str(hf_file))
     assert result == {"missing_keys": [], "unexpected_keys": []}
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    told = json.loads(json.dumps(result.to_dict()))
-    assert told["format"] == "hf_clip"
-    assert told["loaded"] == {"text": 41, "scale": 1, "image": 32}
-    assert told["layouts"]["text"] == ["native", "flat"]
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["format"] == "hf_clip"
+    assert data["loaded"] == {"text": 41, "scale": 1, "image": 32}
+    assert data["layouts"]["text"] == ["native", "flat"]
     assert "hf_clip" in str(result) and "74 tensors" in str(result)
 
 
@@ -60,8 +60,8 @@ def test_a_plan_lists_pieces_and_explains_a_key(hf_file):
     pieces = [piece for piece in plan.pieces if piece.target == key]
     assert [piece.source.split(".")[-2] for piece in pieces] == ["q_proj", "k_proj", "v_proj"]
     assert [piece.target_offset for piece in pieces] == [0, 48 * 48, 2 * 48 * 48]
-    told = plan.explain(key)
-    assert "self_attn.(q|k|v)_proj" in told and "hf_blocks.yaml:" in told
+    explained = plan.explain(key)
+    assert "self_attn.(q|k|v)_proj" in explained and "hf_blocks.yaml:" in explained
     assert key in plan.explain()
     with pytest.raises(KeyError, match="does not fill 'nonsense'"):
         plan.explain("nonsense")
@@ -222,7 +222,7 @@ def test_the_collector_is_left_as_it_was(on, hf_file):
     try:
         keymap.load_checkpoint(openclip.clip(), hf_file)
         with pytest.raises(keymap.KeymapError):
-            keymap.load_checkpoint(openclip.clip(), "nowhere.pt")
+            keymap.load_checkpoint(openclip.clip(), "missing.pt")
         assert gc.isenabled() is on
     finally:
         (gc.enable if before else gc.disable)()
@@ -232,9 +232,9 @@ def test_a_warning_points_at_the_line_that_loads(hf_file):
     """Not at a line of keymap, which nobody can change."""
     config = {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}
     (hf_file.parent / "config.json").write_text(json.dumps(config))
-    with pytest.warns(keymap.ConfigurationWarning) as told:
+    with pytest.warns(keymap.ConfigurationWarning) as caught:
         keymap.load_checkpoint(openclip.clip(quick_gelu=True), hf_file)
-    assert {warning.filename for warning in told} == {__file__}
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 # --- conversion in memory ---
@@ -287,7 +287,7 @@ def test_convert_refuses_tensors_that_the_target_format_has_no_key_for():
 
 MINE = """\
 format: mine
-title: a spelling of my own
+title: a format of my own
 reference: my own code
 layouts: {image: native_vit, text: native}
 detect: {all: [mine.image.class_embedding]}
@@ -301,7 +301,7 @@ towers:
 """
 
 
-def spelled_mine(model):
+def state_of_mine(model):
     return {
         ("mine." + k.replace("visual.", "image.", 1) if k.startswith("visual.") else "mine." + k): v
         for k, v in model.state_dict().items()
@@ -311,7 +311,7 @@ def spelled_mine(model):
 def test_a_mapping_file_is_used_by_its_path(tmp_path):
     (tmp_path / "mine.yaml").write_text(MINE)
     source, model = openclip.custom(seed=1), openclip.clip(seed=2)
-    save_file(spelled_mine(source), tmp_path / "x.safetensors")
+    save_file(state_of_mine(source), tmp_path / "x.safetensors")
     with pytest.raises(keymap.DetectionError):
         keymap.load_checkpoint(model, tmp_path / "x.safetensors")
     keymap.load_checkpoint(model, tmp_path / "x.safetensors", mapping=tmp_path / "mine.yaml")
@@ -322,7 +322,7 @@ def test_a_mapping_file_is_used_by_its_path(tmp_path):
 def test_a_registered_mapping_is_detected(tmp_path):
     """In a process of its own: registering is for good."""
     (tmp_path / "mine.yaml").write_text(MINE)
-    save_file(spelled_mine(openclip.custom(seed=1)), tmp_path / "x.safetensors")
+    save_file(state_of_mine(openclip.custom(seed=1)), tmp_path / "x.safetensors")
     code = (
         "import keymap, sys; folder = sys.argv[1]\n"
         "assert keymap.register_mappings(folder + '/mine.yaml') == ['mine']\n"
@@ -370,7 +370,7 @@ def _written_to(name, text):
 
 RELEASES = {  # what happened to the installation, and what listing its formats prints
     "as installed": (lambda place: None, "True False"),
-    "a remark": (_written_to("keymap/mappings/hf_clip.yaml", "# a remark\n"), "True True"),
+    "one more comment": (_written_to("keymap/mappings/hf_clip.yaml", "# a comment\n"), "True True"),
     "a field": (
         _written_to("keymap/mappings/hf_clip.yaml", "optinal: true\n"),
         "no field 'optinal' here",
@@ -388,7 +388,7 @@ RELEASES = {  # what happened to the installation, and what listing its formats 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASES)
 def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel, tmp_path, name):
-    change, told = RELEASES[name]
+    change, printed = RELEASES[name]
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     change(tmp_path)
@@ -400,7 +400,7 @@ def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel
     )
     place = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=place)
-    assert done.stdout.startswith(str(tmp_path)) and told in done.stdout, done.stdout + done.stderr
+    assert done.stdout.startswith(str(tmp_path)) and printed in done.stdout, done.stdout + done.stderr
 
 
 # --- facts from the caller ---

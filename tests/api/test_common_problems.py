@@ -273,9 +273,9 @@ def test_settings_that_weights_do_not_show_are_compared_or_listed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.warns(keymap.ConfigurationWarning) as caught:
         keymap.load_checkpoint(openclip.clip(text={"pool_type": "last"}), tmp_path)
-    told = " ".join(str(warning.message) for warning in caught)
+    messages = " ".join(str(warning.message) for warning in caught)
     assert all(
-        word in told for word in ("attention heads of the image tower: 6", "eps of the text", "pooling of the text")
+        word in messages for word in ("attention heads of the image tower: 6", "eps of the text", "pooling of the text")
     )
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "elsewhere.safetensors")
     (tmp_path / "config.json").unlink()

@@ -1,4 +1,4 @@
-"""Breaking one rule of a shipped mapping at a time: rows of text, and what becomes of them.
+"""Breaking one rule of a shipped mapping at a time: rows of text, and what follows from each.
 
 A row names the mapping, what is wrong and what follows (``differs`` or ``refused``); then what is taken out (``-``) and
 what is put there instead (``+``).
@@ -68,7 +68,7 @@ def edited(form: str, text: str, edits: Edits) -> str:
 
 
 def use(form: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
-    """Make keymap use this text for a mapping; the path to give as ``mapping=``, None for a respelling."""
+    """Make keymap use this text for a mapping; the path to give as ``mapping=``, None for a bridge."""
     if "kind: bridge" not in text:
         (folder / "broken.yaml").write_text(text.replace(f"format: {form}\n", "format: broken\n"), encoding="utf-8")
         return folder / "broken.yaml"

@@ -67,8 +67,8 @@ def assert_complete(plan, source, keys, model):
 def assert_recorded(name, model):
     """mappings/open_clip_configurations.yaml says of this configuration what the tool would write."""
     prints, rows = record_configurations.measured(model)
-    told = [entry for entry in registry().configurations if name in entry.names]
-    assert [(tuple(entry.fingerprints.items()), list(entry.names[name])) for entry in told] == [(prints, rows)]
+    recorded = [entry for entry in registry().configurations if name in entry.names]
+    assert [(tuple(entry.fingerprints.items()), list(entry.names[name])) for entry in recorded] == [(prints, rows)]
     keys: record_configurations.Keys = {}
     record_configurations.add_keys(model, keys)
     recorded = json.loads(record_configurations.KEYS.read_text(encoding="utf-8"))["keys"]
@@ -103,10 +103,10 @@ def classes(model):
     """What the towers of a model are, by their classes."""
     image, text = model.visual, getattr(model, "text", None)
     trunk = getattr(image, "trunk", None)
-    told = f"timm {type(trunk).__name__}" if trunk is not None else type(image).__name__
+    image_class = f"timm {type(trunk).__name__}" if trunk is not None else type(image).__name__
     encoder = getattr(text, "transformer", None)
     hf_tower = type(encoder).__name__ if type(text).__name__ == "HFTextEncoder" else ""
-    return [type(model).__name__, told, hf_tower or "TextTransformer"]
+    return [type(model).__name__, image_class, hf_tower or "TextTransformer"]
 
 
 # --- the models of these files are not among the configurations ---
@@ -232,7 +232,7 @@ def test_a_plan_that_is_not_complete_is_seen(tmp_path):
             assert_complete(plan, source, change, model)
 
 
-def test_a_small_model_and_the_full_size_of_its_layout_meet():
+def test_a_small_model_and_its_full_size_have_the_same_layout_digest():
     import proofs
 
     small = proofs.layouts(openclip.clip().state_dict())
@@ -274,7 +274,10 @@ WORDS_OF = {  # proofs -> the cell of ViT-B-16 and hf_clip
     "another format": ([*PLANNED, SCALE, record("parity", "openai", {"image": "a", "text": "b"})], "names and shapes"),
     "a load that warns": ([*WARNED, SCALE, BOTH], "names and shapes"),
     "a load that warns, of equal bits": ([*WARNED, BOTH, record("bit-equal", "hf_clip", TOWERS)], "bit-equal"),
-    "a part": ([PLANNED[0], {**PLANNED[1], "whole": False, "towers": {"image": "a"}}, BOTH], "parity (image)"),
+    "one planned tower": (
+        [PLANNED[0], {**PLANNED[1], "whole": False, "towers": {"image": "a"}}, BOTH],
+        "parity (image)",
+    ),
     "a full size that was not planned": ([PLANNED[0], SCALE, BOTH], "not proved"),
 }
 
@@ -300,25 +303,25 @@ def run(tmp_path, capsys):
     return made
 
 
-def test_the_page_is_written_and_a_stale_one_and_a_worse_cell_are_seen(run):
+def test_the_page_is_written_and_a_stale_page_and_a_worse_cell_are_reported(run):
     good, less = [*PLANNED, SCALE, BOTH], [*PLANNED, SCALE]
     assert run(good, "--check")[0] == 1 and not run.page.exists()
     assert run(good)[0] == 0 and run(good, "--check") == (0, "coverage.md is fresh\n")
-    status, said = run(less, "--check")
-    assert status == 1 and "worse: ViT-B-16, hf_clip: was parity, is names and shapes" in said and "stale" in said
+    status, printed = run(less, "--check")
+    assert status == 1 and "worse: ViT-B-16, hf_clip: was parity, is names and shapes" in printed and "stale" in printed
     assert run(good, "--check")[0] == 0  # a check writes nothing
     assert "1 worse" in run(less)[1]
-    status, said = run(good, "--check")
-    assert status == 1 and "worse" not in said and "stale" in said  # better, but not what the page says
+    status, printed = run(good, "--check")
+    assert status == 1 and "worse" not in printed and "stale" in printed  # better, but not what the page says
     half = [PLANNED[0], {**PLANNED[1], "whole": False}, SCALE, BOTH]
     run(good)
     assert "worse: ViT-B-16, hf_clip: was parity, is parity (image, text)" in run(half, "--check")[1]
     assert "is not proved" in run([PLANNED[0]], "--check")[1]
 
 
-def test_no_page_is_made_of_a_run_that_failed_or_was_not(run, tmp_path, capsys):
-    status, said = run(PLANNED, failed=["tests/test_x.py::test_y"])
-    assert status == 1 and "1 tests failed" in said and "test_x.py" in said and not run.page.exists()
+def test_no_page_is_written_after_a_failed_or_missing_run(run, tmp_path, capsys):
+    status, printed = run(PLANNED, failed=["tests/test_x.py::test_y"])
+    assert status == 1 and "1 tests failed" in printed and "test_x.py" in printed and not run.page.exists()
     assert make_coverage.main(["--proofs", str(tmp_path / "none.json")]) == 1
     assert "make test" in capsys.readouterr().out
 
@@ -342,8 +345,8 @@ def test_the_proofs_of_tests_that_passed_are_written_at_the_end_of_a_run(tmp_pat
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "1 failed, 2 passed" in done.stdout
-    told = json.loads(file.read_text(encoding="utf-8"))
-    found = {(proof["word"], *sorted(proof["towers"])) for proof in told["proofs"]}
-    assert found == {("parity", "image", "text"), ("bit-equal", "scale")} and len(told["proofs"]) == 2
-    assert all("test_good[1]" in proof["test"] for proof in told["proofs"])
-    assert [name.rpartition("::")[2] for name in told["failed"]] == ["test_bad"]
+    written = json.loads(file.read_text(encoding="utf-8"))
+    found = {(proof["word"], *sorted(proof["towers"])) for proof in written["proofs"]}
+    assert found == {("parity", "image", "text"), ("bit-equal", "scale")} and len(written["proofs"]) == 2
+    assert all("test_good[1]" in proof["test"] for proof in written["proofs"])
+    assert [name.rpartition("::")[2] for name in written["failed"]] == ["test_bad"]

@@ -201,10 +201,10 @@ def test_the_configuration_of_a_siglip2_folder_shows_an_activation_that_differs(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         keymap.load_checkpoint(naflex.model(seed=5), tmp_path)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         keymap.load_checkpoint(naflex.model(seed=5, act="gelu"), tmp_path)
-    assert any("activation of the image tower" in str(warning.message) for warning in told)
+    assert any("activation of the image tower" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["distinct", "square"])
@@ -436,7 +436,7 @@ def test_a_lost_tensor_is_named(file):
 # --- OpenCLIP's ViT into a NaFlexVit with class token ---
 
 
-SPELLED = {"hf_clip": ("native_vit",), "timm": ("clip_trunk", "native_vit"), "open_clip": ("native_vit",)}
+LAYOUTS = {"hf_clip": ("native_vit",), "timm": ("clip_trunk", "native_vit"), "open_clip": ("native_vit",)}
 
 
 def clip_file(kind, sizes):
@@ -452,7 +452,7 @@ def clip_file(kind, sizes):
     return peer.state_dict(), True, peer.state_dict(), lambda x: peer.encode_image(x).detach()
 
 
-@pytest.mark.parametrize("kind", SPELLED)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, sizes, file, proves):
     state, whole, native, features = clip_file(kind, sizes)
     model = naflex.token_model(seed=5, **sizes)
@@ -460,7 +460,7 @@ def test_a_clip_file_computes_the_same_in_a_naflexvit_with_class_token(kind, siz
     result = keymap.load_checkpoint(model, file(state), towers=towers)
     assert result.report.plan.format == kind
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert result.report.plan.layouts["image"] == (*SPELLED[kind], "naflex_token")
+    assert result.report.plan.layouts["image"] == (*LAYOUTS[kind], "naflex_token")
     image = pictures(sizes)
     assert_parity(model, image, features(image))
     assert_bits(model, token_by_hand(native), ("",) if whole else ("visual.",))
@@ -572,7 +572,7 @@ def test_a_state_dict_goes_to_the_hub_and_back(name, sizes):
 
 
 @pytest.mark.parametrize("way", [("hf_siglip2_naflex", "hf_siglip"), ("big_vision_naflex", "big_vision_siglip")])
-def test_naflex_and_siglip_files_become_each_other_and_come_home(way, sizes):
+def test_naflex_and_siglip_files_convert_into_each_other_and_back(way, sizes):
     flexible, fixed = way
     state = naflex.siglip2_keys(naflex.siglip2(**sizes))
     for there in way:
@@ -697,7 +697,7 @@ map_trunk_naflex: the kernel read as width, height: differs
 map_trunk_naflex: rows and columns of the table exchanged: differs
 - view: 1 (h w) d -> 1 h w d
 + view: 1 (w h) d -> 1 h w d
-map_trunk_naflex: the kernel's channels told wrongly: refused
+map_trunk_naflex: the wrong number of channels in the kernel: refused
 - sizes: {c: 3, ph: pw}
 + sizes: {c: 4, ph: pw}
 map_trunk_naflex, the other way: the kernel in the order of the convolution: differs
@@ -706,7 +706,7 @@ map_trunk_naflex, the other way: the kernel in the order of the convolution: dif
 map_trunk_naflex, the other way: rows and columns of the table exchanged: differs
 - view: 1 (h w) d -> 1 h w d
 + view: 1 (w h) d -> 1 h w d
-map_trunk_naflex, the other way: the patch not told to be square: refused
+map_trunk_naflex, the other way: no size that makes the patch square: refused
 - sizes: {c: 3, ph: pw}
 + sizes: {c: 3}
 native_vit_naflex_token: the position of the class token forgotten: differs

@@ -258,7 +258,7 @@ def test_a_format_claims_its_own_samples(name):
 
 GREEDY = """format: greedy
 title: claims what is not its own
-reference: nowhere
+reference: example 1.0
 layouts: {image: native_vit}
 detect:
   any: [my.weight, CLUE]
@@ -344,23 +344,23 @@ ENGLISH = {
 def known_words():
     """Names of formats and parts of keys, from the mappings alone."""
     names = {m.name for m in KNOWN.formats} | {m.name for m in KNOWN.mappings.values() if m.kind == "bridge"}
-    parts = {spelling for entries in KNOWN.hub.layouts.values() for spelling in entries if "_" in spelling}
+    parts = {layout for entries in KNOWN.hub.layouts.values() for layout in entries if "_" in layout}
     for mapping in KNOWN.mappings.values():
         rules = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
         for rule in (*rules, *(rule for block in mapping.aliases for rule in block.table.rules)):
             for side in (rule.source, *rule.targets):
-                spelled = [t if isinstance(t, str) else " ".join(s for _, s in t.options) for t in side.tokens]
-                parts |= {part for text in spelled for part in re.split(r"[^A-Za-z0-9_]+", text)}
+                texts = [t if isinstance(t, str) else " ".join(s for _, s in t.options) for t in side.tokens]
+                parts |= {part for text in texts for part in re.split(r"[^A-Za-z0-9_]+", text)}
     return names, {part for part in parts if len(part) > 1 and not part.isdigit()} - ENGLISH
 
 
 def words_of(code: str):
-    """Words of names and strings of a module; docstrings and comments may say what they like."""
+    """Words of names and strings of a module; docstrings and comments are not searched."""
     tree = ast.parse(code)
-    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield from ((line, word) for word in re.split(r"[^A-Za-z0-9_]+", node.value))
         elif isinstance(node, (ast.Name, ast.Attribute, ast.arg, ast.FunctionDef)):
             name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None) or node.arg
@@ -370,8 +370,8 @@ def words_of(code: str):
 @pytest.mark.parametrize("file", sorted((ROOT / "keymap").rglob("*.py")), ids=lambda file: file.name)
 def test_no_module_knows_a_format_by_name(file):
     names, parts = known_words()
-    told = [(line, word) for line, word in words_of(file.read_text(encoding="utf-8")) if word in names | parts]
-    assert told == [], f"{file.name} knows {told}: that belongs into a mapping"
+    found = [(line, word) for line, word in words_of(file.read_text(encoding="utf-8")) if word in names | parts]
+    assert found == [], f"{file.name} knows {found}: that belongs into a mapping"
 
 
 def test_the_search_for_names_can_fail():

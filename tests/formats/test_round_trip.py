@@ -74,18 +74,18 @@ def test_a_sample_goes_there_and_back_bit_for_bit(name):
     dropped |= {k for k in tensors if any(entry.side.match(k) is not None for entry in mapping.unsupported)}
     tensors = {k: v for k, v in tensors.items() if k not in dropped or mapping.kind == "hub"}
     table = file_rules(mapping, layouts(sample_tensors := randoms(sample.shapes)))
-    there = apply_rules(table, layouts(tensors), sample.facts)
-    assert not there.faults and not there.left, ([f.text for f in there.faults], list(there.left))
-    used = {source for layout in there.out.values() for source in layout.sources}
-    assert used == set(tensors), "a key goes nowhere"
-    assert_filled_once(there.out)
-    there_values = values(there.out, tensors)
+    result = apply_rules(table, layouts(tensors), sample.facts)
+    assert not result.faults and not result.left, ([f.text for f in result.faults], list(result.left))
+    used = {source for layout in result.out.values() for source in layout.sources}
+    assert used == set(tensors), "no rule reads this key"
+    assert_filled_once(result.out)
+    there_values = values(result.out, tensors)
 
     held = [v for v in mapping.variants if matching_keys(v.when, layouts(sample_tensors)) is not None]
     held_back = [v for v in mapping.variants if matching_keys(v.when_hub, layouts(there_values)) is not None]
     assert held == held_back, "the variant is not found on the way back"
     one_way = {k for k in tensors if table.find(k)[0].oneway}
-    reached = {k: v for k, v in there_values.items() if not set(there.out[k].sources) & one_way}
+    reached = {k: v for k, v in there_values.items() if not set(result.out[k].sources) & one_way}
     back = apply_rules(table.inverse(), layouts(reached), sample.facts)
     assert not back.faults and not back.left, ([f.text for f in back.faults], list(back.left))
     assert_filled_once(back.out)
@@ -104,7 +104,7 @@ def test_a_sample_shows_every_rule(name):
 
 
 @EACH_SAMPLE
-def test_accepts_let_the_written_form_pass(name):
+def test_aliases_leave_the_written_keys_unchanged(name):
     mapping, sample = SAMPLES[name]
     before = layouts(randoms(sample.shapes))
     after, faults, _ = apply_aliases(mapping, before, sample.facts)
@@ -116,12 +116,12 @@ BOTH_WAYS = [n for n, (m, _) in SAMPLES.items() if m.kind == "bridge" and not an
 
 
 @of_formats({name: SAMPLES[name][0].name for name in BOTH_WAYS})
-def test_a_bridge_goes_back_and_there_again(name):
+def test_a_bridge_round_trip_from_its_second_layout_is_bit_for_bit(name):
     """As the first test of this file, from the second layout."""
     mapping, sample = SAMPLES[name]
     table = RuleTable(mapping.rules)
-    there = apply_rules(table, layouts(randoms(sample.shapes)), sample.facts)
-    tensors = randoms({key: layout.shape for key, layout in there.out.items()}, seed=1)
+    result = apply_rules(table, layouts(randoms(sample.shapes)), sample.facts)
+    tensors = randoms({key: layout.shape for key, layout in result.out.items()}, seed=1)
     back = apply_rules(table.inverse(), layouts(tensors), sample.facts)
     middle = values(back.out, tensors)
     again = apply_rules(table, layouts(middle), sample.facts)
@@ -180,8 +180,8 @@ def assert_same(got, want):
 
 
 def there_and_back(state, form, over="open_clip", facts=None, via=None):
-    there = keymap.convert_state_dict(state, to=over, mapping=form, facts=facts)
-    return keymap.convert_state_dict(there, to=via or form, mapping="open_clip", facts=facts)
+    result = keymap.convert_state_dict(state, to=over, mapping=form, facts=facts)
+    return keymap.convert_state_dict(result, to=via or form, mapping="open_clip", facts=facts)
 
 
 @pytest.mark.parametrize("square", [False, True], ids=["distinct", "square"])
@@ -228,13 +228,13 @@ OWN = {
 
 @pytest.mark.parametrize("square", [False, True], ids=["distinct", "square"])
 @of_formats({name: form for name, (_, form, _) in OWN.items()})
-def test_a_model_of_open_clip_goes_to_a_format_and_comes_home(name, square):
+def test_a_model_of_open_clip_goes_to_a_format_and_back(name, square):
     make, form, home = OWN[name]
     state = make(**(SQUARE if square and make is not openclip.resnet else {})).state_dict()
     if form == "openai":  # its float16 holds no more than float16
         state = {key: value.half().float() if value.is_floating_point() else value for key, value in state.items()}
-    there = keymap.convert_state_dict(state, to=form, facts=HEADS)
-    back = keymap.convert_state_dict(there, to=home, facts=HEADS)
+    result = keymap.convert_state_dict(state, to=form, facts=HEADS)
+    back = keymap.convert_state_dict(result, to=home, facts=HEADS)
     if name == "timm trunk to hf_clip":  # the text tower comes home as `text.*`; head.bias has no place in between
         back = {key: value for key, value in back.items() if key.startswith("visual.")}
         state = {k: v for k, v in state.items() if k.startswith("visual.") and k != "visual.trunk.head.bias"}
@@ -249,7 +249,7 @@ def image_tower(model):
     return {key: value for key, value in model.state_dict().items() if key.startswith("visual.")}
 
 
-def test_a_resnet_goes_to_timm_and_comes_home():
+def test_a_resnet_goes_to_timm_and_back():
     state = image_tower(openclip.resnet())
     timm = keymap.convert_state_dict(state, to="timm_resnet")
     assert set(timm) == set(timm_towers.resnet_clip().state_dict())
@@ -265,7 +265,7 @@ def test_a_native_tower_becomes_a_timm_tower_and_a_timm_tower_a_native_one(squar
     def to_trunk(state):
         return keymap.convert_state_dict(state, to="native_vit_clip_trunk")
 
-    def to_native(state):  # a format that speaks native only leads there
+    def to_native(state):  # a format of the native layout converts to it only
         return keymap.convert_state_dict(keymap.convert_state_dict(state, to="hf_clip"), to="open_clip")
 
     assert set(to_trunk(native)) == set(trunk)

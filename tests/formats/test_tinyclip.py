@@ -57,12 +57,12 @@ def test_a_tinyclip_that_was_pruned_block_by_block_is_refused_with_its_shapes(ch
     before = bits(model)
     with pytest.raises(keymap.PlanError, match="format tinyclip") as caught:
         keymap.load_checkpoint(model, path)
-    told = "\n".join(caught.value.faults)
-    assert "blocks of different sizes, as in a pruned model" in told
+    faults = "\n".join(caught.value.faults)
+    assert "blocks of different sizes, as in a pruned model" in faults
     if channels == 128:
-        assert "resblocks.0.attn.in_proj_weight: shape [192, 128] in the file, [384, 128] in the model" in told
+        assert "resblocks.0.attn.in_proj_weight: shape [192, 128] in the file, [384, 128] in the model" in faults
     else:
-        assert "visual.proj: shape [80, 24] in the file, [128, 24] in the model" in told
+        assert "visual.proj: shape [80, 24] in the file, [128, 24] in the model" in faults
     assert_unchanged(model, before)
     if channels < 128:  # nothing of the tower fits, so it is refused in part, too
         with pytest.raises(keymap.PlanError, match="of the image tower in the file would load"):

@@ -1,4 +1,4 @@
-"""What became of one mutant: a right load, a refusal, or a failure in words."""
+"""The outcome of one mutant: a right load, a refusal, or a failure with its reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = 2.0  # of processor time: what a mutant may take on a machine that doe
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """The same values; which of its many spellings a NaN has depends on how a cast is vectorised."""
+    """The same values; which of its many bit patterns a NaN has depends on how a cast is vectorised."""
     if one.numel() != other.numel() or one.dtype != other.dtype:
         return False
     other = other.reshape(one.shape)  # a scalar may be () or (1,)
@@ -113,7 +113,7 @@ class Kind:
         if word == "load":
             fault = self._wrong(which, result, file, options, data, intact, strict)
         elif "cannot be read (" in text:
-            fault = f"only the last net caught it: {text}"
+            fault = f"only the catch-all handler caught it: {text}"
         else:
             fault = self._changed(seed)
         size = max(len(data), file.stat().st_size)
@@ -147,7 +147,7 @@ class Kind:
             wanted = self.expected.setdefault(which, now)
             chosen = now if strict else {entry.key for entry in plan.entries}
             if any(now[key] != wanted[key] for key in chosen):
-                return "the values are not the original's, and no checksum told"
+                return "the values are not the original's, and no checksum showed it"
         written = {entry.key for entry in plan.entries}
         kept = {key for note in plan.notes for key in [note.partition(":")[0]] if key in now}
         before = self.before[id(seed.model)]

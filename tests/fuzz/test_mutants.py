@@ -1,4 +1,4 @@
-"""The short run: some mutants of every kind, always the same. And that the judge sees what it has to see."""
+"""The short run: some mutants of every kind, always the same. And the judge must report every planted fault."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _swells(*arguments, **options):
 
 PLANTED = {
     "another exception": (_raises(ValueError("odd")), "ValueError: odd"),
-    "the last net": (_raises(keymap.CheckpointError("a: cannot be read (KeyError: 3)")), "only the last net"),
+    "an error that only the catch-all handler caught": (
+        _raises(keymap.CheckpointError("a: cannot be read (KeyError: 3)")),
+        "only the catch-all handler",
+    ),
     "a changed model": (_raises(keymap.CheckpointError("no"), change=True), "['visual.proj'] changed"),
     "too slow": (_burns, "it took 0."),
     "too large": (_swells, "MB for a file of"),
@@ -63,7 +66,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_the_judge_sees(name: str, kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_reports_a_planted_fault(name: str, kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     load, words = PLANTED[name]
     before = {key: value.clone() for key, value in kind.seeds[0].model.state_dict().items()}
     monkeypatch.setattr(keymap, "load_checkpoint", load)
@@ -73,7 +76,7 @@ def test_the_judge_sees(name: str, kind: judge.Kind, monkeypatch: pytest.MonkeyP
     assert outcome.word == "FAILED" and words in outcome.text, outcome
 
 
-def test_the_judge_sees_values_that_are_not_the_files(kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_reports_values_that_differ_from_the_file(kind: judge.Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     real = keymap.load_checkpoint
 
     def load(model, *arguments, **options):
@@ -99,7 +102,7 @@ judge.Kind.run = run
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_seen_and_the_next_goes_on_behind_it(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_reported_and_the_next_continues_after_it(tmp_path: Path) -> None:
     tally = workers.fuzz(["npy"], 5, first_of_all=DYING)["npy"]
     assert tally.mutants == 5 and tally.refusals == 4
     assert tally.failures == [

@@ -64,10 +64,10 @@ def fuzz(
     kinds: Sequence[str],
     count: int,
     seed: int = 0,
-    told: Callable[[str, int, str], None] = lambda kind, number, text: None,
+    on_failure: Callable[[str, int, str], None] = lambda kind, number, text: None,
     first_of_all: str = "",
 ) -> dict[str, Tally]:
-    """Judge ``count`` mutants of each kind; ``told`` is called at once with every failure.
+    """Judge ``count`` mutants of each kind; ``on_failure`` is called with every failure at once.
 
     ``first_of_all`` is code that the worker runs before it begins: the tests of this module let it fail.
     """
@@ -75,7 +75,7 @@ def fuzz(
     left, first = list(kinds), 0
     with tempfile.TemporaryDirectory() as folder:
         while left:
-            left, first = _until_death(left, count, seed, first, Path(folder), tallies, told, first_of_all)
+            left, first = _until_death(left, count, seed, first, Path(folder), tallies, on_failure, first_of_all)
     return tallies
 
 
@@ -86,28 +86,28 @@ def _until_death(
     first: int,
     folder: Path,
     tallies: dict[str, Tally],
-    told: Callable[[str, int, str], None],
+    on_failure: Callable[[str, int, str], None],
     first_of_all: str,
 ) -> tuple[list[str], int]:
     """Run one worker; what is left to do when it has ended, as (kinds, first number of the first of them)."""
-    here = Path(__file__).parents[1]
+    tests = Path(__file__).parents[1]
     arguments = [",".join(kinds), str(seed), str(first), str(count), str(folder)]
     code = (
         f"import sys\nsys.path[:0] = sys.argv[1:3]\n{first_of_all}\nfrom fuzz.workers import main\nmain(sys.argv[3:])"
     )
-    command = [sys.executable, "-c", code, str(here), str(here.parent), *arguments]
-    with tempfile.TemporaryFile("w+") as said:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
-        kind, number, under_way = _listen(worker, kinds[0], first, tallies, told)
-        said.seek(0)
+    command = [sys.executable, "-c", code, str(tests), str(tests.parent), *arguments]
+    with tempfile.TemporaryFile("w+") as errors:
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        kind, number, under_way = _listen(worker, kinds[0], first, tallies, on_failure)
+        errors.seek(0)
         if worker.returncode == 0:
             return [], 0
         if worker.returncode > 0 or not under_way:  # an error of this program, not of what it tests
-            raise RuntimeError(f"the worker ended with {worker.returncode} at {kind} {number}: {said.read()[-3000:]}")
+            raise RuntimeError(f"the worker ended with {worker.returncode} at {kind} {number}: {errors.read()[-3000:]}")
     text = f"the process was ended by signal {-worker.returncode} (9 after {HANG:.0f} s without an answer)"
     tallies[kind].words["FAILED"] += 1
     tallies[kind].failures.append((number, text))
-    told(kind, number, text)
+    on_failure(kind, number, text)
     return (kinds[kinds.index(kind) :], number + 1) if number + 1 < count else (kinds[kinds.index(kind) + 1 :], 0)
 
 
@@ -116,7 +116,7 @@ def _listen(
     kind: str,
     first: int,
     tallies: dict[str, Tally],
-    told: Callable[[str, int, str], None],
+    on_failure: Callable[[str, int, str], None],
 ) -> tuple[str, int, bool]:
     """Hear a worker to its end: (kind, number) of its last mutant, and whether that was still under way."""
     assert worker.stdout is not None
@@ -144,7 +144,7 @@ def _listen(
         tally.slowest, tally.largest = max(tally.slowest, rest[1]), max(tally.largest, rest[2])
         if word == "FAILED":
             tally.failures.append((number, rest[0]))
-            told(kind, number, rest[0])
+            on_failure(kind, number, rest[0])
     worker.wait()
     over.set()
     watching.join()

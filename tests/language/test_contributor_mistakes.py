@@ -189,9 +189,7 @@ MISTAKES: dict[str, Mistake] = {
     "rows that cannot be undone": of(
         "view: 1 1 d -> d", "take: [0, 1]", "15:5", "take cannot be undone: add oneway: true"
     ),
-    "a size of nothing": of(
-        "sizes: {h: image.heads}", "sizes: {h: 0}", "30:81", "h: 0 is less than the least value, 1"
-    ),
+    "a size of 0": of("sizes: {h: image.heads}", "sizes: {h: 0}", "30:81", "h: 0 is less than the least value, 1"),
     # patterns
     "dot star": of("vision.layers.(\\d+).:", "vision.layers.*.:", "18:5", "'.*' at character 14", "(\\w+) or ([^.]+)"),
     "dot plus": of("vision.post.(weight|bias)", "vision.post.+", "19:5", "'.+' at character 12", "(.+) for the rest"),

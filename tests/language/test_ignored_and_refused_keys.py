@@ -18,7 +18,7 @@ uses: [hf_blocks]
 layouts: {image: native_vit, text: native}
 detect: {all: [marker]}
 ignore:
-  marker: tells the format
+  marker: names the format
   vision_model.copy_of_class: {why: a copy, same_as: vision_model.embeddings.class_embedding}
   layer.(\\d+).twin: {why: another copy, same_as: layer.<1+1>.twin}
 unsupported:
@@ -61,9 +61,7 @@ def save(keys, tmp_path):
     return path
 
 
-def test_a_tower_without_a_place_is_refused_in_its_own_words_and_left_alone_where_it_is_not_asked_for(
-    mapping, keys, tmp_path
-):
+def test_an_unsupported_tower_is_refused_with_its_reason_and_skipped_where_it_is_not_requested(mapping, keys, tmp_path):
     path, model = save(keys, tmp_path), openclip.clip(seed=5)
     before = bits(model)
     with pytest.raises(keymap.PlanError, match="a text tower that OpenCLIP does not have; load with towers") as caught:
@@ -79,7 +77,7 @@ def test_a_tower_without_a_place_is_refused_in_its_own_words_and_left_alone_wher
     assert_unchanged(model, before)
 
 
-def test_a_copy_is_left_out_only_if_it_is_one(mapping, keys, tmp_path):
+def test_an_ignored_copy_must_equal_its_original(mapping, keys, tmp_path):
     twin = keys["vision_model.embeddings.class_embedding"]
     model = openclip.clip(seed=5)
     path = save({**keys, "vision_model.copy_of_class": twin.clone()}, tmp_path)
@@ -92,7 +90,7 @@ def test_a_copy_is_left_out_only_if_it_is_one(mapping, keys, tmp_path):
     assert_unchanged(model, before)
 
 
-def test_copies_compare_along_the_index_and_a_copy_of_nothing_is_left_out(mapping, keys, tmp_path):
+def test_copies_with_an_index_must_be_equal_and_need_no_original(mapping, keys, tmp_path):
     model = openclip.clip(seed=5)
     twins = {f"layer.{n}.twin": torch.full((2,), 1.0) for n in range(3)}
     path = save({**keys, **twins}, tmp_path)
@@ -117,7 +115,7 @@ def test_a_refused_kind_of_file_is_named(mapping, keys, tmp_path, key, words):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "words"),
     [
         ("same_as: layer.<1+1>.twin", "same_as: layer.\\\\2.twin", "same_as: 'layer.\\2.twin' uses group 2"),
         ("text_model.(.+): a text", "text_model.(.+: a text", "is not closed"),
@@ -125,11 +123,11 @@ def test_a_refused_kind_of_file_is_named(mapping, keys, tmp_path, key, words):
         ("{contains: [.strange_suffix], why:", "{why:", "refuse"),
     ],
 )
-def test_errors_in_words_have_a_place(mapping, old, new, said):
+def test_each_fault_has_its_place(mapping, old, new, words):
     text = HF_CLIP_LIKE.replace(old, new.replace("\\\\", "\\"))
     assert text != HF_CLIP_LIKE
     mapping.write_text(text)
     with pytest.raises(keymap.MappingError) as caught:
         keymap.register_mappings(mapping)
-    assert said in str(caught.value) or said == "refuse"
+    assert words in str(caught.value) or words == "refuse"
     assert "worded.yaml:" in caught.value.faults[0]

@@ -2,7 +2,7 @@
 
 A row is a few rules, the tensors that go in, and what plain torch makes of them. `check` runs the rules forward,
 compares, runs the derived inverse and compares again. Sizes differ, and each row runs a second time with all
-sizes equal, where no shape can tell a mistake. The samples that keymap makes of the rules alone must run too.
+sizes equal, where no shape can show a mistake. The samples that keymap makes of the rules alone must run too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from keymap.source.registry import registry
 from keymap.source.samples import samples
 
 HEAD = (
-    "format: example\ntitle: an example\nreference: nowhere\nlayouts: {image: native_vit}\ndetect: {any: [evidence]}\n"
+    "format: example\ntitle: an example\nreference: example 1.0\n"
+    "layouts: {image: native_vit}\ndetect: {any: [evidence]}\n"
 )
 
 
@@ -374,7 +375,7 @@ def test_rows_must_fill_the_table_once():
         assert "do not fill 5 rows, each once" in faults(table, {"a": t(5), "b": t(5)})[0]
 
 
-def test_a_made_up_member_is_zeros_and_is_checked_on_the_way_back(sizes):
+def test_a_member_of_zeros_is_added_and_is_checked_on_the_way_back(sizes):
     """EVA: there is no bias of k."""
     n = sizes[1]
     q, v = t(n), t(n)
@@ -602,7 +603,7 @@ def test_variants_both_ways(both):
     assert len(list(samples(mapping, known))) == 3
 
 
-ACCEPTS = r"""
+ALIASES = r"""
 aliases:
   - params/(.+): \1
   - when: {all: [old.w], none: [new.w]}
@@ -613,25 +614,25 @@ aliases:
 """
 
 
-def accepted(keys):
-    mapping = compiled(r"newest.(w|b): n.\1", ACCEPTS)
+def after_aliases(keys):
+    mapping = compiled(r"newest.(w|b): n.\1", ALIASES)
     found, faults, _ = apply_aliases(
         mapping, {key: whole(key, shape, torch.float32) for key, shape in keys.items()}, {}
     )
     return {key: layout.shape for key, layout in found.items()}, [fault.text for fault in faults]
 
 
-def test_accepts_run_in_order_each_under_its_condition():
-    assert accepted({"params/old.w": (2,), "params/old.b": (3,)}) == ({"newest.w": (2,), "newest.b": (3,)}, [])
-    assert accepted({"old.w": (2,), "new.w": (3,)}) == ({"old.w": (2,), "newest.w": (3,)}, [])
-    assert accepted({"old.b": (2,)}) == ({"old.b": (2,)}, [])
-    assert accepted({"params/scan/k": (2, 5)}) == ({"l_0/k": (5,), "l_1/k": (5,)}, [])
-    assert accepted({"newest.w": (2,)}) == ({"newest.w": (2,)}, [])
+def test_aliases_run_in_order_each_under_its_condition():
+    assert after_aliases({"params/old.w": (2,), "params/old.b": (3,)}) == ({"newest.w": (2,), "newest.b": (3,)}, [])
+    assert after_aliases({"old.w": (2,), "new.w": (3,)}) == ({"old.w": (2,), "newest.w": (3,)}, [])
+    assert after_aliases({"old.b": (2,)}) == ({"old.b": (2,)}, [])
+    assert after_aliases({"params/scan/k": (2, 5)}) == ({"l_0/k": (5,), "l_1/k": (5,)}, [])
+    assert after_aliases({"newest.w": (2,)}) == ({"newest.w": (2,)}, [])
 
 
-def test_accepts_refuse_two_keys_that_become_one():
-    _, told = accepted({"params/newest.w": (2,), "newest.w": (2,)})
-    assert "newest.w" in told[0]
+def test_aliases_that_rename_two_keys_to_one_are_refused():
+    _, faults = after_aliases({"params/newest.w": (2,), "newest.w": (2,)})
+    assert "newest.w" in faults[0]
 
 
 # --- what a format fixes ---

@@ -70,7 +70,7 @@ def test_reshape_moves_nothing():
     assert permute(layout, (2, 3, 4), (0, 1, 2), (2, 12)).pieces == layout.pieces
 
 
-def test_join_runs_joins_what_runs_on_and_nothing_else():
+def test_join_runs_joins_contiguous_pieces_only():
     layout, tensors = source((6, 4))
     thirds = [cut(layout, 0, start, start + 2) for start in (0, 2, 4)]
     placed = [piece for i, part in enumerate(thirds) for piece in place(part, (6, 4), 0, 2 * i)]

@@ -12,7 +12,7 @@ from keymap.source.registry import Catalogue, registry
 
 HEAD = """format: example
 title: an example
-reference: nowhere
+reference: example 1.0
 layouts: {image: native_vit}
 detect: {any: [x]}
 """  # five lines: what follows begins in line 6
@@ -24,7 +24,7 @@ def rules(*lines, more=""):
     return HEAD + "towers:\n  image:\n" + "".join(f"    {line}\n" for line in lines) + more
 
 
-def told(text, library=lambda name: None):
+def faults_of(text, library=lambda name: None):
     with pytest.raises(MappingError) as caught:
         compile_mapping(text, "f.yaml", library)
     assert all(fault.startswith("f.yaml:") for fault in caught.value.faults)
@@ -33,7 +33,7 @@ def told(text, library=lambda name: None):
 
 
 def check(text, place, words):
-    faults = told(text)
+    faults = faults_of(text)
     assert len(faults) == 1, faults
     assert faults[0].startswith(f"f.yaml:{place}: "), faults[0]
     assert words in faults[0]
@@ -86,7 +86,7 @@ def test_malformed_yaml_is_refused(name):
     check(*YAML[name])
 
 
-def test_a_bomb_of_aliases_is_refused_at_once():
+def test_yaml_aliases_that_grow_exponentially_are_refused_at_once():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     with pytest.raises(MappingError, match=r"f.yaml:1:5: anchors and aliases"):
@@ -97,7 +97,11 @@ def test_a_bomb_of_aliases_is_refused_at_once():
 
 FIELDS = {
     "an unknown field": (HEAD + "ignored: {a: b}\n" + GOOD, "6:1", "no field 'ignored' here; did you mean 'ignore'?"),
-    "a field of nowhere": (HEAD + "zzz: 1\n" + GOOD, "6:1", "there is no field 'zzz' here; known: format, kind, title"),
+    "a field without a near name": (
+        HEAD + "zzz: 1\n" + GOOD,
+        "6:1",
+        "there is no field 'zzz' here; known: format, kind, title",
+    ),
     "an unknown operation": (rules("a: {to: b, veiw: a -> a}"), "8:16", "no field 'veiw' here; did you mean 'view'?"),
     "an unknown evidence": (HEAD + "aliases: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),
     "a text for a list": (
@@ -171,7 +175,7 @@ FIELDS = {
         "10:5",
         "when_hub is missing: add it, for example `when_hub: {all: [logit_scale]}`",
     ),
-    "a respelling of two towers": (
+    "a bridge of two towers": (
         "format: r\nkind: bridge\ntitle: t\nbetween: {image: [trunk, naflex], text: [native, flat]}\n" + GOOD,
         "4:1",
         "between: 2 entries, the limit is 1, for example {image: [native_vit, clip_trunk]}",
@@ -346,10 +350,10 @@ OPERATIONS = {
         "unstack writes one group of the target's own; this target has 2",
     ),
     "ties of different groups": ("a: {to: ['b.(x|y)', c], split: [1, 1]}", "tied targets must use the same groups"),
-    "add not said to be one-way": ("a: {to: b, add: c}", "add cannot be undone: add oneway: true"),
-    "times not said to be one-way": ("a: {to: b, times: 2}", "times cannot be undone: add oneway: true"),
-    "plus not said to be one-way": ("a: {to: b, plus: 2}", "plus cannot be undone: add oneway: true"),
-    "rows not said to be one-way": ("(a|b): {to: c, rows: [[0, 1], [1, null]]}", "rows cannot be undone"),
+    "add without oneway": ("a: {to: b, add: c}", "add cannot be undone: add oneway: true"),
+    "times without oneway": ("a: {to: b, times: 2}", "times cannot be undone: add oneway: true"),
+    "plus without oneway": ("a: {to: b, plus: 2}", "plus cannot be undone: add oneway: true"),
+    "rows without oneway": ("(a|b): {to: c, rows: [[0, 1], [1, null]]}", "rows cannot be undone"),
     "add of something else": ("a: {to: b, add: 'c[x]', oneway: true}", "write a key, or key[0] for one row of it"),
     "rest of a fixed key": ("a: {to: b, rest: true}", "rest: true needs a pattern with (.+)"),
     "a view of one side": ("a: {to: b, view: a b -> a}", "the sides of view 'a b -> a' do not balance: b"),
@@ -397,7 +401,7 @@ TABLES = {
     ),
     "with a view": (rules("a.: {to: b., table: t, view: a -> a}", more=table("c: d")), "8:5", "no operation besides"),
     "with two targets": (rules("a.: {to: [b., c.], table: t}", more=table("c: d")), "8:5", "has one target"),
-    "a wrong line, told where it stands": (
+    "a wrong line is reported in the table": (
         rules("a.: {to: b., table: t}", more=table("c*: d")),
         "11:5",
         "'*' at character 2 of 'c*': write (\\d+) for an index, (\\w+) or",
@@ -459,7 +463,7 @@ OWNERS = {
         "14:9",
         "key 'a' is claimed by two rules",
     ),
-    "two rules of accepts": (
+    "two rules of aliases": (
         rules("m: n", more="aliases:\n  - a.(.+): b.\\1\n    a.c: d\n"),
         "11:5",
         "key 'a.c' is claimed",
@@ -470,7 +474,7 @@ OWNERS = {
 @pytest.mark.parametrize("name", OWNERS)
 def test_two_rules_for_one_key(name):
     text, place, words = OWNERS[name]
-    faults = told(text)
+    faults = faults_of(text)
     assert any(fault.startswith(f"f.yaml:{place}: ") and words in fault for fault in faults), faults
 
 
@@ -492,16 +496,16 @@ def test_a_file_only_name_needs_its_meaning():
 
 def test_all_faults_of_a_file_are_reported_at_once():
     text = rules(r"a\.b: c", "d: {to: e, view: a b -> a}", "(f|g): h").replace("[x]", "['x*']")
-    faults = told(text)
+    faults = faults_of(text)
     assert [fault.split(": ")[0] for fault in faults] == ["f.yaml:5:16", "f.yaml:8:5", "f.yaml:9:5", "f.yaml:10:5"]
-    faults = told(HEAD + "ignored: {}\nnotes: 7\n" + GOOD.replace("a: b", "a: {to: b, viev: a -> a}"))
+    faults = faults_of(HEAD + "ignored: {}\nnotes: 7\n" + GOOD.replace("a: b", "a: {to: b, viev: a -> a}"))
     assert sorted(fault.split(": ")[0] for fault in faults) == ["f.yaml:6:1", "f.yaml:7:1", "f.yaml:8:29"]
 
 
 @pytest.mark.parametrize("field", ["ignore:\n  (a|x): noise\n", "unsupported:\n  text:\n    (a|x): no place\n"])
 def test_a_key_that_a_rule_owns_cannot_be_left_out_too(field):
-    told_of = field.partition(":")[0]
-    check(rules("a: b", more=field), "8:5", f"key 'a' is claimed by rule 'a: b' and left out by '{told_of}: (a|x)'")
+    section = field.partition(":")[0]
+    check(rules("a: b", more=field), "8:5", f"key 'a' is claimed by rule 'a: b' and left out by '{section}: (a|x)'")
 
 
 # --- all files together ---
@@ -518,7 +522,7 @@ def refused(folder, name, text):
     return str(caught.value)
 
 
-RESPELLING = "format: other_way\nkind: bridge\ntitle: t\nbetween: {image: [native_vit, clip_trunk]}\n" + GOOD
+BRIDGE = "format: other_way\nkind: bridge\ntitle: t\nbetween: {image: [native_vit, clip_trunk]}\n" + GOOD
 TOGETHER = {
     "the name is taken": (
         "openai.yaml",
@@ -526,14 +530,14 @@ TOGETHER = {
         "the name 'openai' is taken by",
     ),
     "another file name": ("mine.yaml", rules("a: b"), "mine.yaml:1:1: format 'example' belongs in example.yaml"),
-    "an unknown spelling": (
+    "an unknown layout": (
         "example.yaml",
         rules("a: b").replace("native_vit", "nativ_vit"),
         "image: 'nativ_vit' is not known; did you mean 'native_vit'?",
     ),
-    "an unknown spelling of a respelling": (
+    "an unknown layout of a bridge": (
         "other_way.yaml",
-        RESPELLING.replace("clip_trunk", "trunc"),
+        BRIDGE.replace("clip_trunk", "trunc"),
         "image: 'trunc' is not known; did you mean 'trunk'?",
     ),
     "an unknown tower": (
@@ -541,7 +545,7 @@ TOGETHER = {
         rules("a: b").replace("{image: native_vit}", "{images: native_vit}"),
         "example.yaml:4:11: there is no field 'images' here; did you mean 'image'?",
     ),
-    "a second path": ("other_way.yaml", RESPELLING, "bridges of a tower form a forest"),
+    "a second path": ("other_way.yaml", BRIDGE, "bridges of a tower form a forest"),
     "a second hub": (
         "example.yaml",
         HEAD.replace("layouts: {image: native_vit}\n", "kind: hub\n")
@@ -561,7 +565,7 @@ def test_faults_that_only_all_files_together_show(name, tmp_path):
 def test_bridges_that_form_a_cycle_are_refused(tmp_path):
     known = Catalogue(dict(registry().mappings), dict(registry().files))
     for one, two in (("clip_trunk", "naflex"), ("native_vit", "naflex")):
-        text = RESPELLING.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")
+        text = BRIDGE.replace("native_vit, clip_trunk", f"{one}, {two}").replace("other_way", f"{one}_{two}")
         text = text.replace("a: b", "visual.a: visual.b")
         (tmp_path / f"{one}_{two}.yaml").write_text(text, encoding="utf-8")
     known.add([tmp_path / "clip_trunk_naflex.yaml"])
@@ -575,8 +579,8 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("title: é".encode("latin-1"))
     with pytest.raises(MappingError, match=r"latin.yaml cannot be read"):
         known.add([tmp_path / "latin.yaml"])
-    with pytest.raises(MappingError, match=r"nowhere.yaml cannot be read"):
-        known.add([tmp_path / "nowhere.yaml"])
+    with pytest.raises(MappingError, match=r"missing.yaml cannot be read"):
+        known.add([tmp_path / "missing.yaml"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(MappingError, match=r"the folder has no .yaml file"):
         keymap.register_mappings(tmp_path / "empty")

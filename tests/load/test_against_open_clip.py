@@ -127,7 +127,7 @@ def outputs(model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tens
     return model.encode_image(image), model.encode_text(text)
 
 
-SPELLINGS = {"CLIP": openclip.clip, "CustomTextCLIP": openclip.custom}
+LAYOUTS = {"CLIP": openclip.clip, "CustomTextCLIP": openclip.custom}
 STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 
 
@@ -135,10 +135,10 @@ STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "not st
 
 
 @STRICT
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 def test_hf_clip_model_safetensors_into_native_vit(target, strict, st):
     peer = hf.clip()
-    model = SPELLINGS[target](seed=5)
+    model = LAYOUTS[target](seed=5)
     complete(keymap.load_checkpoint(model, st(hf.disk_keys(peer)), strict))
     image, text = images(), tokens()
     got = outputs(model, image, text)
@@ -270,10 +270,10 @@ def test_logit_scale_of_shape_into_scalar_model_and_back(shape, strict, pt):
 
 
 @STRICT
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "_orig_mod.module.model."])
 def test_prefix_on_every_key(prefix, target, strict, pt):
-    source, model = state_of(SPELLINGS[target](seed=1)), SPELLINGS[target](seed=2)
+    source, model = state_of(LAYOUTS[target](seed=1)), LAYOUTS[target](seed=2)
     result = keymap.load_checkpoint(model, pt({prefix + k: v for k, v in source.items()}), strict)
     complete(result)
     assert "".join(result.report.plan.prefixes) == prefix
@@ -284,10 +284,10 @@ EQUAL = {"widths differ": {}, "vision width equals text width": SQUARE}
 
 
 @pytest.mark.parametrize("sizes", EQUAL)
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 def test_module_prefix_only_on_the_first_key(target, sizes, pt):
-    source = state_of(SPELLINGS[target](seed=1, **EQUAL[sizes]))
-    model = SPELLINGS[target](seed=2, **EQUAL[sizes])
+    source = state_of(LAYOUTS[target](seed=1, **EQUAL[sizes]))
+    model = LAYOUTS[target](seed=2, **EQUAL[sizes])
     first = next(iter(source))
     path = pt({f"module.{k}" if k == first else k: v for k, v in source.items()})
     before = bits(model)
@@ -299,12 +299,12 @@ def test_module_prefix_only_on_the_first_key(target, sizes, pt):
 
 
 @pytest.mark.parametrize("sizes", EQUAL)
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 def test_module_prefix_on_every_key_but_the_first_is_refused(target, sizes, pt):
-    source = state_of(SPELLINGS[target](seed=1, **EQUAL[sizes]))
+    source = state_of(LAYOUTS[target](seed=1, **EQUAL[sizes]))
     first = next(iter(source))
     path = pt({k if k == first else f"module.{k}": v for k, v in source.items()})
-    refuses(SPELLINGS[target](seed=2, **EQUAL[sizes]), path, repr(first), "'module.")
+    refuses(LAYOUTS[target](seed=2, **EQUAL[sizes]), path, repr(first), "'module.")
 
 
 @pytest.mark.parametrize("sizes", EQUAL)
@@ -321,11 +321,11 @@ WRAPPERS = ["state_dict", "model", "model_state_dict", "module", "ema", "model_e
 
 
 @STRICT
-@pytest.mark.parametrize("target", [*SPELLINGS, "SigLIP"])
+@pytest.mark.parametrize("target", [*LAYOUTS, "SigLIP"])
 @pytest.mark.parametrize("others", ["alone", "epoch first", "epoch last"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapper(name, others, target, strict, pt):
-    build = {**SPELLINGS, "SigLIP": openclip.siglip}[target]
+    build = {**LAYOUTS, "SigLIP": openclip.siglip}[target]
     source, model = state_of(build(seed=1)), build(seed=2)
     content: dict[str, Any] = {name: source}
     if others == "epoch first":
@@ -520,9 +520,9 @@ def resized_by_open_clip(state: Mapping[str, Tensor], model: nn.Module) -> State
 
 
 @STRICT
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 def test_native_vit_28px_checkpoint_into_56px_model(target, strict, pt):
-    state, model = state_of(SPELLINGS[target](seed=1)), SPELLINGS[target](seed=2, image_size=56)
+    state, model = state_of(LAYOUTS[target](seed=1)), LAYOUTS[target](seed=2, image_size=56)
     result = keymap.load_checkpoint(model, pt(state), strict)
     complete(result)
     assert_holds(model, resized_by_open_clip(state, model))
@@ -536,13 +536,13 @@ def _grid(rows: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Ten
     return torch.cat([rows[:1].float(), image[0].permute(1, 2, 0).flatten(0, 1)])
 
 
-@pytest.mark.parametrize("told_by", ["source_grid", "open_clip_config.json"])
+@pytest.mark.parametrize("grid_from", ["source_grid", "open_clip_config.json"])
 @pytest.mark.parametrize("target", [(56, 56), (56, 28)], ids=["4x4 model", "4x2 model (same token count)"])
-def test_native_vit_2x4_grid_checkpoint_into(target, told_by, pt, tmp_path):
+def test_native_vit_2x4_grid_checkpoint_into(target, grid_from, pt, tmp_path):
     state, model = state_of(openclip.clip(seed=1, image_size=(28, 56))), openclip.clip(seed=2, image_size=target)
     path = pt(state)
     refuses(model, path, "visual.positional_embedding", "source_grid=(h, w)", "(2, 4)", error=keymap.PlanError)
-    options = {"source_grid": (2, 4)} if told_by == "source_grid" else {}
+    options = {"source_grid": (2, 4)} if grid_from == "source_grid" else {}
     if not options:
         config = {"model_cfg": {"vision_cfg": {"image_size": [28, 56], "patch_size": 14}}}
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
@@ -575,10 +575,10 @@ def test_native_vit_half_precision_checkpoint_with_resize(dtype, strict, pt):
 
 
 @STRICT
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("context", [32, 8, 15])
 def test_text_context_16_checkpoint_into_model_of(context, target, strict, pt):
-    state, model = state_of(SPELLINGS[target](seed=1)), SPELLINGS[target](seed=2, context_length=context)
+    state, model = state_of(LAYOUTS[target](seed=1)), LAYOUTS[target](seed=2, context_length=context)
     result = keymap.load_checkpoint(model, pt(state), strict)
     complete(result)
     expected = resized_by_open_clip(state, model)
@@ -700,15 +700,15 @@ def test_pretrained_image_path_no_such_file(strict, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", EQUAL)
-@pytest.mark.parametrize("target", SPELLINGS)
+@pytest.mark.parametrize("target", LAYOUTS)
 def test_pretrained_text_path_full_flat_checkpoint_changes_only_the_text_tower(target, sizes, pt):
     state = state_of(openclip.clip(seed=1, **EQUAL[sizes]))
-    model = SPELLINGS[target](seed=5, **EQUAL[sizes])
+    model = LAYOUTS[target](seed=5, **EQUAL[sizes])
     before = state_of(model)
     result = keymap.load_checkpoint(model, pt(state), towers=("text",))
     complete(result)
-    spelled = state if target == "CLIP" else text_prefixed(state)
-    text = {k: v for k, v in spelled.items() if not k.startswith(("visual.", "logit_"))}
+    flat_or_custom = state if target == "CLIP" else text_prefixed(state)
+    text = {k: v for k, v in flat_or_custom.items() if not k.startswith(("visual.", "logit_"))}
     assert_holds(model, {**before, **text})
 
 

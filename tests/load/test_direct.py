@@ -72,7 +72,7 @@ OTHERS = {
     "another dtype": (torch.float32, lambda n: torch.empty(n, dtype=torch.float16), (1,)),
     "a device without memory": (torch.float32, lambda n: torch.empty(n, device="meta"), (1,)),
     "a stride": (torch.float32, lambda n: torch.empty(n), (2,)),
-    "truth values, which may be spelled by any byte": (torch.bool, lambda n: torch.empty(n, dtype=torch.bool), (1,)),
+    "booleans, which any byte but 0 may store as true": (torch.bool, lambda n: torch.empty(n, dtype=torch.bool), (1,)),
 }
 
 
@@ -131,7 +131,7 @@ def test_where_no_descriptor_is_left_the_mapping_is_read(tmp_path, monkeypatch):
     assert same_bits(run.target, tensors["t5"])
 
 
-def test_a_call_that_reads_less_than_asked_goes_on(tmp_path, monkeypatch):
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
     tensors, lazies = written(tmp_path)
     targets = {name: torch.empty_like(t) for name, t in tensors.items() if t.numel()}
     (batch,) = batches([byte_range(all_of(lazies[n]), lazies[n], t) for n, t in targets.items()])

@@ -77,7 +77,7 @@ CASES = {
     "same layout": lambda p: (saved(openclip.clip(seed=1).state_dict(), p), openclip.clip(seed=2), {}),
     "concat: transformers CLIP": lambda p: (saved(hf.disk_keys(hf.clip()), p), openclip.clip(), {}),
     "split: transformers SigLIP": lambda p: (saved(hf.disk_keys(hf.siglip()), p), openclip.siglip(), {}),
-    "respelled: CLIP into a timm trunk": lambda p: (saved(hf.disk_keys(hf.clip()), p), openclip.clip_trunk(), {}),
+    "bridge: CLIP into a timm trunk": lambda p: (saved(hf.disk_keys(hf.clip()), p), openclip.clip_trunk(), {}),
     "views: timm into the native tower": lambda p: (
         saved(timm_towers.clip_vit().state_dict(), p),
         openclip.clip(),

@@ -122,11 +122,11 @@ def test_a_target_may_be_a_part_of_a_larger_tensor(tmp_path):
 
 
 OTHERS = {
-    "it is small": lambda: (Piece("x", (10, 10), 0, (1, 10), 0, (10, 1)), torch.empty(10, 10)),
-    "it keeps its order": lambda: (Piece("x", (200, 200), 0, (300, 1), 0, (200, 1)), torch.empty(200, 200)),
-    "its rows are huge": lambda: (Piece("x", (30_000, 3), 0, (1, 30_000), 0, (3, 1)), torch.empty(30_000, 3)),
-    "its rows lie within each other": lambda: (Piece("x", (200, 200), 0, (1, 2), 0, (200, 1)), torch.empty(200, 200)),
-    "it goes to a device without memory": lambda: (
+    "small": lambda: (Piece("x", (10, 10), 0, (1, 10), 0, (10, 1)), torch.empty(10, 10)),
+    "axes in their order": lambda: (Piece("x", (200, 200), 0, (300, 1), 0, (200, 1)), torch.empty(200, 200)),
+    "huge rows": lambda: (Piece("x", (30_000, 3), 0, (1, 30_000), 0, (3, 1)), torch.empty(30_000, 3)),
+    "rows that overlap": lambda: (Piece("x", (200, 200), 0, (1, 2), 0, (200, 1)), torch.empty(200, 200)),
+    "a meta target": lambda: (
         Piece("x", (200, 200), 0, (1, 200), 0, (200, 1)),
         torch.empty(200, 200, device="meta"),
     ),
@@ -134,7 +134,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_piece_is_left_to_torch_where(name, tmp_path, monkeypatch):
+def test_these_pieces_are_left_to_torch(name, tmp_path, monkeypatch):
     monkeypatch.setattr(strips, "_buffer_size", lambda: 100_000)
     piece, target = OTHERS[name]()
     assert strips_of(piece, lazy_of(torch.randn(300, 300), tmp_path), target) == []

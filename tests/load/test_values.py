@@ -51,7 +51,7 @@ def test_a_name_that_no_model_has_is_not_written():
 
 
 @pytest.mark.parametrize("key", ["visual.ln_post.weight", "transformer.resblocks.1.mlp.c_fc.bias"])
-def test_a_torn_state_dict_is_not_written_as_if_whole(key):
+def test_an_incomplete_state_dict_does_not_convert(key):
     state = dict(openclip.clip().state_dict())
     del state[key]
     with pytest.raises(keymap.PlanError, match=key):
@@ -139,7 +139,7 @@ ODD = {
     "facts that are a list": lambda path: keymap.load_checkpoint(openclip.clip(), path, facts=[1]),
     "a fact that is text": lambda path: keymap.load_checkpoint(openclip.clip(), path, facts={"image.heads": "12"}),
     "nothing to convert": lambda path: keymap.convert_state_dict(None, "open_clip"),
-    "nowhere to convert to": lambda path: keymap.convert_state_dict({"a": torch.ones(1)}, None),
+    "no target format": lambda path: keymap.convert_state_dict({"a": torch.ones(1)}, None),
 }
 
 

@@ -195,7 +195,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-# --------------------------------------------------------------------------------- spellings of the same file
+# --------------------------------------------------------------------------------- other keys for the same file
 def with_prefix(flat: Mapping[str, NDArray[Any]], prefix: str = "params/") -> Flat:
     """SigLIP 2's releases have ``params/``, SigLIP 1's have none."""
     return {prefix + k: v for k, v in flat.items()}

@@ -1,6 +1,6 @@
 """The conversions to open_clip, written out by hand: an oracle that shares nothing with keymap.
 
-Each takes a source state dict (or flat npz) and returns the target's whole state dict. Outputs cannot tell
+Each takes a source state dict (or flat npz) and returns the target's whole state dict. Outputs cannot show
 all (softmax ignores a key bias), so compare values with these as well.
 """
 

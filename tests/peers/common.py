@@ -1,7 +1,7 @@
 """What all peers share: one set of sizes, random weights, inputs, comparisons.
 
 The default sizes all differ, so a swapped pair of tensors cannot have the same shape. With ``**SQUARE`` all
-matrices of a tower are square, so only the values can tell a missing transpose.
+matrices of a tower are square, so only the values can show a missing transpose.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(config: transformers.PretrainedConfig | None = None) -> Iterator[None]:
+def with_text_config(config: transformers.PretrainedConfig | None = None) -> Iterator[None]:
     """Text towers get this configuration, or the one of their name above, instead of a hub's."""
 
     def known(where: str, **_: object) -> transformers.PretrainedConfig:
@@ -102,7 +102,7 @@ def names() -> list[str]:
 @lru_cache(maxsize=4)
 def model(name: str) -> nn.Module:
     """The model of one configuration, on the meta device."""
-    with on_meta(), told():
+    with on_meta(), with_text_config():
         return open_clip.create_model(name, device="meta", load_weights=False, pretrained=None, pretrained_text=False)
 
 

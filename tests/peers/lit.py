@@ -99,7 +99,7 @@ def init(*, seed: int = 0, head: bool = True, old: bool = False, text: str = "na
 
 @torch.no_grad()
 def forward(flat: Mapping[str, NDArray[Any]], images: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
-    """The embeddings (image, text) of a flat file in any spelling, not normalised."""
+    """The embeddings (image, text) of a flat file, not normalised."""
     fx, flat, image = big_vision._flax(), big_vision.plain(flat), None
     if images is not None:
         patch, _, _, width = flat["img/embedding/kernel"].shape

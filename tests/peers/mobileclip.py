@@ -1,7 +1,7 @@
 """Apple's MobileCLIP (v1): state dicts with the names of its files, and open_clip's models for them.
 
 Apple's code is no package. ``data/mobileclip_shapes.json.gz`` holds every key and shape of its four models, read from
-its own classes; open_clip's converter tells, tensor by tensor, what each becomes.
+its own classes; open_clip's converter shows, tensor by tensor, what each becomes.
 """
 
 from __future__ import annotations

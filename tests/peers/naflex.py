@@ -173,7 +173,7 @@ def init(*, seed: int = 0, head: bool = True, **sizes: Any) -> big_vision.Flat:
 
 @torch.no_grad()
 def forward(flat: Mapping[str, NDArray[Any]], images: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
-    """The embeddings (image, text) of a flat NaFlex file in any spelling, not normalised; images at its own grid."""
+    """The embeddings (image, text) of a flat NaFlex file, not normalised; images at its own grid."""
     fx, flat, image = big_vision._flax(), big_vision.plain(flat), None
     if images is not None:
         *grid, width = flat["img/pos_embedding"].shape

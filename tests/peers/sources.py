@@ -777,7 +777,7 @@ def _chinese(image: str, text: str, form: str) -> Relative:
             "hf_pooler_type": "cls_last_hidden_state_pooler",
             "hf_proj_type": "linear",
         }
-        with full_size.told(transformers.BertConfig(**sizes)):
+        with full_size.with_text_config(transformers.BertConfig(**sizes)):
             return _meta(lambda: open_clip.CustomTextCLIP(**config))
 
     return Relative(form, f"{name} with {text} as its text tower", source, build)

@@ -16,7 +16,7 @@ from keymap.source.registry import registry
 KNOWN = registry()
 
 
-def told(error) -> str:
+def first_fault(error) -> str:
     return error.value.faults[0]
 
 
@@ -86,12 +86,15 @@ def test_another_architecture(tmp_path):
             keymap.load_checkpoint(model, tmp_path / "siglip.safetensors", strict, towers=("image",))
     with pytest.raises(keymap.PlanError) as error:
         keymap.load_checkpoint(model, tmp_path / "siglip.safetensors")
-    assert told(error).startswith("the file holds transformers SiglipModel (SigLIP, SigLIP 2 of fixed resolution)")
-    assert "image tower map_trunk (width 48, layers 2, patch 14, positions 4)" in told(error)
-    assert "the model has image tower native_vit (width 48, layers 2, patch 14, positions 5, embedding 24)" in told(
-        error
+    assert first_fault(error).startswith(
+        "the file holds transformers SiglipModel (SigLIP, SigLIP 2 of fixed resolution)"
     )
-    assert told(error).endswith("model configurations that fit the file: none of the known ones")
+    assert "image tower map_trunk (width 48, layers 2, patch 14, positions 4)" in first_fault(error)
+    assert (
+        "the model has image tower native_vit (width 48, layers 2, patch 14, positions 5, embedding 24)"
+        in first_fault(error)
+    )
+    assert first_fault(error).endswith("model configurations that fit the file: none of the known ones")
     assert len(error.value.faults) < 12
     assert_unchanged(model, before)
 
@@ -100,8 +103,10 @@ def test_another_size_names_the_configuration_that_fits(tmp_path):
     path = full_size.sparse_file(tmp_path / "b16.safetensors", full_size.model("ViT-B-16").state_dict())
     with pytest.raises(keymap.PlanError) as error:
         keymap.plan_load(full_size.model("ViT-L-14"), path)
-    assert "width 768, layers 12, patch 16" in told(error) and "width 1024, layers 24, patch 14" in told(error)
-    assert told(error).endswith("model configurations that fit the file: ViT-B-16, ViT-B-16-quickgelu")
+    assert "width 768, layers 12, patch 16" in first_fault(error) and "width 1024, layers 24, patch 14" in first_fault(
+        error
+    )
+    assert first_fault(error).endswith("model configurations that fit the file: ViT-B-16, ViT-B-16-quickgelu")
     assert len(error.value.faults) <= 8
 
 
@@ -114,15 +119,15 @@ def test_another_architecture_whose_measured_sizes_agree(file, model, tmp_path):
     path = full_size.sparse_file(tmp_path / "model.safetensors", full_size.model(file).state_dict())
     with pytest.raises(keymap.PlanError) as error:
         keymap.plan_load(full_size.model(model), path)
-    assert f"model configurations that fit the file: {file}" in told(error)
+    assert f"model configurations that fit the file: {file}" in first_fault(error)
 
 
 def test_a_lone_tower_of_another_size(tmp_path):
     save_file(timm_towers.clip_vit(image_width=96, image_heads=6).state_dict(), tmp_path / "timm.safetensors")
     with pytest.raises(keymap.PlanError) as error:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "timm.safetensors", towers=("image",))
-    assert "timm image towers" in told(error) and "clip_trunk (width 96" in told(error)
-    assert "text tower" not in told(error)
+    assert "timm image towers" in first_fault(error) and "clip_trunk (width 96" in first_fault(error)
+    assert "text tower" not in first_fault(error)
 
 
 def test_a_pruned_tower_is_named_as_pruned(tmp_path):
@@ -136,7 +141,7 @@ def test_a_pruned_tower_is_named_as_pruned(tmp_path):
     save_file(state, tmp_path / "auto.safetensors")
     with pytest.raises(keymap.PlanError) as error:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "auto.safetensors")
-    assert "blocks of different sizes, as in a pruned model" in told(error)
+    assert "blocks of different sizes, as in a pruned model" in first_fault(error)
 
 
 def test_a_missing_key_is_reported_as_missing_and_not_as_another_architecture(tmp_path):
@@ -144,7 +149,7 @@ def test_a_missing_key_is_reported_as_missing_and_not_as_another_architecture(tm
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(keymap.PlanError) as error:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "x.safetensors")
-    assert "visual.proj" in told(error) and "the file holds" not in told(error)
+    assert "visual.proj" in first_fault(error) and "the file holds" not in first_fault(error)
 
 
 # --- fingerprints ---
@@ -169,5 +174,5 @@ def test_another_size_has_another_fingerprint(change):
     )
 
 
-def test_nothing_fits_a_file_of_no_tower():
+def test_no_configuration_fits_a_file_without_a_tower():
     assert configurations_for(KNOWN, {}) == []

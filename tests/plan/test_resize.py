@@ -505,11 +505,11 @@ def test_a_resized_load_leaves_the_file_and_other_models_alone(tower, st):
 # --- a timm tower without a row for its class token, into open_clip's own ViT ---
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_timm_file_without_a_row_for_the_class_token_into_the_native_vit(told, st):
+@pytest.mark.parametrize("with_source_grid", [True, False])
+def test_a_timm_file_without_a_row_for_the_class_token_into_the_native_vit(with_source_grid, st):
     peer, model = timm_towers.clip_vit(no_embed_class=True), native((2, 2), 2)
     path = st(peer.state_dict())
-    result = keymap.load_checkpoint(model, path, towers=("image",), source_grid=(2, 2) if told else None)
+    result = keymap.load_checkpoint(model, path, towers=("image",), source_grid=(2, 2) if with_source_grid else None)
     assert "zeros" in result.report.plan.resized["visual.positional_embedding"]
     with torch.no_grad():
         assert torch.allclose(model.encode_image(images()), peer(images()), atol=2e-5)

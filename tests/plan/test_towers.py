@@ -142,8 +142,8 @@ def test_strict_holds_within_the_chosen_tower(tmp_path):
     before = bits(model)
     with pytest.raises(keymap.PlanError) as caught:
         keymap.load_checkpoint(model, path, towers=("image",))
-    told = str(caught.value)
-    assert "visual.proj" in told and "visual.extra" in told and "text_projection" not in told
+    message = str(caught.value)
+    assert "visual.proj" in message and "visual.extra" in message and "text_projection" not in message
     assert_unchanged(model, before)
     result = keymap.load_checkpoint(model, path, strict=False, towers=("image",))
     assert (result.missing_keys, result.unexpected_keys) == (["visual.proj"], ["visual.extra"])

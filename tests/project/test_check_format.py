@@ -23,13 +23,13 @@ import selection
 
 class Collector:
     def pytest_collection_modifyitems(self, items):
-        told = [
+        tests = [
             {"test": item.nodeid, "formats": sorted(selection.formats_of(item)),
              "proves": "proves" in item.fixturenames, "slow": item.get_closest_marker("slow") is not None}
             for item in items
         ]
         with open(sys.argv[1], "w") as file:
-            json.dump(told, file)
+            json.dump(tests, file)
 
 sys.exit(pytest.main(["--collect-only", "-qq", "tests/formats"], plugins=[Collector()]))
 """
@@ -74,11 +74,20 @@ def test_every_format_can_be_named(name):
     selection.refuse_unknown(name)
 
 
-def test_a_name_that_is_no_format_is_refused_with_near_names():
-    with pytest.raises(pytest.UsageError, match=r"no format 'hf_clp'.* hf_clip"):
-        selection.refuse_unknown("hf_clp")
-    with pytest.raises(pytest.UsageError, match=r"hf_blocks is a file of tables.* hf_clip"):
-        selection.refuse_unknown("hf_blocks")
+NOT_FORMATS = {  # the name, and a pattern of the message
+    "hf_clp": r"no format 'hf_clp'; did you mean hf_clip\b.*\?$",
+    "HF_CLIP": r"no format 'HF_CLIP'; did you mean hf_clip\b.*\?$",
+    "unknown": r"no format 'unknown'; formats: big_vision_lit, .*, tinyclip$",
+    "hf_blocks": r"hf_blocks is a file of tables: check a format that uses it: .*\bhf_clip\b",
+    "containers": r"containers is not a format \(its kind is containers\); formats: big_vision_lit, .*, tinyclip$",
+    "open_clip_configurations": r"open_clip_configurations is not a format \(its kind is configurations\); formats: ",
+}
+
+
+@pytest.mark.parametrize("name", NOT_FORMATS)
+def test_an_unknown_format_is_refused_with_near_names_or_the_formats(name):
+    with pytest.raises(pytest.UsageError, match=NOT_FORMATS[name]):
+        selection.refuse_unknown(name)
 
 
 def test_a_format_without_any_test_is_refused_with_the_file_to_add():

@@ -29,20 +29,25 @@ def test_check_mappings_passes_on_the_shipped_files(tool, capsys):
     assert [line.split()[0] for line in lines[:-1]] == [file.stem for file in files]
 
 
-# what is replaced, by what, and what is said; with True at the line that was changed
+# text to replace, its replacement, words of the message, and True where the message is at that line
 BROKEN = {
     "unknown field": ("ignore:", "ignor:", "there is no field 'ignor' here; did you mean 'ignore'?", True),
     "unbalanced view": ("view: out in -> in out", "view: out in -> in", "the sides of view", True),
     "pattern": ("vision_model.: {", "vision_model.*.: {", "'.*' at character 13", True),
     "key twice": ("  scale:", "  text:", "key 'text' is given twice", True),
     "yaml": ("towers:", "towers: [", "the [ is not closed: add ]", True),
-    "spelling": ("image: native_vit", "image: nativ_vit", "'nativ_vit' is not known; did you mean 'native_vit'?", True),
+    "unknown layout": (
+        "image: native_vit",
+        "image: nativ_vit",
+        "'nativ_vit' is not known; did you mean 'native_vit'?",
+        True,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_path, capsys):
-    old, new, said, placed = BROKEN[name]
+    old, new, words, placed = BROKEN[name]
     text = (MAPPINGS / "hf_clip.yaml").read_text(encoding="utf-8").replace("format: hf_clip", "format: broken")
     line = text.partition(old)[0].count("\n") + 1
     file = tmp_path / "broken.yaml"
@@ -50,7 +55,7 @@ def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_pa
     assert tool("check_mappings").main([str(file)]) == 1
     out = capsys.readouterr().out
     place = f"{file}:{line}:" if placed else f"{file}:"
-    assert any(row.startswith(place) and said in row for row in out.splitlines()), out
+    assert any(row.startswith(place) and words in row for row in out.splitlines()), out
 
 
 def test_check_mappings_reports_the_faults_of_all_files(tool, tmp_path, capsys):

@@ -104,7 +104,7 @@ def read_all(path: Path, **options: Any) -> None:
 
 
 def refused(path: Path, *words: str, **options: Any) -> CheckpointError:
-    """The refusal, after every word was found in it; the last net must not be what caught it."""
+    """The refusal, after every word was found in it; the catch-all handler must not be what caught it."""
     with pytest.raises(CheckpointError) as caught:
         read_all(path, **options)
     message = str(caught.value)
@@ -625,7 +625,7 @@ BAD_PICKLES: dict[str, tuple[bytes, list[str]]] = {
     "protocol": (b"\x80\x09N.", ["protocol 9"]),
     "unhashable": (b"\x80\x02}]Ns.", ["key of type list"]),
     "slow_key": (b"\x80\x02}" + TUPLES + b"Ns.", ["key of type tuple"]),
-    "endless": (SHARED, ["more than 2000000 values"]),
+    "too_many_values": (SHARED, ["more than 2000000 values"]),
     "self": (b"\x80\x02]q\x00h\x00a.", ["contains itself"]),
     "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", ["nests deeper"]),
     "grows": (b"\x80\x02]" + ENCODE + b"00" + b"h\x00h\x01Ra" * 11_000 + b".", ["far more memory than its size"]),

@@ -394,7 +394,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_a_reference_to_a_storage(name: str, tmp_path: Path) -> None:
+def test_a_hostile_storage_reference_is_refused(name: str, tmp_path: Path) -> None:
     path = write_torch(tmp_path / "a.pt", START + b"}" + text("w") + REFERENCES[name] + b"s.", {"0": bytes(24)})
     refused(path)
 
@@ -439,7 +439,7 @@ GROWING = {
     + b"\x94"
     + b"h\x01h\x00\x85R" * 20_000
     + b".",
-    "the text of what shares much": START + b"]\x940" + b"h\x00\x94" + SHARED
+    "the text of a deeply shared tuple": START + b"]\x940" + b"h\x00\x94" + SHARED
     + named("torch.serialization", "_get_layout") + b"h\x27\x85R.",
     "a view of many axes, often": START + COPIES + named("torch._tensor",
         "_rebuild_from_type_v2") + b"\x94" + b"h\x01h\x00\x85R" * 10 + b".",
@@ -538,7 +538,7 @@ HEADERS: dict[str, tuple[bytes, list[str]]] = {
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_header(name: str, tmp_path: Path) -> None:
+def test_a_hostile_safetensors_header_is_refused(name: str, tmp_path: Path) -> None:
     content, words = HEADERS[name]
     refuses(put(tmp_path / "w.safetensors", content), *words)
 
@@ -625,7 +625,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], list[str]]] = {
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive(name: str, tmp_path: Path) -> None:
+def test_a_hostile_zip_archive_is_refused(name: str, tmp_path: Path) -> None:
     make, words = ARCHIVES[name]
     refuses(put(tmp_path / "w.npz", make()), *words)
 
@@ -641,7 +641,7 @@ def _scripted(attributes: bytes) -> bytes:
     return START + made + b"."
 
 
-def test_modules_of_torchscript_that_share_without_end(tmp_path: Path) -> None:
+def test_torchscript_modules_that_share_submodules_thirty_levels_deep_are_refused(tmp_path: Path) -> None:
     """Thirty levels of two names for one module: a thousand million paths."""
     program = named("__torch__", "M") + b")\x81\x94"
     for level in range(30):
@@ -654,7 +654,7 @@ def test_modules_of_torchscript_that_share_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["n" * 5000, 7])
-def test_attributes_of_torchscript_with_odd_names(name: Any, tmp_path: Path) -> None:
+def test_torchscript_attributes_with_bad_names_are_refused(name: Any, tmp_path: Path) -> None:
     pushed = text(name) if isinstance(name, str) else number(name)
     members = [("a/data.pkl", _scripted(pushed + b"N")), ("a/constants.pkl", b"\x80\x02).")]
     refuses(write_zip(tmp_path / "a.pt", members), "has an attribute")
@@ -690,7 +690,7 @@ TREES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_a_tree(name: str, tmp_path: Path) -> None:
+def test_hostile_wrappers_and_prefixes_load_or_are_refused_within_bounds(name: str, tmp_path: Path) -> None:
     torch.save(TREES[name](), tmp_path / "a.pt")
     if "segment" in name and "turn" not in name:
         keymap.load_checkpoint(model(), tmp_path / "a.pt")
@@ -750,7 +750,7 @@ def test_a_link_out_of_a_folder_is_not_followed_and_is_reported(tmp_path: Path) 
     assert keymap.load_checkpoint(model(), tmp_path / "run").missing_keys == []
 
 
-def test_a_folder_of_odd_things(tmp_path: Path) -> None:
+def test_a_folder_of_pipes_devices_and_broken_links_is_without_a_weight_file(tmp_path: Path) -> None:
     """A pipe, a folder, a link to itself, one to nothing, one to a device: none of them is a weight file."""
     os.mkfifo(tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").mkdir()
@@ -767,7 +767,7 @@ def test_a_folder_of_odd_things(tmp_path: Path) -> None:
     assert keymap.load_checkpoint(model(), tmp_path).missing_keys == []
 
 
-def test_a_folder_without_end(tmp_path: Path) -> None:
+def test_a_folder_of_more_than_ten_thousand_entries_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for n in range(10_001):
         (tmp_path / "checkpoints" / f"{n}").touch()
@@ -822,7 +822,7 @@ INDEXES: dict[str, tuple[Callable[[], str], list[str]]] = {
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("name", INDEXES)
-def test_an_index(name: str, tmp_path: Path) -> None:
+def test_a_hostile_index_is_refused(name: str, tmp_path: Path) -> None:
     make, words = INDEXES[name]
     refuses(put(tmp_path / "i.index.json", make()), *words)
 
@@ -899,13 +899,13 @@ def test_a_malformed_configuration_costs_little(name: str, inside: bool, tmp_pat
     else:
         save_file(weights, tmp_path / "model.safetensors")
         (tmp_path / "open_clip_config.json").write_bytes(text_of.encode("utf-8", "surrogateescape"))
-    told = "its header"  # of the file, where it is written into it and too long
+    message = "its header"  # of the file, where it is written into it and too long
     with bounded(len(text_of)):
         try:
             keymap.load_checkpoint(model(), tmp_path / "model.safetensors")
         except keymap.CheckpointError as error:
-            told = str(error)
-    assert "its header" in told
+            message = str(error)
+    assert "its header" in message
 
 
 def test_a_configuration_whose_image_is_smaller_than_its_patch(tmp_path: Path) -> None:

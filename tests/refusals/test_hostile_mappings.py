@@ -74,9 +74,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "targets without end": (rules("a: {to: [" + ", ".join(lines("b#", 5000)) + "]}"), "f.yaml:8:9"),
     "arithmetic with a number without end": (rules(r"'a(\d+).(0|1)': 'b<1*999999999+2>'"), "must list 0 to 999999998"),
     "arithmetic with many digits": (rules(rf"'a(\d+)': 'b<1+{'9' * 400}>'"), "write <1+1>"),
-    "a digit that is none": (rules(r"'a(b|c)': 'd\²'"), "the number of a group"),
-    "a digit that is none, looked up": (rules("'a(b|c)': 'd<²:x>'"), "write <1+1>"),
-    "a row that is none": (rules("a: {to: b, add: 'c[²]', oneway: true}"), "write a key, or key[0]"),
+    "a superscript digit for a group": (rules(r"'a(b|c)': 'd\²'"), "the number of a group"),
+    "a superscript digit in a lookup": (rules("'a(b|c)': 'd<²:x>'"), "write <1+1>"),
+    "a superscript digit for a row": (rules("a: {to: b, add: 'c[²]', oneway: true}"), "write a key, or key[0]"),
     "evidence without end": (HEAD.replace("[x]", f"[{', '.join(lines('x#', 9000))}]") + GOOD, "more than 1000 rules"),
     "ignored keys without end": (
         rules("a: b", more="ignore:\n" + "\n".join(lines("  d#: why", 5000)) + "\n"),
@@ -120,12 +120,12 @@ def test_a_mapping_that_would_take_very_long_is_refused_with_its_place(name: str
     with bounded(len(text)):
         try:
             compile_mapping(text, "f.yaml", registry().files.get)
-            told, faults = "", []
+            message, faults = "", []
         except MappingError as error:
-            told, faults = str(error), error.faults
+            message, faults = str(error), error.faults
     assert all(fault.startswith("f.yaml:") for fault in faults)
-    assert (words in told) if words else True, told[:1000]
-    assert len(told) < 60_000
+    assert (words in message) if words else True, message[:1000]
+    assert len(message) < 60_000
 
 
 PATHS = ["../../etc/passwd", "/etc/passwd", "..", ".", "a/b", "a\\\\b", "~root", "c:x", "", "\\0", ".hidden"]

@@ -161,13 +161,13 @@ def test_a_deflated_member_with_a_wrong_checksum(name, strict, tmp_path):
 
 @STRICT
 def test_missing_file(strict, tmp_path):
-    path = tmp_path / "nowhere.pt"
+    path = tmp_path / "missing.pt"
     refuses(openclip.clip(), path, keymap.CheckpointError, str(path), "does not exist", strict=strict)
 
 
 @STRICT
 @pytest.mark.parametrize("held", [[], ["one.pt", "two.safetensors"]], ids=["empty", "two that nothing ranks"])
-def test_directory(held, strict, tmp_path):
+def test_a_folder_without_a_clear_checkpoint_is_refused(held, strict, tmp_path):
     for name in held:
         (tmp_path / name).write_bytes(b"x")
     refuses(openclip.clip(), tmp_path, keymap.CheckpointError, str(tmp_path), "is a folder with", *held, strict=strict)
@@ -189,7 +189,7 @@ OTHER_FILES = {
 
 @STRICT
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_other_file(name, strict, tmp_path):
+def test_a_file_of_another_kind_is_refused(name, strict, tmp_path):
     content, words = OTHER_FILES[name]
     path = put(tmp_path / "model.safetensors", content)
     refuses(openclip.clip(), path, keymap.CheckpointError, path.name, *words, strict=strict)

@@ -39,7 +39,7 @@ from test_changing_files import (
     state,
 )
 from test_hostile_mappings import checkpoint, lines, own
-from test_mapping_errors import told
+from test_mapping_errors import faults_of
 from test_read import put, refused
 from test_refusals import refuses
 from torch import Tensor, nn
@@ -288,7 +288,7 @@ def test_the_pages_of_a_stored_npz_are_given_back_while_it_is_checked_and_loaded
     assert path.stat().st_size > 150_000_000
     peak = Peak()
     if peak.reset is None:
-        pytest.skip("the system does not tell the peak of a part of a process's life")
+        pytest.skip("the system does not show the peak memory of a part of a process's life")
     del flat
     peak.start()
     keymap.load_checkpoint(target, path)
@@ -323,29 +323,29 @@ def test_a_mapping_that_expands_a_small_file_is_refused_within_bounds(name: str,
     refused_cheaply(checkpoint(tmp_path, shapes), error=keymap.KeymapError, mapping=mapping)
 
 
-def accepting(count: int) -> str:
+def with_aliases(count: int) -> str:
     blocks = "".join(rf"  - {{'k(\d+).{number}': 'k\1.{number + 1}'}}" + "\n" for number in range(count))
     return own("w: visual.w", more=f"aliases:\n{blocks}")
 
 
-def test_a_mapping_accepts_other_forms_in_thirty_two_blocks_at_most() -> None:
-    compile_mapping(accepting(32), "f.yaml")
+def test_a_mapping_has_thirty_two_blocks_of_aliases_at_most() -> None:
+    compile_mapping(with_aliases(32), "f.yaml")
     for count in (33, 450):
         with ends():
-            faults = told(accepting(count))
+            faults = faults_of(with_aliases(count))
         assert len(faults) == 1 and faults[0].startswith("f.yaml:9:1: "), faults
 
 
 def test_a_range_that_runs_backwards_is_refused_with_its_place() -> None:
-    for spelled in ("[5, 2]", "[2, 2]"):
-        faults = told(own("w: visual.w", f"x: {{to: visual.y, take: {spelled}, oneway: true}}"))
+    for rows in ("[5, 2]", "[2, 2]"):
+        faults = faults_of(own("w: visual.w", f"x: {{to: visual.y, take: {rows}, oneway: true}}"))
         assert len(faults) == 1 and faults[0].startswith("f.yaml:9:"), faults
     compile_mapping(own("w: visual.w", "x: {to: visual.y, take: [2, 5], oneway: true}"), "f.yaml")
 
 
 OPEN_CLIP = r"""format: example
 title: an example
-reference: nowhere
+reference: example 1.0
 layouts: {image: native_vit, text: flat}
 detect: {any: [w]}
 ignore: {w: nothing}
@@ -372,8 +372,8 @@ def test_joins_of_joins_that_are_made_up_of_zeros_are_refused(tmp_path: Path) ->
     """Each makes 64 parts of two that are there, and the second of the first's: 1.6 GB of a file of 1.6 MB."""
     order = "concat: 0, order: [a, b" + ", 0" * 62 + "]"
     extra = {f"x{first}{second}": torch.zeros(100_000) for first in "ab" for second in "ab"}
-    accepts = f"aliases:\n  - {{'x(a|b)(a|b)': {{to: 'y\\1', {order}}}}}\n"
-    path, mapping = mapped(tmp_path, f"'y(a|b)': {{to: visual.proj_bias, {order}}}", extra, accepts)
+    aliases = f"aliases:\n  - {{'x(a|b)(a|b)': {{to: 'y\\1', {order}}}}}\n"
+    path, mapping = mapped(tmp_path, f"'y(a|b)': {{to: visual.proj_bias, {order}}}", extra, aliases)
     refused_cheaply(path, "zeros", error=keymap.KeymapError, mapping=mapping)
 
 

@@ -192,8 +192,8 @@ def test_of_two_models_of_which_none_fits_both_are_reported(tmp_path):
     before = bits(model)
     with pytest.raises(keymap.PlanError, match="none of the 2 state dicts in the file fits") as caught:
         keymap.load_checkpoint(model, path)
-    told = " ".join(caught.value.faults)
-    assert "'state_dict.student'" in told and "'state_dict.teacher'" in told
+    faults = " ".join(caught.value.faults)
+    assert "'state_dict.student'" in faults and "'state_dict.teacher'" in faults
     assert_unchanged(model, before)
 
 
