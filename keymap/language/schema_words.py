@@ -51,6 +51,7 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "include": "uses: [file without .yaml]",
     "imports": "uses: [file without .yaml]",
 }
+_NO_SPACE = r"([^\s:]+):(\S.*)"  # a name and a value, without a space after the colon
 _OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _KINDS = {  # a Python type of YAML data -> the schema's name of it
     type(None): "null",
@@ -120,6 +121,8 @@ def in_words(
     elif "propertyNames" in error.absolute_schema_path:
         name = (*path, error.instance)
         yield SchemaFault(name, f"{marked.at(name)}: {_wrong_name(error, path)}")
+    elif error.instance is None and path and re.fullmatch(_NO_SPACE, str(path[-1])):
+        yield SchemaFault(path, f"{marked.at(path[:-1])}: {_no_space(marked.data, path[:-1])}")
     else:
         schema = {**(outer or {}), **_resolved(error.schema, root)}
         text = _missing(error, root) if error.validator == "required" else _wrong_value(error, path, schema, root)
@@ -141,6 +144,8 @@ def _unknown_fields(marked: Marked, error: Any, root: Mapping[str, Any]) -> Iter
 
 def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, Any]) -> str:
     today = _OLD_FIELDS.get(name, "")
+    if re.fullmatch(_NO_SPACE, name) and name.partition(":")[0] in known:
+        return _with_colon(name)
     if name in root["$defs"]["tower"]["enum"] and "between" in known:
         today = f"between: {{{name}: [...]}}"
     if today and today.partition(":")[0] in known:
@@ -186,6 +191,8 @@ def _missing(error: Any, root: Mapping[str, Any]) -> str:
         return ""
     if any(_OTHER_WORDS.get(key, "").startswith(f"{name}:") for key in error.instance):
         return ""  # it is there under another library's name, which is a fault already
+    if any(str(key).startswith(f"{name}:") for key in error.instance):
+        return ""  # it is there without a space after its colon, which is a fault already
     near = get_close_matches(name, [key for key in error.instance if isinstance(key, str)], 1, 0.75)
     if near and near[0] not in error.schema.get("properties", {}):
         return ""  # it is there and misspelt, which is a fault already
@@ -208,6 +215,28 @@ def _wrong_name(error: Any, path: Path) -> str:
     return f"{str(name)[:80]!r} cannot be a name in {field}: write letters, digits and _, and a letter first"
 
 
+def _no_space(data: Any, path: Path) -> str:
+    """Of fields in { } of which some have no space after the colon."""
+    for step in path:
+        data = data[step]
+    pairs = [re.fullmatch(_NO_SPACE, key) if value is None else None for key, value in data.items()]
+    shown = ", ".join(f"{pair[1]}: {pair[2]}" for pair in pairs if pair)
+    return f"{_field(path)}: write a space after the colon: {{{_cut(shown)}}}"
+
+
+def _with_colon(text: str) -> str:
+    """What to write for a name and a value that no colon and space separate."""
+    found = re.fullmatch(_NO_SPACE, text)
+    if found is not None:
+        return f"write a space after the colon: `{found[1]}: {_cut(found[2])}`"
+    found = re.fullmatch(r"([^\s:]+)(?:\s*(?:->|=>|=)\s*|\s+)(\S+)", text)
+    return f"write `{found[1]}: {_cut(found[2])}`" if found is not None else "write `name: value`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
+
+
 # --- values ---
 
 
@@ -216,6 +245,8 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
     value, limit = error.instance, error.validator_value
     name, shown = _field(path), _shown(error.instance)
     if error.validator == "type":
+        if isinstance(value, str) and schema.get("type") == "object" and re.search(r"\s|:\S", value):
+            return f"{name}: {shown} has no colon followed by a space: {_with_colon(value)}"
         return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
     if error.validator == "enum":
         choices = [as_yaml(choice) for choice in limit]
@@ -352,12 +383,11 @@ def _about(schema: Mapping[str, Any]) -> str:
 def _field(path: Path) -> str:
     """The name of the field that a path leads to; of a list's item that of the list."""
     name = next((step for step in reversed(path) if isinstance(step, str)), "the file")
-    return name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + " ..."
+    return _cut(name)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else as_yaml(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
+    return _cut(repr(value) if isinstance(value, str) else as_yaml(value))
 
 
 def _is(value: Any) -> str:

@@ -79,6 +79,45 @@ MISTAKES: dict[str, Mistake] = {
     # the file as YAML
     "no colon": of("title: my model", "title my model", "2:1", "line 2 has no colon", "write `name: value`"),
     "no space after a colon": of("title: my model", "title:my-model", "2:1", "write a space after the colon"),
+    "no colon in the first rule": of(
+        "    vision.patch.weight: visual.conv1.weight",
+        "    vision.patch.weight visual.conv1.weight",
+        "14:5",
+        "line 14 has no colon",
+        "write `name: value`",
+    ),
+    "no space in the first rule": of(
+        "    vision.patch.weight: v",
+        "    vision.patch.weight:v",
+        "14:5",
+        "line 14 has no colon followed by a space",
+        "write a space after the colon",
+    ),
+    "no colon before options": of(
+        "    vision.head: {", "    vision.head {", "20:5", "line 20 has no colon before the {", "write `vision.head: {`"
+    ),
+    "no colon before the entries of a lookup": of("  norm: {", "  norm {", "35:3", "write `norm: {`"),
+    "no colon after a section": of("towers:\n", "towers\n", "12:1", "line 12 has no colon", "write `towers:`"),
+    "no colon after a tower": of("  image:\n", "  image\n", "13:3", "line 13 has no colon", "write `image:`"),
+    "no colon in the only rule": of(
+        "    logit_scale: logit_scale",
+        "    logit_scale logit_scale",
+        "24:3",
+        "scale: 'logit_scale logit_scale' has no",
+        "write `logit_scale: logit_scale`",
+    ),
+    "no space in the only rule": of(
+        "    logit_scale: logit_scale", "    logit_scale:logit_scale", "24:3", "write a space after the colon"
+    ),
+    "no space in options": of(
+        "{to: visual.proj", "{to:visual.proj", "20:19", "write a space after the colon: `to: visual.proj`"
+    ),
+    "no space in a lookup": of(
+        "{gamma: weight, beta: bias}",
+        "{gamma:weight, beta:bias}",
+        "35:3",
+        "norm: write a space after the colon: {gamma: weight, beta: bias}",
+    ),
     "a colon in a value": of("title: my model", "title: CLIP: my model", "2:12", "needs quotes"),
     "a tab": of("  image:\n", "\timage:\n", "13:1", "a tab cannot indent", "two spaces"),
     "a tab after spaces": of("    vision.cls", "  \tvision.cls", "15:1", "a tab cannot indent"),
@@ -249,6 +288,16 @@ MISTAKES: dict[str, Mistake] = {
     "a lookup without an entry": of(
         "{gamma: weight, beta: bias}", "{gamma: weight}", "17:5", "has no entry for beta: add it"
     ),
+    "a lookup without an entry that several rules need": of(
+        "mlp.<1:mlp>.bias\nlookups:\n  norm: {gamma: weight, beta: bias}\n  mlp: {0: c_fc, 2: c_proj}",
+        "mlp.<1:mlp>.bias\nlookups:\n  norm: {gamma: weight, beta: bias}\n  mlp: {0: c_fc}",
+        "36:3",
+        "mlp has no entry for 2: add it (2 rules use it)",
+    ),
+    "one name for two entries of a lookup": of(
+        "{0: c_fc, 2: c_proj}", "{0: c_fc, 2: c_fc}", "36:3", "gives 0 and 2 one name, c_fc", "(2 rules use it)"
+    ),
+    "a wrong entry of a lookup": of("{0: c_fc, 2: c_proj}", "{0: c_fc, 2: 1.5}", "36:18", "1.5 is a number"),
     "a misspelt lookup of words": of("words: activation}", "words: activatoin}", "43:5", "did you mean 'activation'?"),
     "a prefix rule with a view": of(
         "table: block}", "table: block, view: a b -> b a}", "18:5", "no operation besides sizes"

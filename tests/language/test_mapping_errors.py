@@ -272,7 +272,7 @@ TARGETS = {
     "a lookup of a number": ((r"a(\d+)", "d<1:pair>"), "a lookup needs a group of alternatives (a|b)"),
     "a lookup that is not one-to-one": (
         ("a(b|c)", "d<1:one>"),
-        "<1:one>: lookup 'one' gives two alternatives one name, so there is no way back",
+        "lookup 'one' gives b and c one name, 1, so there is no way back",
     ),
     "a lookup that does not cover": (("a(b|c)", "d<1:part>"), "lookup 'part' has no entry for c"),
     "arithmetic on a word": ((r"a(\w+)", "d<1+1>"), "arithmetic needs a (\\d+) group"),
