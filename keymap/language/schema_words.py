@@ -53,6 +53,17 @@ _OTHER_WORDS = {  # names that other libraries use for a field
 }
 _NO_SPACE = r"([^\s:]+):(\S.*)"  # a name and a value, without a space after the colon
 _OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+_NAME_FORM = "small letters, digits and _, and a letter first"
+_VIEW_FORM = "the axes before and after ->"
+_FORMS = {  # what a text of a field with a pattern holds
+    "format": _NAME_FORM,
+    "uses": _NAME_FORM,
+    "unstack": _NAME_FORM,
+    "view": _VIEW_FORM,
+    "then": _VIEW_FORM,
+    "times": "a number, or sqrt and the number of an axis",
+    "file": "a file name without a folder",
+}
 _KINDS = {  # a Python type of YAML data -> the schema's name of it
     type(None): "null",
     bool: "boolean",
@@ -245,9 +256,7 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
     value, limit = error.instance, error.validator_value
     name, shown = _field(path), _shown(error.instance)
     if error.validator == "type":
-        if isinstance(value, str) and schema.get("type") == "object" and re.search(r"\s|:\S", value):
-            return f"{name}: {shown} has no colon followed by a space: {_with_colon(value)}"
-        return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
+        return _wrong_type(error, name, schema, root)
     if error.validator == "enum":
         choices = [as_yaml(choice) for choice in limit]
         if str(value) in _OTHER_VALUES and _OTHER_VALUES[str(value)] in choices:
@@ -259,18 +268,33 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
         side = "less than the least" if "inimum" in error.validator else "more than the largest"
         return f"{name}: {shown} is {side} value, {limit}{_about(schema)}"
     if error.validator in ("minItems", "minLength", "minProperties"):
-        if not value:
-            return f"{name} is empty; write {_wanted(schema, None, root)}{_about(schema)}"
-        if len(value) == 1 and isinstance(value, list) and isinstance(next(iter(schema.get("examples", ())), 0), str):
-            return f"{name}: a list of one entry; write {as_yaml(value[0])} without [ ]"
-        return f"{name}: {_entries(len(value))}, at least {limit} are needed; write {_wanted(schema, None, root)}"
+        return _too_short(error, name, schema, root)
     if error.validator in ("maxItems", "maxProperties"):
         return f"{name}: {_entries(len(value))}, the limit is {limit}{_example(schema)}"
     if error.validator == "maxLength":
         return f"{name}: a text of {len(value)} characters; the limit is {limit}"
     if error.validator == "pattern":
-        return f"{name}: {shown} has the wrong form; write {_wanted(schema, None, root)}{_about(schema)}"
+        form = _FORMS.get(name, "")
+        return f"{name}: {shown} has the wrong form; write {form or 'another value'}{_example(schema)}{_about(schema)}"
     return f"{name}: {error.message[:200]}{_about(schema)}"
+
+
+def _too_short(error: Any, name: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """Of a list, text or set of fields with too few entries."""
+    value, limit = error.instance, error.validator_value
+    if not value:
+        return f"{name} is empty; write {_wanted(schema, None, root)}{_about(schema)}"
+    if len(value) == 1 and isinstance(value, list) and isinstance(next(iter(schema.get("examples", ())), 0), str):
+        return f"{name}: a list of one entry; write {as_yaml(value[0])} without [ ]"
+    return f"{name}: {_entries(len(value))}, at least {limit} are needed; write {_wanted(schema, None, root)}"
+
+
+def _wrong_type(error: Any, name: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """Of a value of the wrong type."""
+    value = error.instance
+    if isinstance(value, str) and schema.get("type") == "object" and re.search(r"\s|:\S", value):
+        return f"{name}: {_shown(value)} has no colon followed by a space: {_with_colon(value)}"
+    return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
 
 
 def _of_branches(
@@ -394,8 +418,10 @@ def _is(value: Any) -> str:
     """What a value is: ``7 is a number``."""
     if value is None:
         return "the value is missing (null)"
-    words = {"boolean": "true or false", "object": "a set of fields", "integer": "a number"}
+    words = {"object": "a set of fields", "integer": "a number"}
     kind = _kind(value)
+    if kind == "boolean":
+        return f"{_shown(value)} is not allowed"
     return f"{_shown(value)} is {words.get(kind, _WORDS[kind])}"
 
 

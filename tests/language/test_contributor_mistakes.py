@@ -213,6 +213,12 @@ MISTAKES: dict[str, Mistake] = {
     "a view in words": of(
         "view: out in -> in out, opt", "view: swap, opt", "20:36", "view: 'swap' has the wrong form", "->"
     ),
+    "axes by number": of("view: out in -> in out, opt", "view: 1 0, opt", "20:36", "the axes before and after ->"),
+    "another arrow": of("view: out in -> in out, opt", "view: out in => in out, opt", "20:36", "before and after ->"),
+    "a word for a factor": of(
+        "view: 1 1 d -> d", "times: half, oneway: true", "15:46", "write a number, or sqrt and the number of an axis"
+    ),
+    "a flag for an axis": of("concat: 0", "concat: true", "29:55", "true is not allowed; write 0 or d"),
     "a view that loses an axis": of("view: 1 n d -> n d", "view: 1 n d -> n", "16:5", "do not balance: d"),
     "a view with a number": of(
         "view: 1 n d -> n d", "view: 2 n d -> n d", "16:5", "write axis names, 1 and ( ) groups"
@@ -341,6 +347,29 @@ MISTAKES: dict[str, Mistake] = {
         "visual.trunk.patch_embed.proj.weight",
         "14:5",
         "is not a key of the model's image tower (native_vit)",
+    ),
+    "a layout that the rules do not write": of(
+        "image: native_vit",
+        "image: clip_trunk",
+        "6:11",
+        "the rules write keys of layout native_vit",
+        "for example 'visual.conv1.weight'",
+        "write `image: native_vit`",
+    ),
+    "an open layout that the rules do not write": of("image: native_vit", "image: naflex", "6:11", "native_vit`"),
+    "a layout of other libraries for a native tower": of("text: native}", "text: hf}", "6:30", "write `text: native`"),
+    "the text layout without a prefix": of("text: native}", "text: flat}", "6:30", "write `text: native`"),
+    "a key of another layout of the tower": of(
+        "text.head: {to: text.text_projection",
+        "text.head: {to: text_projection",
+        "23:5",
+        "'text_projection' is not a key of the model's text tower (native), but of layout flat",
+    ),
+    "a misspelt target in a table": of(
+        "attn.out.bias: attn.out_proj.bias",
+        "attn.out.bias: attn.outproj.bias",
+        "31:5",
+        "did you mean 'visual.transformer.resblocks.(\\d+).attn.out_proj.bias'? (used at 18:5)",
     ),
     "one misspelt alternative": of(
         "(weight|bias): visual.ln_post",

@@ -120,7 +120,7 @@ FIELDS = {
     "a name in capitals": (
         HEAD.replace("example", "Example", 1) + GOOD,
         "1:1",
-        "format: 'Example' has the wrong form; write a string, for example hf_clip",
+        "format: 'Example' has the wrong form; write small letters, digits and _, and a letter first, for example hf_clip",
     ),
     "an unknown dtype": (
         rules("a: b", more="dtypes:\n  a: float8\n"),
@@ -138,7 +138,7 @@ FIELDS = {
     "a power": (
         rules("a: {to: b, times: cube 1, oneway: true}"),
         "8:16",
-        "times: 'cube 1' has the wrong form; write a string, for example sqrt 1",
+        "times: 'cube 1' has the wrong form; write a number, or sqrt and the number of an axis",
     ),
     "one tied target": (rules("a: {to: [b]}"), "8:9", "to: a list of one entry; write b without [ ]"),
     "one part": (
