@@ -38,6 +38,8 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "target": "to: the target key",
     "rename": "to: the target key",
     "mul": "times: 2.0",
+    "reason": "why: the reason",
+    "because": "why: the reason",
     "required": "optional: true for a key that may be absent",
     "dtype": "dtypes: {pattern: float16} at the top level",
     "not": "none: [pattern]",
@@ -85,10 +87,17 @@ _WORDS = {
 
 
 class SchemaFault(NamedTuple):
-    """One fault: the path of the field to leave out (empty for the whole file), and the message with its place."""
+    """One fault of a file against the schema.
+
+    Attributes:
+        path: of the field to leave out; empty for the whole file.
+        text: the message with its place.
+        of_name: the name is wrong, so that other faults below the path follow from it.
+    """
 
     path: Path
     text: str
+    of_name: bool = False
 
 
 def as_yaml(value: Any) -> str:
@@ -131,7 +140,7 @@ def in_words(
         yield from _unknown_fields(marked, error, root)
     elif "propertyNames" in error.absolute_schema_path:
         name = (*path, error.instance)
-        yield SchemaFault(name, f"{marked.at(name)}: {_wrong_name(error, path)}")
+        yield SchemaFault(name, f"{marked.at(name)}: {_wrong_name(error, path)}", of_name=True)
     elif error.instance is None and path and re.fullmatch(_NO_SPACE, str(path[-1])):
         yield SchemaFault(path, f"{marked.at(path[:-1])}: {_no_space(marked.data, path[:-1])}")
     else:
@@ -150,7 +159,10 @@ def _unknown_fields(marked: Marked, error: Any, root: Mapping[str, Any]) -> Iter
     names = (name for name in error.instance if name not in known)
     for name in islice(names, _MAX_NAMES):
         at = (*path, name)
-        yield SchemaFault(at, f"{marked.at(at)}: {_unknown_field(name, list(known), path, root)}")
+        text = _unknown_field(name, list(known), path, root)
+        if "->" in name and error.instance[name] is None:  # view: a, b -> b a
+            text = "a comma ends a value within { }: write the axes of a view with spaces, for example out in -> in out"
+        yield SchemaFault(at, f"{marked.at(at)}: {text}", of_name=True)
 
 
 def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, Any]) -> str:
@@ -216,6 +228,8 @@ def _missing(error: Any, root: Mapping[str, Any]) -> str:
 def _wrong_name(error: Any, path: Path) -> str:
     """Of a key that is not allowed as a name."""
     name, field = error.instance, _field(path)
+    if error.validator == "enum" and field in ("towers", "unsupported") and re.search(r"[.(]", str(name)):
+        return f"{field}: write {str(name)[:80]} under a tower, for example `{error.validator_value[0]}:`"
     if error.validator == "enum":
         what = "tower" if field in ("towers", "unsupported", "sections") else f"name in {field}"
         return f"{str(name)[:80]!r} is not a {what}{did_you_mean(str(name), error.validator_value, 'write one of')}"

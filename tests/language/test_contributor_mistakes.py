@@ -157,6 +157,23 @@ MISTAKES: dict[str, Mistake] = {
     "a misspelt tower": of("  text:\n", "  texts:\n", "21:3", "'texts' is not a tower; did you mean 'text'?"),
     "an unknown tower": of("  scale:\n", "  audio:\n", "24:3", "'audio' is not a tower", "image, text, decoder, scale"),
     "a misspelt kind": of("title:", "kind: formt\ntitle:", "2:1", "kind: 'formt' is not known; did you mean 'format'?"),
+    "a kind of other files": of(
+        "title:",
+        "kind: tables\ntitle:",
+        "2:1",
+        "kind: tables has no fields layouts, detect, ignore, towers",
+        "write `kind: format`, or leave kind out",
+    ),
+    "a bridge's kind": of("title:", "kind: bridge\ntitle:", "2:1", "kind: bridge has no fields", "`kind: format`"),
+    "a path for the file of the configuration": of(
+        "file: config.json", "file: ../config.json", "40:3", "a file name without a folder"
+    ),
+    "a pattern without a tower": of(
+        "notes:", "unsupported: {a.(.+): no}\nnotes:", "4:15", "write a.(.+) under a tower, for example `image:`"
+    ),
+    "another word for why": of(
+        "vision.mask: a buffer that the model computes", "vision.mask: {reason: a buffer}", "11:17", "write `why: "
+    ),
     "an old kind": of("title:", "kind: respelling\ntitle:", "2:1", "is now called 'bridge'"),
     "no reference": of("reference: my/code.py (my 1.0)\n", "", "1:1", "reference is missing", "`reference: transfo"),
     "no layouts": of("layouts: {image: native_vit, text: native}\n", "", "1:1", "layouts is missing", "`layouts: {im"),
@@ -212,6 +229,15 @@ MISTAKES: dict[str, Mistake] = {
     "one target in a list": of("to: visual.proj", "to: [visual.proj]", "20:19", "write visual.proj without [ ]"),
     "a view in words": of(
         "view: out in -> in out, opt", "view: swap, opt", "20:36", "view: 'swap' has the wrong form", "->"
+    ),
+    "a comma in a view": of(
+        "view: out in -> in out, opt", "view: out, in -> in out, opt", "20:47", "a comma ends a value", "with spaces"
+    ),
+    "rows that are not in pairs": of(
+        "vision.post.(weight|bias): visual.ln_post.\\1",
+        "vision.post.(weight|bias): {to: visual.ln_post.weight, rows: [0, 2], oneway: true}",
+        "19:67",
+        "write a list",
     ),
     "axes by number": of("view: out in -> in out, opt", "view: 1 0, opt", "20:36", "the axes before and after ->"),
     "another arrow": of("view: out in -> in out, opt", "view: out in => in out, opt", "20:36", "before and after ->"),
@@ -327,6 +353,9 @@ MISTAKES: dict[str, Mistake] = {
         "19:5",
         "claimed by two rules",
         "more keys",
+    ),
+    "a rule for every key without rest": of(
+        "    vision.head:", "    (.+): visual.\\1\n    vision.head:", "20:5", "matches every key", "add rest: true"
     ),
     "a key that is ignored and owned": of(
         "  vision.mask: a", "  vision.cls: a", "15:5", "left out by 'ignore: vision.cls'"

@@ -120,7 +120,7 @@ FIELDS = {
     "a name in capitals": (
         HEAD.replace("example", "Example", 1) + GOOD,
         "1:1",
-        "format: 'Example' has the wrong form; write small letters, digits and _, and a letter first, for example hf_clip",
+        "format: 'Example' has the wrong form; write small letters, digits and _",
     ),
     "an unknown dtype": (
         rules("a: b", more="dtypes:\n  a: float8\n"),
