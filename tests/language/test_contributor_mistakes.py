@@ -5,6 +5,7 @@ A row is the change that makes the mistake in a mapping without faults, the plac
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.compile import compile_marked
 from keymap.language.review import review
 from keymap.language.yaml_marks import parse_yaml
-from keymap.source.registry import registry
+from keymap.source.registry import register_mappings, registry
 
 GOOD = r"""format: mine
 title: my model
@@ -486,3 +487,15 @@ def test_faults_of_the_schema_and_of_the_language_come_in_one_list() -> None:
     text = GOOD.replace("visual.ln_post.\\1", "visual.ln_post.$1").replace("notes: [an example]", "notes: an example")
     text = text.replace("table: block}", "table: blok}").replace("concat: 0", "concat: -1")
     assert [fault.split(":")[1] for fault in faults(text)] == ["4", "18", "19", "29"]
+
+
+def test_registering_a_file_refuses_what_a_check_finds(tmp_path: Path) -> None:
+    text = GOOD.replace("visual.conv1.weight", "visual.conv1.weigth", 1).replace(
+        "text.causal: true", "text.causl: true"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(MappingError) as refused:
+        register_mappings(file)
+    assert [fault.split("mine.yaml:")[1].split(": ")[0] for fault in refused.value.faults] == ["14:5", "45:28"]
+    assert "mine" not in registry().mappings
