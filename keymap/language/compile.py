@@ -70,6 +70,7 @@ def compile_marked(
         mapping = _compiled(compiler)
         if not released:
             compiler.check_unused_tables()
+        compiler.faults += compiler.lookup_faults()
         if not (compiler.faults or broken or released):
             compiler.faults += cross_faults(mapping, compiler.effort)
         faults += compiler.faults

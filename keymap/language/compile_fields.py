@@ -149,6 +149,8 @@ def compile_config(compiler: Compiler) -> Config | None:
             facts[fact] = tuple(_places(value, compiler, at, starts, named))
     if "file" not in joined and len(blocks) <= len(used):
         return None  # a config block is unknown, which is reported
+    if "file" not in joined and "file" in dict(compiler.written.data.get("config", {})):
+        return None  # it is there and wrong, which is reported
     if "file" not in joined:
         compiler.fault(
             marked,

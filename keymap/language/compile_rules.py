@@ -10,7 +10,13 @@ from keymap.errors import MappingError
 from keymap.language.compile_operations import LostGroupError, compile_operations
 from keymap.language.format import Clue, Evidence, Ignored
 from keymap.language.pattern import Effort, PatternError, Side
-from keymap.language.pattern_syntax import UnknownLookupError, check_fragment, parse_source, parse_target
+from keymap.language.pattern_syntax import (
+    UnknownLookupError,
+    WrongLookupError,
+    check_fragment,
+    parse_source,
+    parse_target,
+)
 from keymap.language.rules import Rule
 from keymap.language.schema import schema_faults
 from keymap.language.schema_words import did_you_mean
@@ -99,6 +105,8 @@ class Compiler:
         self.faults: list[str] = []
         self.effort, self.entries = Effort(), 0
         self.lookups: dict[str, dict[str, str]] = {}
+        self.lookup_files: dict[str, Marked] = {}
+        self.wrong_lookups: dict[tuple[str, str], dict[str, None]] = {}  # by name and fault: places of the rules
         self.tables: dict[str, tuple[Marked, Where]] = {}
         self.sizes: dict[str, int | str] = dict(marked.data.get("sizes", {}))
         self.facts: dict[str, Any] = {}
@@ -126,6 +134,7 @@ class Compiler:
             self.tables[name] = (marked, ("tables", name))
         for name, table in marked.data.get("lookups", {}).items():
             self.lookups[name] = {key: str(value) for key, value in table.items()}
+            self.lookup_files[name] = marked
         self.facts |= marked.data.get("facts", {})
         self.measures |= marked.data.get("measures", {})
         self.configs |= marked.data.get("configs", {})
@@ -319,10 +328,26 @@ class Compiler:
         except UnknownLookupError as unknown:
             self.unknown(rule.marked, rule.where, "lookup", unknown.name, self.lookups)
             return False
+        except WrongLookupError as wrong:
+            self.wrong_lookups.setdefault((wrong.name, wrong.fault), {})[rule.place] = None
+            return False
         except PatternError as error:
             self.faults.append(f"{rule.place}: {error}")
             return False
         return True
+
+    def lookup_faults(self) -> Iterator[str]:
+        """Lookups that do not fit the rules: at the rule, or at the file's own lookup where it does not fit several."""
+        for (name, fault), places in self.wrong_lookups.items():
+            given, lookups = self.lookup_files[name].data["lookups"][name], self.written.data.get("lookups")
+            if isinstance(lookups, dict) and lookups.get(name, given) != given:
+                continue  # an entry is left out, because it is wrong
+            more = len(places) - 1
+            if more and self.lookup_files[name] is self.marked:
+                yield f"{self.marked.at(('lookups', name))}: {name} {fault} ({more + 1} rules use it)"
+            else:
+                others = f" (and {more} more rule{'s' if more > 1 else ''})" if more else ""
+                yield f"{next(iter(places))}: lookup {name!r} {fault}{others}"
 
 
 def _written(marked: Marked, where: Where, key: str, value: Any) -> _Written:

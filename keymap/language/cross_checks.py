@@ -38,7 +38,8 @@ def cross_faults(mapping: Format, effort: Effort) -> Iterator[str]:
     if mapping.kind != "hub":  # the hub's rules are whole prefixes, within which it ignores some keys
         ignored = [(entry.side, "ignore") for entry in mapping.ignore]
         unsupported = [(entry.side, "unsupported") for entry in mapping.unsupported]
-        yield from islice(_owned_twice(rules, [*ignored, *unsupported], effort), _MAX_FAULTS)
+        narrow = [rule for rule in rules if rule.place not in clashes.greedy]
+        yield from islice(_owned_twice(narrow, [*ignored, *unsupported], effort), _MAX_FAULTS)
 
 
 class _Clashes:
@@ -48,6 +49,7 @@ class _Clashes:
         self.effort = effort
         self.found: dict[tuple[str, str], tuple[str, str, set[str]]] = {}  # the first fault, its way, keys of that way
         self.stopped: dict[str, None] = {}
+        self.greedy: dict[str, str] = {}  # rules (.+) that match keys of other rules: text by place
 
     def compare(self, rules: tuple[Rule, ...], which: str, seen: int = 0) -> None:
         """Compare all rules but the first ``seen`` with each other, and these with the first."""
@@ -63,6 +65,7 @@ class _Clashes:
                 return
             if witness is not None:
                 named.add((first, second))
+                self.greedy |= {rule.place: rule.text for rule in (one, other) if str(rule.source) == "(.+)"}
                 self.add(one, other, which, witness)
                 if len(named) > _MAX_FAULTS * _MAX_FAULTS:
                     return
@@ -84,7 +87,11 @@ class _Clashes:
 
     def faults(self) -> Iterator[str]:
         yield from self.stopped
-        for fault, _, keys in self.found.values():
+        for place, text in self.greedy.items():
+            yield f"{place}: {text} matches every key, and other rules match some of them: add rest: true"
+        for pair, (fault, _, keys) in self.found.items():
+            if self.greedy.keys() & set(pair):
+                continue
             more = len(keys) - 1
             yield fault + (f" (and {more} more key{'s' if more > 1 else ''})" if more else "")
 

@@ -27,7 +27,7 @@ from itertools import permutations
 from keymap.language.overlap import overlap
 from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Token
 
-__all__ = ["UnknownLookupError", "check_fragment", "parse_source", "parse_target"]
+__all__ = ["UnknownLookupError", "WrongLookupError", "check_fragment", "parse_source", "parse_target"]
 
 _MAX_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
 _MAX_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
@@ -76,6 +76,14 @@ class UnknownLookupError(PatternError):
     def __init__(self, name: str, text: str) -> None:
         self.name = name
         super().__init__(text)
+
+
+class WrongLookupError(PatternError):
+    """A lookup lacks entries for a group, or gives two of its alternatives one name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.fault = name, text
+        super().__init__(f"lookup {name!r} {text}")
 
 
 def _literal(text: str, at: int, target: bool = False) -> str:
@@ -310,10 +318,15 @@ def _looked_up(slot: Slot, table: str, body: str, lookups: Mapping[str, Mapping[
         raise PatternError(f"<{body}>: a lookup needs a group of alternatives (a|b), to be reversible")
     lacking = [value for value, _ in slot.options if value not in lookups[table]]
     if lacking:
-        raise PatternError(f"<{body}>: lookup {table!r} has no entry for {', '.join(lacking)}: add it")
+        raise WrongLookupError(table, f"has no entry for {', '.join(lacking)}: add it")
     options = tuple((value, lookups[table][value]) for value, _ in slot.options)
-    if len({name for _, name in options}) != len(options):
-        raise PatternError(f"<{body}>: lookup {table!r} gives two alternatives one name, so there is no way back")
+    names = [name for _, name in options]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        both = " and ".join(value for value, name in options if name == twice)
+        raise WrongLookupError(
+            table, f"gives {both} one name, {twice}, so there is no way back: give each its own name"
+        )
     return Slot(slot.names, "alts", options)
 
 

@@ -12,14 +12,31 @@ from difflib import SequenceMatcher, get_close_matches
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from keymap.language.pattern import Side
 
-__all__ = ["RecordedKeys", "keys_of", "read_recorded_keys"]
+__all__ = ["RecordedKeys", "UnknownKey", "keys_of", "read_recorded_keys"]
 
 _MAX_KEYS = 256  # of one target that are looked up
 _NEAR_KEY, _NEAR_WORD = 0.7, 0.7  # the least likeness of a misspelt key, or of one word of it
 _INDEX, _ANY = r"(\d+)", "*"
+
+
+class UnknownKey(NamedTuple):
+    """A key that the layouts of a rule do not have.
+
+    Attributes:
+        key: as a pattern.
+        text: what is wrong.
+        layouts: those of the tower that have it.
+        certain: false for a key that a model of an open layout may have.
+    """
+
+    key: str
+    text: str
+    layouts: tuple[str, ...]
+    certain: bool
 
 
 class RecordedKeys:
@@ -30,9 +47,9 @@ class RecordedKeys:
 
     def __init__(self, keys: Mapping[str, Mapping[str, Iterable[str]]], open_layouts: Mapping[str, Iterable[str]]):
         self._keys, self._open = keys, {tower: set(names) for tower, names in open_layouts.items()}
-        self._chosen: dict[tuple[str, tuple[str, ...]], _Keys] = {}
+        self._chosen: dict[tuple[str, tuple[str, ...], bool], _Keys] = {}
 
-    def unknown(self, side: Side, tower: str, layouts: tuple[str, ...], further: Iterable[str]) -> Iterator[str]:
+    def unknown(self, side: Side, tower: str, layouts: tuple[str, ...], further: Iterable[str]) -> Iterator[UnknownKey]:
         """The keys of a side that the layouts do not have, each with the nearest key.
 
         Args:
@@ -44,20 +61,31 @@ class RecordedKeys:
         names = layouts if layouts and all(name in held for name in layouts) else tuple(held)
         if not held or any(slot.kind == "rest" for slot in side.slots):
             return
-        if (tower, names) not in self._chosen:
-            keys = [key for name in names for key in held[name]]
-            self._chosen[tower, names] = _Keys([*keys, *further])
-        known = self._chosen[tower, names]
+        known = self._of(tower, names, further)
         is_open = bool(self._open.get(tower, set()) & set(names))
         about = f"of the model's {tower} tower" + (f" ({', '.join(names)})" if layouts else "")
         for key, form in keys_of(side):
             if known.has(key, form):
                 continue
             near = known.misspelt(key) if is_open else known.nearest(key)
-            if near:
-                yield f"'{_shown(key)}' is not a key {about}; did you mean '{near}'?"
-            elif not is_open:
-                yield f"'{_shown(key)}' is not a key {about}"
+            others = tuple(name for name in held if name not in names and self._of(tower, (name,)).has(key, form))
+            if near or others or not is_open:
+                text = _fault(_shown(key), about, others, near)
+                yield UnknownKey(_shown(key), text, others, bool(near) or not is_open)
+
+    def _of(self, tower: str, names: tuple[str, ...], further: Iterable[str] = ()) -> _Keys:
+        """The keys of these layouts, and the further keys that are not keys of other layouts."""
+        if (tower, names, bool(further)) not in self._chosen:
+            keys = {key for name in names for key in self._keys[tower][name]}
+            others = {key for name, held in self._keys[tower].items() if name not in names for key in held}
+            self._chosen[tower, names, bool(further)] = _Keys([*sorted(keys), *(k for k in further if k not in others)])
+        return self._chosen[tower, names, bool(further)]
+
+
+def _fault(key: str, about: str, layouts: tuple[str, ...], near: str) -> str:
+    """What is wrong with a key: the layouts that have it, and the nearest key."""
+    other = f", but of layout {' and '.join(layouts)}" if layouts else ""
+    return f"'{key}' is not a key {about}{other}" + (f"; did you mean '{near}'?" if near else "")
 
 
 def read_recorded_keys(file: Path) -> RecordedKeys | None:

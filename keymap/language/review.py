@@ -16,12 +16,11 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.overlap import overlap
 from keymap.language.pattern import PatternError, Side
-from keymap.language.recorded_keys import keys_of, read_recorded_keys
+from keymap.language.review_targets import wrong_targets
 from keymap.language.rules import Rule
 from keymap.language.schema_words import as_yaml, did_you_mean
 from keymap.language.view import ViewError, parse_view
 from keymap.language.yaml_marks import Marked, Path
-from keymap.paths import data_folder
 
 __all__ = ["review"]
 
@@ -39,7 +38,7 @@ def review(known: Catalogue, name: str) -> list[str]:
     faults: list[tuple[str, str]] = []
     if mapping.kind in ("format", "bridge"):
         faults += _layouts(marked, mapping, known.hub)
-        faults += _targets(mapping, known)
+        faults += wrong_targets(marked, mapping, known)
         faults += _evidence(marked, mapping)
     faults += _facts(marked, known, name)
     faults += _unused(marked, known, name)
@@ -52,7 +51,7 @@ def _order(fault: tuple[str, str]) -> tuple[int, int]:
     return int(line), int(column)
 
 
-# --- targets ---
+# --- layouts ---
 
 
 def _layouts(marked: Marked, mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
@@ -61,31 +60,6 @@ def _layouts(marked: Marked, mapping: Format, hub: Format) -> Iterator[tuple[str
         if tower in hub.layouts and tower not in mapping.layouts:
             names = " or ".join(hub.layouts[tower])
             yield marked.at(("towers", tower)), f"layouts lacks this tower: add `{tower}: {names}` to layouts"
-
-
-def _targets(mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
-    """Targets, and of a bridge also sources, that are not keys of the hub's models; one fault for each rule."""
-    place = known.places.get(known.hub.name)
-    folder = place.parent if place is not None else data_folder("mappings")
-    recorded = read_recorded_keys(folder / f"{known.hub.name}_keys.json")
-    if recorded is None:
-        return
-    closed = [rule.source for rule in known.hub.rules if all(slot.kind == "alts" for slot in rule.source.slots)]
-    further = [*known.hub.absent_means, *known.hub.file_only, *(key for side in closed for key, _ in keys_of(side))]
-    found: dict[str, dict[str, None]] = {}
-    for rule in (*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)):
-        layouts = mapping.layouts.get(rule.tower, ())
-        sides: list[tuple[Side, tuple[str, ...]]] = [(side, layouts) for side in rule.targets]
-        if mapping.kind == "bridge":
-            source, target = mapping.between
-            sides = [(rule.source, (source,)), *((side, (target,)) for side in rule.targets)]
-        texts = found.setdefault(rule.reported_at, {})
-        for side, names in sides:
-            texts.update(dict.fromkeys(recorded.unknown(side, rule.tower, names, further)))
-    for at, faults in found.items():
-        more = f" (and {len(faults) - 1} more keys of this rule)" if len(faults) > 1 else ""
-        for text in list(faults)[:1]:
-            yield at, text + more
 
 
 # --- evidence ---

@@ -62,12 +62,49 @@ def _faults(marked: Marked) -> list[SchemaFault]:
             SchemaFault(("kind",), f"{marked.at(('kind',))}: kind {kind!r} is now called {OLD_KINDS[kind]!r}")
         )
         kind = OLD_KINDS[kind]
+    other = _other_kind(marked.data, kind)
+    if other and not faults:
+        return [SchemaFault(("kind",), f"{marked.at(('kind',))}: {other}")]
     errors = list(islice(_validator(kind if isinstance(kind, str) else "").iter_errors(marked.data), _MAX_FAULTS))
     errors.sort(key=lambda error: list(map(str, error.absolute_path)))
     found = [fault for error in errors for fault in in_words(marked, error, _schema())]
     if faults:  # under an old kind the other fields may be those of another kind: report what has a new name
         found = [fault for fault in found if "is now called" in fault.text and fault.path != ("kind",)]
-    return [*faults, *found]
+    return [*faults, *_causes(found)]
+
+
+def _other_kind(data: dict[str, Any], kind: Any) -> str:
+    """What is wrong with the kind, where several fields belong to one other kind; empty otherwise."""
+    kinds = {name: one["properties"] for name, one in _schema()["$defs"]["kinds"]["$defs"].items()}
+    if not isinstance(kind, str) or kind not in kinds or "kind" not in data:
+        return ""
+    every = [field for field in data if any(field in fields for fields in kinds.values())]
+    strange = [field for field in every if field not in kinds[kind]]
+    fitting = [name for name, fields in kinds.items() if all(field in fields for field in every)]
+    if len(strange) < 2 or not fitting:
+        return ""
+    best = "format" if "format" in fitting else fitting[0]
+    hint = ", or leave kind out" if best == "format" else ""
+    return f"kind: {kind} has no fields {', '.join(strange)}: write `kind: {best}`{hint}"
+
+
+def _causes(faults: list[SchemaFault]) -> list[SchemaFault]:
+    """The faults without those that follow from another one: of a wrong name's value, of a list's further items."""
+    names = {fault.path for fault in faults if fault.of_name}
+    kept: list[SchemaFault] = []
+    seen: set[tuple[Path, str]] = set()
+    for fault in faults:
+        if not fault.of_name and any(fault.path[:n] in names for n in range(len(fault.path) + 1)):
+            continue
+        if any(fault.path[:-1] == name[:-1] and "->" in str(name[-1]) for name in names if name) and not fault.of_name:
+            continue
+        if fault.path and isinstance(fault.path[-1], int):  # items of one list with one mistake
+            same = (fault.path[:-1], fault.text.partition("; write ")[2])
+            if same[1] and same in seen:
+                continue
+            seen.add(same)
+        kept.append(fault)
+    return kept
 
 
 def _unit(path: Path) -> Path:

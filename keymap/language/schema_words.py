@@ -38,6 +38,8 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "target": "to: the target key",
     "rename": "to: the target key",
     "mul": "times: 2.0",
+    "reason": "why: the reason",
+    "because": "why: the reason",
     "required": "optional: true for a key that may be absent",
     "dtype": "dtypes: {pattern: float16} at the top level",
     "not": "none: [pattern]",
@@ -51,7 +53,19 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "include": "uses: [file without .yaml]",
     "imports": "uses: [file without .yaml]",
 }
+_NO_SPACE = r"([^\s:]+):(\S.*)"  # a name and a value, without a space after the colon
 _OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+_NAME_FORM = "small letters, digits and _, and a letter first"
+_VIEW_FORM = "the axes before and after ->"
+_FORMS = {  # what a text of a field with a pattern holds
+    "format": _NAME_FORM,
+    "uses": _NAME_FORM,
+    "unstack": _NAME_FORM,
+    "view": _VIEW_FORM,
+    "then": _VIEW_FORM,
+    "times": "a number, or sqrt and the number of an axis",
+    "file": "a file name without a folder",
+}
 _KINDS = {  # a Python type of YAML data -> the schema's name of it
     type(None): "null",
     bool: "boolean",
@@ -73,10 +87,17 @@ _WORDS = {
 
 
 class SchemaFault(NamedTuple):
-    """One fault: the path of the field to leave out (empty for the whole file), and the message with its place."""
+    """One fault of a file against the schema.
+
+    Attributes:
+        path: of the field to leave out; empty for the whole file.
+        text: the message with its place.
+        of_name: the name is wrong, so that other faults below the path follow from it.
+    """
 
     path: Path
     text: str
+    of_name: bool = False
 
 
 def as_yaml(value: Any) -> str:
@@ -119,7 +140,9 @@ def in_words(
         yield from _unknown_fields(marked, error, root)
     elif "propertyNames" in error.absolute_schema_path:
         name = (*path, error.instance)
-        yield SchemaFault(name, f"{marked.at(name)}: {_wrong_name(error, path)}")
+        yield SchemaFault(name, f"{marked.at(name)}: {_wrong_name(error, path)}", of_name=True)
+    elif error.instance is None and path and re.fullmatch(_NO_SPACE, str(path[-1])):
+        yield SchemaFault(path, f"{marked.at(path[:-1])}: {_no_space(marked.data, path[:-1])}")
     else:
         schema = {**(outer or {}), **_resolved(error.schema, root)}
         text = _missing(error, root) if error.validator == "required" else _wrong_value(error, path, schema, root)
@@ -136,11 +159,16 @@ def _unknown_fields(marked: Marked, error: Any, root: Mapping[str, Any]) -> Iter
     names = (name for name in error.instance if name not in known)
     for name in islice(names, _MAX_NAMES):
         at = (*path, name)
-        yield SchemaFault(at, f"{marked.at(at)}: {_unknown_field(name, list(known), path, root)}")
+        text = _unknown_field(name, list(known), path, root)
+        if "->" in name and error.instance[name] is None:  # view: a, b -> b a
+            text = "a comma ends a value within { }: write the axes of a view with spaces, for example out in -> in out"
+        yield SchemaFault(at, f"{marked.at(at)}: {text}", of_name=True)
 
 
 def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, Any]) -> str:
     today = _OLD_FIELDS.get(name, "")
+    if re.fullmatch(_NO_SPACE, name) and name.partition(":")[0] in known:
+        return _with_colon(name)
     if name in root["$defs"]["tower"]["enum"] and "between" in known:
         today = f"between: {{{name}: [...]}}"
     if today and today.partition(":")[0] in known:
@@ -186,6 +214,8 @@ def _missing(error: Any, root: Mapping[str, Any]) -> str:
         return ""
     if any(_OTHER_WORDS.get(key, "").startswith(f"{name}:") for key in error.instance):
         return ""  # it is there under another library's name, which is a fault already
+    if any(str(key).startswith(f"{name}:") for key in error.instance):
+        return ""  # it is there without a space after its colon, which is a fault already
     near = get_close_matches(name, [key for key in error.instance if isinstance(key, str)], 1, 0.75)
     if near and near[0] not in error.schema.get("properties", {}):
         return ""  # it is there and misspelt, which is a fault already
@@ -198,6 +228,8 @@ def _missing(error: Any, root: Mapping[str, Any]) -> str:
 def _wrong_name(error: Any, path: Path) -> str:
     """Of a key that is not allowed as a name."""
     name, field = error.instance, _field(path)
+    if error.validator == "enum" and field in ("towers", "unsupported") and re.search(r"[.(]", str(name)):
+        return f"{field}: write {str(name)[:80]} under a tower, for example `{error.validator_value[0]}:`"
     if error.validator == "enum":
         what = "tower" if field in ("towers", "unsupported", "sections") else f"name in {field}"
         return f"{str(name)[:80]!r} is not a {what}{did_you_mean(str(name), error.validator_value, 'write one of')}"
@@ -208,6 +240,28 @@ def _wrong_name(error: Any, path: Path) -> str:
     return f"{str(name)[:80]!r} cannot be a name in {field}: write letters, digits and _, and a letter first"
 
 
+def _no_space(data: Any, path: Path) -> str:
+    """Of fields in { } of which some have no space after the colon."""
+    for step in path:
+        data = data[step]
+    pairs = [re.fullmatch(_NO_SPACE, key) if value is None else None for key, value in data.items()]
+    shown = ", ".join(f"{pair[1]}: {pair[2]}" for pair in pairs if pair)
+    return f"{_field(path)}: write a space after the colon: {{{_cut(shown)}}}"
+
+
+def _with_colon(text: str) -> str:
+    """What to write for a name and a value that no colon and space separate."""
+    found = re.fullmatch(_NO_SPACE, text)
+    if found is not None:
+        return f"write a space after the colon: `{found[1]}: {_cut(found[2])}`"
+    found = re.fullmatch(r"([^\s:]+)(?:\s*(?:->|=>|=)\s*|\s+)(\S+)", text)
+    return f"write `{found[1]}: {_cut(found[2])}`" if found is not None else "write `name: value`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
+
+
 # --- values ---
 
 
@@ -216,7 +270,7 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
     value, limit = error.instance, error.validator_value
     name, shown = _field(path), _shown(error.instance)
     if error.validator == "type":
-        return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
+        return _wrong_type(error, name, schema, root)
     if error.validator == "enum":
         choices = [as_yaml(choice) for choice in limit]
         if str(value) in _OTHER_VALUES and _OTHER_VALUES[str(value)] in choices:
@@ -228,18 +282,33 @@ def _wrong_value(error: Any, path: Path, schema: Mapping[str, Any], root: Mappin
         side = "less than the least" if "inimum" in error.validator else "more than the largest"
         return f"{name}: {shown} is {side} value, {limit}{_about(schema)}"
     if error.validator in ("minItems", "minLength", "minProperties"):
-        if not value:
-            return f"{name} is empty; write {_wanted(schema, None, root)}{_about(schema)}"
-        if len(value) == 1 and isinstance(value, list) and isinstance(next(iter(schema.get("examples", ())), 0), str):
-            return f"{name}: a list of one entry; write {as_yaml(value[0])} without [ ]"
-        return f"{name}: {_entries(len(value))}, at least {limit} are needed; write {_wanted(schema, None, root)}"
+        return _too_short(error, name, schema, root)
     if error.validator in ("maxItems", "maxProperties"):
         return f"{name}: {_entries(len(value))}, the limit is {limit}{_example(schema)}"
     if error.validator == "maxLength":
         return f"{name}: a text of {len(value)} characters; the limit is {limit}"
     if error.validator == "pattern":
-        return f"{name}: {shown} has the wrong form; write {_wanted(schema, None, root)}{_about(schema)}"
+        form = _FORMS.get(name, "")
+        return f"{name}: {shown} has the wrong form; write {form or 'another value'}{_example(schema)}{_about(schema)}"
     return f"{name}: {error.message[:200]}{_about(schema)}"
+
+
+def _too_short(error: Any, name: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """Of a list, text or set of fields with too few entries."""
+    value, limit = error.instance, error.validator_value
+    if not value:
+        return f"{name} is empty; write {_wanted(schema, None, root)}{_about(schema)}"
+    if len(value) == 1 and isinstance(value, list) and isinstance(next(iter(schema.get("examples", ())), 0), str):
+        return f"{name}: a list of one entry; write {as_yaml(value[0])} without [ ]"
+    return f"{name}: {_entries(len(value))}, at least {limit} are needed; write {_wanted(schema, None, root)}"
+
+
+def _wrong_type(error: Any, name: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """Of a value of the wrong type."""
+    value = error.instance
+    if isinstance(value, str) and schema.get("type") == "object" and re.search(r"\s|:\S", value):
+        return f"{name}: {_shown(value)} has no colon followed by a space: {_with_colon(value)}"
+    return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
 
 
 def _of_branches(
@@ -352,20 +421,21 @@ def _about(schema: Mapping[str, Any]) -> str:
 def _field(path: Path) -> str:
     """The name of the field that a path leads to; of a list's item that of the list."""
     name = next((step for step in reversed(path) if isinstance(step, str)), "the file")
-    return name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + " ..."
+    return _cut(name)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else as_yaml(value)
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + " ..."
+    return _cut(repr(value) if isinstance(value, str) else as_yaml(value))
 
 
 def _is(value: Any) -> str:
     """What a value is: ``7 is a number``."""
     if value is None:
         return "the value is missing (null)"
-    words = {"boolean": "true or false", "object": "a set of fields", "integer": "a number"}
+    words = {"object": "a set of fields", "integer": "a number"}
     kind = _kind(value)
+    if kind == "boolean":
+        return f"{_shown(value)} is not allowed"
     return f"{_shown(value)} is {words.get(kind, _WORDS[kind])}"
 
 

@@ -17,6 +17,7 @@ _START = {  # characters that cannot begin a value or a key without quotes
     "\t": "a tab cannot indent: use two spaces for each level",
 }
 _CLOSES = {"[": "]", "{": "}"}
+_COLON = re.compile(r":(\s|$)")
 
 
 def in_words(error: Any, text: str) -> tuple[int, int, str]:
@@ -41,9 +42,11 @@ def in_words(error: Any, text: str) -> tuple[int, int, str]:
         bracket = lines[begun.line][begun.column]
         what = f"the {bracket} is not closed: add {_CLOSES.get(bracket, 'its end')}"
         return begun.line + 1, begun.column + 1, what
+    if "mapping values are not allowed" in problem:
+        return _second_colon(lines, mark.line, mark.column)
     if "scanning" in context and "escape" not in problem and "plain scalar" not in context:
         mark = begun
-    what = _mistake(problem, context, _line(lines, mark.line), mark.column, _line(lines, mark.line - 1))
+    what = _mistake(problem, context, _line(lines, mark.line), mark.column)
     what = what.replace("LINE", str(mark.line + 1))
     return mark.line + 1, mark.column + 1, what or f"not YAML: {problem}"
 
@@ -54,14 +57,11 @@ def _line(lines: list[str], number: int) -> str:
 
 
 # long: one case for each problem that libyaml reports
-def _mistake(problem: str, context: str, line: str, column: int, before: str) -> str:
+def _mistake(problem: str, context: str, line: str, column: int) -> str:
     """The usual mistake behind a problem in this line; empty where none is known."""
     char = line[column : column + 1]
     if "expected ':'" in problem:
-        hint = "write a space after the colon" if re.match(r"\s*[^\s:]+:\S", line) else "write `name: value`"
-        return f"line LINE has no colon followed by a space: {hint}"
-    if "mapping values are not allowed" in problem:
-        return _second_colon(line, column, before)
+        return f"line LINE has no colon followed by a space: {_colon_hint(line)}"
     if "scanning an alias" in context or "scanning an anchor" in context:
         return f"quote the {char}: a text that begins with {char} needs quotes, for example '{_word(line, column)}'"
     if "cannot start any token" in problem:
@@ -91,10 +91,31 @@ def _mistake(problem: str, context: str, line: str, column: int, before: str) ->
     return ""
 
 
-def _second_colon(line: str, column: int, before: str) -> str:
-    if line[:column].count(":") or before.count(":") == 0:
-        return "a value that holds ': ' needs quotes: write name: 'text: more text'"
-    return "this line is indented further than the one before, which has a value already: remove the indentation"
+def _second_colon(lines: list[str], number: int, column: int) -> tuple[int, int, str]:
+    """Behind "mapping values are not allowed": the line without a colon, often an earlier one, and what to write."""
+    line = lines[number]
+    joined = re.match(r"\s*([^\s:{]+)\s*\{[^:]*:\s", line)
+    if joined is not None and joined.end() <= column:
+        at, name = len(line) - len(line.lstrip()), joined.group(1)
+        return number + 1, at + 1, f"line {number + 1} has no colon before the {{: write `{name}: {{`"
+    earlier = number - 1
+    while earlier >= 0 and not lines[earlier].split("#")[0].strip():
+        earlier -= 1
+    before = _line(lines, earlier)
+    if _COLON.search(line[:column]) or before.lstrip().startswith("- ") or not before:
+        return number + 1, column + 1, "a value that holds ': ' needs quotes: write name: 'text: more text'"
+    if not _COLON.search(before):
+        at = len(before) - len(before.lstrip())
+        return earlier + 1, at + 1, f"line {earlier + 1} has no colon followed by a space: {_colon_hint(before)}"
+    what = "this line is indented further than the one before, which has a value already: remove the indentation"
+    return number + 1, column + 1, what
+
+
+def _colon_hint(line: str) -> str:
+    """What to write in a line without a colon that a space or the end of the line follows."""
+    if re.match(r"\s*[^\s:]+:\S", line):
+        return "write a space after the colon"
+    return "write `name: value`" if len(line.split()) > 1 else f"write `{line.strip()}:`"
 
 
 def _no_key(line: str, column: int) -> str:

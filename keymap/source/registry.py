@@ -83,6 +83,20 @@ def _check_evidence(known: Catalogue, names: Iterable[str]) -> None:
     check_evidence(known, names)
 
 
+def _check_fully(known: Catalogue, names: Iterable[str]) -> None:
+    """Check new files as tools/check_mappings.py does: what `review` finds, then the evidence.
+
+    Raises:
+        MappingError: with every fault that `review` finds in the files, or with those of the evidence.
+    """
+    from keymap.language.review import review
+
+    faults = [fault for name in names for fault in review(known, name)]
+    if faults:
+        raise MappingError("the mapping has faults that a load would meet later", faults)
+    _check_evidence(known, names)
+
+
 def registry() -> Catalogue:
     """All known mappings; reads them on first use."""
     if not _known:
@@ -106,12 +120,13 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
         The names of the added mappings.
 
     Raises:
-        MappingError: a file is wrong (all faults with ``file:line:column``), a name is taken, a bridge would
+        MappingError: a file is wrong (all faults with ``file:line:column``), among them targets that the models
+            do not have, unknown facts, and tables that nothing uses; or a name is taken, a bridge would
             make a second path between two layouts, or the evidence of two formats matches the same keys.
             Then no mapping is added.
     """
     text = path_text(path, MappingError, "pass the path of a YAML file, or of a folder of YAML files")
-    return [mapping.name for mapping in registry().add(_yaml_files(Path(text)), check=_check_evidence)]
+    return [mapping.name for mapping in registry().add(_yaml_files(Path(text)), check=_check_fully)]
 
 
 def list_formats() -> dict[str, str]:

@@ -5,6 +5,7 @@ A row is the change that makes the mistake in a mapping without faults, the plac
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.compile import compile_marked
 from keymap.language.review import review
 from keymap.language.yaml_marks import parse_yaml
-from keymap.source.registry import registry
+from keymap.source.registry import register_mappings, registry
 
 GOOD = r"""format: mine
 title: my model
@@ -79,6 +80,45 @@ MISTAKES: dict[str, Mistake] = {
     # the file as YAML
     "no colon": of("title: my model", "title my model", "2:1", "line 2 has no colon", "write `name: value`"),
     "no space after a colon": of("title: my model", "title:my-model", "2:1", "write a space after the colon"),
+    "no colon in the first rule": of(
+        "    vision.patch.weight: visual.conv1.weight",
+        "    vision.patch.weight visual.conv1.weight",
+        "14:5",
+        "line 14 has no colon",
+        "write `name: value`",
+    ),
+    "no space in the first rule": of(
+        "    vision.patch.weight: v",
+        "    vision.patch.weight:v",
+        "14:5",
+        "line 14 has no colon followed by a space",
+        "write a space after the colon",
+    ),
+    "no colon before options": of(
+        "    vision.head: {", "    vision.head {", "20:5", "line 20 has no colon before the {", "write `vision.head: {`"
+    ),
+    "no colon before the entries of a lookup": of("  norm: {", "  norm {", "35:3", "write `norm: {`"),
+    "no colon after a section": of("towers:\n", "towers\n", "12:1", "line 12 has no colon", "write `towers:`"),
+    "no colon after a tower": of("  image:\n", "  image\n", "13:3", "line 13 has no colon", "write `image:`"),
+    "no colon in the only rule": of(
+        "    logit_scale: logit_scale",
+        "    logit_scale logit_scale",
+        "24:3",
+        "scale: 'logit_scale logit_scale' has no",
+        "write `logit_scale: logit_scale`",
+    ),
+    "no space in the only rule": of(
+        "    logit_scale: logit_scale", "    logit_scale:logit_scale", "24:3", "write a space after the colon"
+    ),
+    "no space in options": of(
+        "{to: visual.proj", "{to:visual.proj", "20:19", "write a space after the colon: `to: visual.proj`"
+    ),
+    "no space in a lookup": of(
+        "{gamma: weight, beta: bias}",
+        "{gamma:weight, beta:bias}",
+        "35:3",
+        "norm: write a space after the colon: {gamma: weight, beta: bias}",
+    ),
     "a colon in a value": of("title: my model", "title: CLIP: my model", "2:12", "needs quotes"),
     "a tab": of("  image:\n", "\timage:\n", "13:1", "a tab cannot indent", "two spaces"),
     "a tab after spaces": of("    vision.cls", "  \tvision.cls", "15:1", "a tab cannot indent"),
@@ -118,6 +158,23 @@ MISTAKES: dict[str, Mistake] = {
     "a misspelt tower": of("  text:\n", "  texts:\n", "21:3", "'texts' is not a tower; did you mean 'text'?"),
     "an unknown tower": of("  scale:\n", "  audio:\n", "24:3", "'audio' is not a tower", "image, text, decoder, scale"),
     "a misspelt kind": of("title:", "kind: formt\ntitle:", "2:1", "kind: 'formt' is not known; did you mean 'format'?"),
+    "a kind of other files": of(
+        "title:",
+        "kind: tables\ntitle:",
+        "2:1",
+        "kind: tables has no fields layouts, detect, ignore, towers",
+        "write `kind: format`, or leave kind out",
+    ),
+    "a bridge's kind": of("title:", "kind: bridge\ntitle:", "2:1", "kind: bridge has no fields", "`kind: format`"),
+    "a path for the file of the configuration": of(
+        "file: config.json", "file: ../config.json", "40:3", "a file name without a folder"
+    ),
+    "a pattern without a tower": of(
+        "notes:", "unsupported: {a.(.+): no}\nnotes:", "4:15", "write a.(.+) under a tower, for example `image:`"
+    ),
+    "another word for why": of(
+        "vision.mask: a buffer that the model computes", "vision.mask: {reason: a buffer}", "11:17", "write `why: "
+    ),
     "an old kind": of("title:", "kind: respelling\ntitle:", "2:1", "is now called 'bridge'"),
     "no reference": of("reference: my/code.py (my 1.0)\n", "", "1:1", "reference is missing", "`reference: transfo"),
     "no layouts": of("layouts: {image: native_vit, text: native}\n", "", "1:1", "layouts is missing", "`layouts: {im"),
@@ -174,6 +231,21 @@ MISTAKES: dict[str, Mistake] = {
     "a view in words": of(
         "view: out in -> in out, opt", "view: swap, opt", "20:36", "view: 'swap' has the wrong form", "->"
     ),
+    "a comma in a view": of(
+        "view: out in -> in out, opt", "view: out, in -> in out, opt", "20:47", "a comma ends a value", "with spaces"
+    ),
+    "rows that are not in pairs": of(
+        "vision.post.(weight|bias): visual.ln_post.\\1",
+        "vision.post.(weight|bias): {to: visual.ln_post.weight, rows: [0, 2], oneway: true}",
+        "19:67",
+        "write a list",
+    ),
+    "axes by number": of("view: out in -> in out, opt", "view: 1 0, opt", "20:36", "the axes before and after ->"),
+    "another arrow": of("view: out in -> in out, opt", "view: out in => in out, opt", "20:36", "before and after ->"),
+    "a word for a factor": of(
+        "view: 1 1 d -> d", "times: half, oneway: true", "15:46", "write a number, or sqrt and the number of an axis"
+    ),
+    "a flag for an axis": of("concat: 0", "concat: true", "29:55", "true is not allowed; write 0 or d"),
     "a view that loses an axis": of("view: 1 n d -> n d", "view: 1 n d -> n", "16:5", "do not balance: d"),
     "a view with a number": of(
         "view: 1 n d -> n d", "view: 2 n d -> n d", "16:5", "write axis names, 1 and ( ) groups"
@@ -247,6 +319,16 @@ MISTAKES: dict[str, Mistake] = {
     "a lookup without an entry": of(
         "{gamma: weight, beta: bias}", "{gamma: weight}", "17:5", "has no entry for beta: add it"
     ),
+    "a lookup without an entry that several rules need": of(
+        "mlp.<1:mlp>.bias\nlookups:\n  norm: {gamma: weight, beta: bias}\n  mlp: {0: c_fc, 2: c_proj}",
+        "mlp.<1:mlp>.bias\nlookups:\n  norm: {gamma: weight, beta: bias}\n  mlp: {0: c_fc}",
+        "36:3",
+        "mlp has no entry for 2: add it (2 rules use it)",
+    ),
+    "one name for two entries of a lookup": of(
+        "{0: c_fc, 2: c_proj}", "{0: c_fc, 2: c_fc}", "36:3", "gives 0 and 2 one name, c_fc", "(2 rules use it)"
+    ),
+    "a wrong entry of a lookup": of("{0: c_fc, 2: c_proj}", "{0: c_fc, 2: 1.5}", "36:18", "1.5 is a number"),
     "a misspelt lookup of words": of("words: activation}", "words: activatoin}", "43:5", "did you mean 'activation'?"),
     "a prefix rule with a view": of(
         "table: block}", "table: block, view: a b -> b a}", "18:5", "no operation besides sizes"
@@ -271,6 +353,9 @@ MISTAKES: dict[str, Mistake] = {
         "claimed by two rules",
         "more keys",
     ),
+    "a rule for every key without rest": of(
+        "    vision.head:", "    (.+): visual.\\1\n    vision.head:", "20:5", "matches every key", "add rest: true"
+    ),
     "a key that is ignored and owned": of(
         "  vision.mask: a", "  vision.cls: a", "15:5", "left out by 'ignore: vision.cls'"
     ),
@@ -290,6 +375,29 @@ MISTAKES: dict[str, Mistake] = {
         "visual.trunk.patch_embed.proj.weight",
         "14:5",
         "is not a key of the model's image tower (native_vit)",
+    ),
+    "a layout that the rules do not write": of(
+        "image: native_vit",
+        "image: clip_trunk",
+        "6:11",
+        "the rules write keys of layout native_vit",
+        "for example 'visual.conv1.weight'",
+        "write `image: native_vit`",
+    ),
+    "an open layout that the rules do not write": of("image: native_vit", "image: naflex", "6:11", "native_vit`"),
+    "a layout of other libraries for a native tower": of("text: native}", "text: hf}", "6:30", "write `text: native`"),
+    "the text layout without a prefix": of("text: native}", "text: flat}", "6:30", "write `text: native`"),
+    "a key of another layout of the tower": of(
+        "text.head: {to: text.text_projection",
+        "text.head: {to: text_projection",
+        "23:5",
+        "'text_projection' is not a key of the model's text tower (native), but of layout flat",
+    ),
+    "a misspelt target in a table": of(
+        "attn.out.bias: attn.out_proj.bias",
+        "attn.out.bias: attn.outproj.bias",
+        "31:5",
+        "did you mean 'visual.transformer.resblocks.(\\d+).attn.out_proj.bias'? (used at 18:5)",
     ),
     "one misspelt alternative": of(
         "(weight|bias): visual.ln_post",
@@ -377,3 +485,15 @@ def test_faults_of_the_schema_and_of_the_language_come_in_one_list() -> None:
     text = GOOD.replace("visual.ln_post.\\1", "visual.ln_post.$1").replace("notes: [an example]", "notes: an example")
     text = text.replace("table: block}", "table: blok}").replace("concat: 0", "concat: -1")
     assert [fault.split(":")[1] for fault in faults(text)] == ["4", "18", "19", "29"]
+
+
+def test_registering_a_file_refuses_what_a_check_finds(tmp_path: Path) -> None:
+    text = GOOD.replace("visual.conv1.weight", "visual.conv1.weigth", 1).replace(
+        "text.causal: true", "text.causl: true"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(MappingError) as refused:
+        register_mappings(file)
+    assert [fault.split("mine.yaml:")[1].split(": ")[0] for fault in refused.value.faults] == ["14:5", "45:28"]
+    assert "mine" not in registry().mappings

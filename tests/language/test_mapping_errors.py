@@ -124,7 +124,7 @@ FIELDS = {
     "a name in capitals": (
         HEAD.replace("example", "Example", 1) + GOOD,
         "1:1",
-        "format: 'Example' has the wrong form; write a string, for example hf_clip",
+        "format: 'Example' has the wrong form; write small letters, digits and _",
     ),
     "an unknown dtype": (
         rules("a: b", more="dtypes:\n  a: float8\n"),
@@ -142,7 +142,7 @@ FIELDS = {
     "a power": (
         rules("a: {to: b, times: cube 1, oneway: true}"),
         "8:16",
-        "times: 'cube 1' has the wrong form; write a string, for example sqrt 1",
+        "times: 'cube 1' has the wrong form; write a number, or sqrt and the number of an axis",
     ),
     "one tied target": (rules("a: {to: [b]}"), "8:9", "to: a list of one entry; write b without [ ]"),
     "one part": (
@@ -276,7 +276,7 @@ TARGETS = {
     "a lookup of a number": ((r"a(\d+)", "d<1:pair>"), "a lookup needs a group of alternatives (a|b)"),
     "a lookup that is not one-to-one": (
         ("a(b|c)", "d<1:one>"),
-        "<1:one>: lookup 'one' gives two alternatives one name, so there is no way back",
+        "lookup 'one' gives b and c one name, 1, so there is no way back",
     ),
     "a lookup that does not cover": (("a(b|c)", "d<1:part>"), "lookup 'part' has no entry for c"),
     "arithmetic on a word": ((r"a(\w+)", "d<1+1>"), "arithmetic needs a (\\d+) group"),
