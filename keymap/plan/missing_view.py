@@ -74,6 +74,7 @@ def missing_view(source: Sequence[int], target: Sequence[int]) -> str:
     return f"{' '.join(names)} -> {' '.join(right)}"
 
 
+# long: 16 branches, most of them choices of a word
 def grouped(mismatches: Iterable[Mismatch], fitting: Collection[str], other_model: bool) -> Iterator[MismatchGroup]:
     """One group for each rule and change of its view; keys of repeated layers are one group.
 

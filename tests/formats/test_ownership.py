@@ -397,5 +397,5 @@ def test_a_mapping_compiles_without_the_others():
 @pytest.mark.parametrize("file", sorted((ROOT / "mappings").glob("*.yaml")), ids=lambda file: file.stem)
 def test_a_mapping_is_short_and_names_its_schema(file):
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 120
+    assert len(lines) < 150
     assert lines[0] == "# yaml-language-server: $schema=../schemas/mapping.schema.json"

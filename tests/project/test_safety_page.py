@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from keymap.language import apply, compile_rules, pattern, pattern_syntax, view, yaml_marks
+from keymap.load import execute
 from keymap.paths import data_folder
 from keymap.read import lazy, numpy_file, safetensors_file, shards, torchscript, tree, unpickle, zip_file
 from keymap.read.globals_allowed import _CALLS, DTYPES, NAMES_ONLY, STORAGE_DTYPES, UNREAD
@@ -55,3 +56,4 @@ def test_the_page_states_the_limits_of_the_code() -> None:
     assert row("what rules produce") == [apply._MAX_SLICES, apply._MAX_LACKING, apply._MAX_MADE_UP]
     assert row("a pattern") == [pattern_syntax._MAX_TEXT, pattern_syntax._MAX_READINGS]
     assert row("a view") == [view._MAX_AXES]
+    assert f"Up to {execute._MADE_FIRST >> 20} MB of resized and computed tensors are made" in PAGE
