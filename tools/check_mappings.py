@@ -60,7 +60,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
     shipped = [file.resolve() for file in sorted(data_folder("mappings").glob("*.yaml"))]
     marked, faults = parsed(dict.fromkeys([*shipped, *named]))
     by_name = {str(one.data.get("format")): one for one in marked.values() if isinstance(one.data, dict)}
-    lines: list[str] = []
+    lines: dict[str, str] = {}  # by file
     compiled: dict[str, Format] = {}
     for file in list(marked):
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
         spent = (time.perf_counter() - start) * 1000
         compiled[mapping.name] = mapping
         if file in named:
-            lines.append(f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms")
+            lines[marked[file].file] = f"{mapping.name:24} {mapping.kind:11} {count(mapping):4} rules {spent:8.1f} ms"
     try:
         Catalogue().add(marked)
     except MappingError as error:  # what only all files together show: names, layouts, paths of bridges
@@ -83,7 +83,9 @@ def check(files: Sequence[Path]) -> tuple[list[str], list[str]]:
     places = {place_of(fault) for fault in faults}
     for fault in (fault for name in right for fault in review(known, name)):
         faults += [fault] if place_of(fault) not in places else []
-    return lines, [*sorted(faults, key=order_of), *([] if faults else evidence_faults(known, right))]
+    faults = sorted(faults, key=order_of) or list(evidence_faults(known, right))
+    wrong = {place_of(fault).split(":")[0] for fault in faults}
+    return [line for file, line in lines.items() if file not in wrong], faults
 
 
 def order_of(fault: str) -> tuple[str, list[int]]:

@@ -36,12 +36,12 @@ _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
 _INDEX, _NAME, _REST = "(\\d+) for an index", "(\\w+) or ([^.]+) for a name", "(.+) for the rest of the key, at its end"
 _ADVICE = [  # a regular expression of what is written; what to write in a source, and in a target
-    (r"\\\\[dw1-9]", "write one backslash", "write one backslash: \\1"),
+    (r"\\\\[dw1-9]", "write one backslash", "write one backslash: GROUP"),
     (r"\\\.", "a dot is already a dot: write . without a backslash", "a dot is already a dot: write ."),
     (r"\\d[+*]?", "write (\\d+) for an index, in brackets", "write \\1 for the first group of the source"),
     (r"\\w[+*]?", "write (\\w+) for a name, in brackets", "write \\1 for the first group of the source"),
     (r"\\[0-9]", "\\1 belongs to a target; in a source write (\\d+), (\\w+) or (a|b)", ""),
-    (r"\.\*", f"write {_NAME}; or {_REST}", "write \\1 for the first group of the source"),
+    (r"\.\*", f"keep the dot, and write {_INDEX}, {_NAME}; or {_REST}", "write \\1 for the first group of the source"),
     (r"\.\+", f"write {_NAME}; or {_REST}", "write \\1 for the first group of the source"),
     (r"\[0-9\][+*]?", "write (\\d+) for an index", "write \\1 for the first group of the source"),
     (r"\[\^\\?\.\][+*]?", "write ([^.]+), in brackets", "write \\1 for the first group of the source"),
@@ -60,7 +60,7 @@ _ADVICE = [  # a regular expression of what is written; what to write in a sourc
     (r"\|", "alternatives need brackets: (a|b)", "alternatives need brackets: (a|b)"),
     (r"\)", "this ) closes nothing: add the ( or remove it", "this ) closes nothing: add the ( or remove it"),
     (r"\\", "a backslash is allowed only in (\\d+) and (\\w+)", "a backslash needs the number of a group: write \\1"),
-    (r"<", "<...> belongs to a target", ""),
+    (r"<[^>]*>?", f"<...> belongs to a target: write {_INDEX}, {_NAME}, or (a|b)", ""),
 ]
 _GROUP_ADVICE = [  # the body of a group, and what to write instead
     (r"\\d\*?|\[0-9\][+*]?|\\\\d\+|\\d\{.*\}|[0-9]\+", "(\\d+)"),
@@ -95,6 +95,7 @@ def _literal(text: str, at: int, target: bool = False) -> str:
             fault = re.match(written, text[start:])
             if fault is not None:
                 advice = (in_target if target else "") or in_source
+                advice = advice.replace("GROUP", fault.group()[1:])
                 raise PatternError(f"'{fault.group()}' at character {start + 1} of '{text}': {advice}")
         raise PatternError(f"'{text[at]}' at character {at + 1} of '{text}': {_CHARACTERS}")
     return found.group()
@@ -331,6 +332,8 @@ def _looked_up(slot: Slot, table: str, body: str, lookups: Mapping[str, Mapping[
 
 
 def _angle_advice(body: str, index: str | None) -> str:
+    if body == "0":
+        return "groups count from 1, write \\1"
     if body.isascii() and body.isdigit():
         return f"write \\{body}"
     if re.fullmatch(r"[a-z]\w*", body, re.ASCII):

@@ -308,6 +308,8 @@ def _wrong_type(error: Any, name: str, schema: Mapping[str, Any], root: Mapping[
     value = error.instance
     if isinstance(value, str) and schema.get("type") == "object" and re.search(r"\s|:\S", value):
         return f"{name}: {_shown(value)} has no colon followed by a space: {_with_colon(value)}"
+    if isinstance(value, str) and schema.get("type") == "array" and re.match(r"-\S", value):
+        return f"{name}: {_shown(value)} is a string; write a space after the - of an item"
     return f"{name}: {_is(value)}; write {_wanted(schema, value, root)}{_about(schema)}"
 
 
@@ -333,6 +335,9 @@ def _of_branches(
             yield from in_words(marked, inner, root, {"examples": schema.get("examples", ())} if same else None)
         return
     choices = [as_yaml(example) for example in schema.get("examples", ())[:2]]
+    choices[:1] = [f"for example {choice}" for choice in choices[:1]]
+    if isinstance(error.instance, list) and any("to" in branch.get("properties", {}) for branch in branches):
+        choices = [f"{{to: {as_yaml(error.instance)}}} for several targets of one key"]
     choices = choices or [_wanted(_resolved(branch, root), error.instance, root) for branch in branches]
     text = f"{_field(path)}: {_is(error.instance)}; write {' or '.join(dict.fromkeys(choices))}{_about(schema)}"
     yield SchemaFault(path, f"{marked.at(path)}: {text}")

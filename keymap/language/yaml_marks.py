@@ -64,10 +64,17 @@ def read_yaml(path: FilePath, file: str) -> Marked:
         MappingError: it cannot be read, is not a regular file, or as `parse_yaml`.
     """
     try:
+        if path.is_dir():
+            raise MappingError(f"{file} cannot be read: it is a folder; name a .yaml file in it")
         if not path.is_file():  # opening a pipe would wait for ever
             raise MappingError(f"{file} cannot be read: there is no such file")
         with path.open(encoding="utf-8") as source:
             text = source.read(_MAX_BYTES + 1)
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode(errors="replace")
+        place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        what = f"{file}:{place}: this character is not UTF-8: save the file as UTF-8"
+        raise MappingError(f"{file} cannot be read", [what]) from None
     except (OSError, ValueError) as error:
         raise MappingError(f"{file} cannot be read: {error}") from None
     return parse_yaml(text, file)

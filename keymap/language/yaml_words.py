@@ -139,6 +139,8 @@ def _in_brackets(line: str, column: int) -> str:
         return "a second colon within { }: write a comma between two entries, or quote a value that holds ': '"
     if char in ("]", "}"):
         return f"this {char} closes another bracket than the one that is open: close that one first"
+    if "to:" in start.rpartition(",")[2]:
+        return "quote a text with { } or [ ]; a target names a group of the source: write \\1 for the first"
     if start.endswith(("}", "]")) or char in ("{", "["):
         return "quote a text with { } or [ ], or write an index as (\\d+), or a comma between two entries"
     return "write a comma between two entries, or quote the text"

@@ -6,7 +6,7 @@ are as small as the views, joins and splits allow; the axes of a view differ in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -245,13 +245,23 @@ def evidence_faults(known: Catalogue, new: Iterable[str] | None = None) -> Itera
         if others or mapping.name in chosen:
             matched: set[str] = set()
             for sample in samples(mapping, known):
-                yield from _sample_faults(known, mapping, others, sample, matched)
+                yield from _sample_faults(known, mapping, others, sample, matched, chosen)
 
 
 def _sample_faults(
-    known: Catalogue, mapping: Format, others: Iterable[Format], sample: Sample, matched: set[str]
+    known: Catalogue,
+    mapping: Format,
+    others: Iterable[Format],
+    sample: Sample,
+    matched: set[str],
+    new: Container[str],
 ) -> Iterator[str]:
-    """Faults of evidence that one sample shows; ``matched`` collects the other formats that were named."""
+    """Faults of evidence that one sample shows, at the ``detect`` of a new format.
+
+    Args:
+        matched: collects the other formats that were named.
+        new: names of the new formats.
+    """
     all_layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
     for tower, layouts in _towers(mapping, all_layouts):
         own = matching_keys(mapping.detect, apply_aliases(mapping, layouts, {})[0])
@@ -266,8 +276,9 @@ def _sample_faults(
             found = matching_keys(other.detect, apply_aliases(other, layouts, {})[0])
             if found is not None and other.name not in matched:
                 matched.add(other.name)
+                at = known.files[mapping.name if mapping.name in new else other.name].at(("detect",))
                 yield (
-                    f"{mapping.file} and {other.file} both match the keys of {sample.name}{tower}: "
+                    f"{at}: {mapping.file} and {other.file} both match the keys of {sample.name}{tower}: "
                     f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
                     f"Add keys that only one of them has to `detect: none` of the other"
                 )

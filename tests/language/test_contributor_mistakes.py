@@ -140,7 +140,7 @@ MISTAKES: dict[str, Mistake] = {
         "    vision.head: {", '    "vision.(\\d+).head": {', "20:14", "use single quotes", "'blocks.(\\d+).weight'"
     ),
     "text after a quote": of("title: my model", "title: 'my' model", "2:13", "quote the whole text"),
-    "an index in braces": of("{to: visual.proj,", "{to: visual.{i}.proj,", "20:30", "write an index as (\\d+)"),
+    "an index in braces": of("{to: visual.proj,", "{to: visual.{i}.proj,", "20:30", "write \\1 for the first"),
     "a missing comma": of("{to: visual.proj,", "{to: visual.proj", "20:39", "write a comma between two entries"),
     "a dash in the line of a name": of("notes: [an example]", "notes: - an example", "4:8", "a line of its own"),
     "a key twice": of("    text.head:", "    text.:", "23:5", "'text.' is given twice (first in line 22)"),
@@ -209,7 +209,25 @@ MISTAKES: dict[str, Mistake] = {
     # rules
     "a number for a target": of("visual.conv1.weight", "7", "14:5", "7 is a number; write", "or {to: visual.proj,"),
     "no target": of("visual.conv1.weight", "", "14:5", "the value is missing (null); write"),
-    "a list for a target": of("visual.conv1.weight", "[a, b]", "14:5", "[a, b] is a list; write"),
+    "a list for a target": of("visual.conv1.weight", "[a, b]", "14:5", "[a, b] is a list; write {to: [a, b]}"),
+    "a pattern in brackets in a target": of(
+        "{to: visual.transformer.resblocks.\\1., t",
+        "{to: visual.transformer.resblocks.[0-9]+., t",
+        "18:61",
+        "write \\1 for the first",
+    ),
+    "angle brackets in a source": of(
+        "vision.layers.(\\d+).:", "vision.layers.<1>.:", "18:5", "'<1>'", "write (\\d+) for an index"
+    ),
+    "group zero in angle brackets": of("visual.ln_post.\\1", "visual.ln_post.<0>", "19:5", "count from 1, write \\1"),
+    "two backslashes in a target": of("ln_\\1.\\2", "ln_\\1.\\\\2", "28:5", "write one backslash: \\2"),
+    "a text for an entry of shapes": of(
+        "dtypes:", "shapes: {logit_scale: scalar}\ndtypes:", "37:10", "write a list, for example [1]"
+    ),
+    "a list for a lookup": of(
+        "norm: {gamma: weight, beta: bias}", "norm: [weight, bias]", "35:3", "write fields, for example {w: weight"
+    ),
+    "an item without a space": of("notes: [an example]", "notes:\n  -an example", "4:1", "a space after the -"),
     "options without a target": of("{to: visual.proj, view", "{view", "20:5", "to is missing: add it"),
     "a misspelt option": of("view: 1 1 d -> d", "veiw: 1 1 d -> d", "15:46", "did you mean 'view'?"),
     "a word of another library": of(
@@ -225,7 +243,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "one row": of("view: 1 1 d -> d", "take: [1]", "15:46", "take: 1 entry, at least 2", "[0, 10]"),
     "a negative axis": of("concat: 0", "concat: -1", "29:55", "concat: -1 is less than the least value, 0"),
-    "half an axis": of("concat: 0", "concat: 0.5", "29:55", "concat: 0.5 is a number; write 0 or d"),
+    "half an axis": of("concat: 0", "concat: 0.5", "29:55", "concat: 0.5 is a number; write for example 0 or d"),
     "an axis that the view lacks": of("concat: 0", "concat: q", "29:5", "axis 'q' is not a single axis"),
     "one target in a list": of("to: visual.proj", "to: [visual.proj]", "20:19", "write visual.proj without [ ]"),
     "a view in words": of(
@@ -245,7 +263,7 @@ MISTAKES: dict[str, Mistake] = {
     "a word for a factor": of(
         "view: 1 1 d -> d", "times: half, oneway: true", "15:46", "write a number, or sqrt and the number of an axis"
     ),
-    "a flag for an axis": of("concat: 0", "concat: true", "29:55", "true is not allowed; write 0 or d"),
+    "a flag for an axis": of("concat: 0", "concat: true", "29:55", "true is not allowed; write for example 0 or d"),
     "a view that loses an axis": of("view: 1 n d -> n d", "view: 1 n d -> n", "16:5", "do not balance: d"),
     "a view with a number": of(
         "view: 1 n d -> n d", "view: 2 n d -> n d", "16:5", "write axis names, 1 and ( ) groups"

@@ -112,14 +112,18 @@ FIELDS = {
     "a number for a target": (
         rules("a: 7"),
         "8:5",
-        "a: 7 is a number; write visual.ln_post.\\1 or {to: visual.proj, view: out in -> in out}",
+        "a: 7 is a number; write for example visual.ln_post.\\1 or {to: visual.proj, view: out in -> in out}",
     ),
     "an empty target": (
         rules('a: ""'),
         "8:5",
         "a is empty; write a string, for example visual.ln_post.\\1 (the target key)",
     ),
-    "an empty reason": (rules("a: b", more="ignore:\n  a: ''\n"), "10:3", "a is empty; write a string (the reason)"),
+    "an empty reason": (
+        rules("a: b", more="ignore:\n  a: ''\n"),
+        "10:3",
+        "a is empty; write a string, for example 'index buffer",
+    ),
     "an unknown kind": (HEAD + "kind: fromat\n" + GOOD, "6:1", "kind: 'fromat' is not known; did you mean 'format'?"),
     "a name in capitals": (
         HEAD.replace("example", "Example", 1) + GOOD,
@@ -137,7 +141,7 @@ FIELDS = {
     "half an axis": (
         rules("(a|b): {to: c, concat: 0.5}"),
         "8:20",
-        "concat: 0.5 is a number; write 0 or d",
+        "concat: 0.5 is a number; write for example 0 or d",
     ),
     "a power": (
         rules("a: {to: b, times: cube 1, oneway: true}"),
@@ -158,12 +162,12 @@ FIELDS = {
     "nothing for a target": (
         rules("a: null"),
         "8:5",
-        "a: the value is missing (null); write visual.ln_post.\\1 or {to: visual.proj, view: out in -> in out}",
+        "a: the value is missing (null); write for example visual.ln_post.\\1",
     ),
     "a list for a rule": (
         rules("a: [b, c]"),
         "8:5",
-        "a: [b, c] is a list; write visual.ln_post.\\1 or {to: visual.proj, view: out in -> in out}",
+        "a: [b, c] is a list; write {to: [b, c]} for several targets of one key",
     ),
     "a field of the hub": (
         HEAD + "scalars: [a]\n" + GOOD,
