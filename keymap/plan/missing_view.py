@@ -40,7 +40,7 @@ class MismatchGroup(NamedTuple):
     """The mismatches of one rule that have one reason.
 
     Attributes:
-        place: of the rule, empty if the rule is not known or not to blame.
+        place: of the rule, empty for a rule that is not to blame.
         text: the first key and what to do, without the place.
         view: True where another view, or none, makes the keys fit.
         keys: of the model.
@@ -85,22 +85,31 @@ def grouped(mismatches: Iterable[Mismatch], fitting: Collection[str], other_mode
     """
     found: dict[tuple[str, str, str], list[Mismatch]] = {}
     for one in mismatches:
-        change = _change(one)
-        place = one.rule.place if one.rule is not None else ""
-        alike = "" if one.rule is not None and (change or _is_closed(one.rule)) else _DIGITS.sub("#", one.key)
+        rule, change = one.rule, _change(one)
+        place = rule.place if rule is not None and (change or _to_blame(rule, other_model)) else ""
+        closed = rule is not None and place and (change or _is_closed(rule))
+        alike = "" if closed else _DIGITS.sub("#", one.key)
         found.setdefault((place, change, alike), []).append(one)
     for (place, change, _), members in found.items():
-        first, keys = members[0], tuple(one.key for one in members)
-        rule = first.rule
-        if rule is not None and change:
-            used = f" (used at {rule.used_at})" if rule.used_at else ""
-            alone = ", in a rule for these keys alone" if place in fitting and change.startswith("add") else ""
-            text = f"{_shapes(first)}: {change} rule {rule.text}{used}{alone}{_more(keys, 'of this rule')}"
-            yield MismatchGroup(place, text, True, keys)
-            continue
-        innocent = rule is None or rule.keeps or (other_model and rule.renames)
-        more = _more(keys, "like it" if innocent else "of this rule")
-        yield MismatchGroup("" if innocent else place, f"{first.key}: {first.why}{more}", False, keys)
+        keys = tuple(one.key for one in members)
+        rule = members[0].rule
+        if change and rule is not None:
+            yield MismatchGroup(place, _change_in_words(rule, members, change, place in fitting), True, keys)
+        else:
+            more = _more(members, "of this rule" if place else "like it")
+            yield MismatchGroup(place, f"{keys[0]}: {members[0].why}{more}", False, keys)
+
+
+def _to_blame(rule: Rule, other_model: bool) -> bool:
+    """True for a rule that may be wrong where a tensor has another shape; one that keeps a key is right."""
+    return not rule.keeps and not (other_model and rule.renames)
+
+
+def _change_in_words(rule: Rule, members: Sequence[Mismatch], change: str, others_fit: bool) -> str:
+    """The first key, and the change of the rule that makes all of them fit."""
+    used = f" (used at {rule.used_at})" if rule.used_at else ""
+    alone = ", in a rule for these keys alone" if others_fit and change.startswith("add") else ""
+    return f"{_shapes(members[0])}: {change} rule {rule.text}{used}{alone}{_more(members, 'of this rule')}"
 
 
 def _is_closed(rule: Rule) -> bool:
@@ -135,5 +144,6 @@ def _shapes(one: Mismatch) -> str:
     )
 
 
-def _more(keys: Sequence[str], which: str) -> str:
-    return f" (and {len(keys) - 1} more key{'' if len(keys) == 2 else 's'} {which})" if len(keys) > 1 else ""
+def _more(members: Sequence[Mismatch], which: str) -> str:
+    count = len(members) - 1
+    return f" (and {count} more key{'' if count == 1 else 's'} {which})" if count else ""

@@ -111,8 +111,8 @@ def _strict_faults(
     shown = _SHOWN_BESIDE_CAUSE if cause or any(fault.foreign for fault in faults) else SHOWN
     of_rules = RuleFaults(sides.translated, faults)
     groups = _mismatch_groups(sides, matches, bool(cause))
-    following = {group.place: group.text for group in groups if group.place in of_rules.places}
-    others = [group for group in groups if group.place not in following]
+    following = {group.place: group.text for group in groups if group.place in of_rules.places and not group.view}
+    others = [group for group in groups if group.text not in following.values()]
     missing = [key for key in matches.missing if not of_rules.explain(key_before_bridges(sides, key))]
     lines = [*cause, *(fault.text for fault in of_rules.merged(following))]
     if missing:
