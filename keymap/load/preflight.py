@@ -194,11 +194,7 @@ def _refuse_copies(view: ModelView, plan: Plan) -> None:
     Raises:
         PlanError: a tensor of the plan belongs to no module.
     """
-    own: set[int] = set()
-    for module in view.modules.values():
-        own.update(map(id, module._parameters.values()))
-        own.update(map(id, module._buffers.values()))
-    copies = [entry.key for entry in plan.entries if id(view.tensors[entry.key]) not in own]
+    copies = [entry.key for entry in plan.entries if id(view.tensors[entry.key]) not in view.own]
     if copies:
         raise PlanError(
             f"{plan.file}: model.state_dict() returns copies instead of the model's own tensors (a hook?), so the "

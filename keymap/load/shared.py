@@ -156,14 +156,7 @@ def _lie_apart(view: ModelView) -> bool:
     """True where a glance shows that no tensors share memory, as in nearly every model."""
     spans: list[tuple[int, int]] = []
     storages: list[int] = []
-    own = {
-        id(tensor): tensor
-        for module in view.modules.values()
-        for held in (module._parameters, module._buffers)
-        for tensor in held.values()
-        if tensor is not None
-    }
-    for tensor in own.values():
+    for tensor in view.own.values():
         if type(tensor) not in _PLAIN_TYPES or not tensor.is_contiguous():
             return False
         if tensor.is_meta:

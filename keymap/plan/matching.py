@@ -233,11 +233,7 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
             found.notes.append(f"{key}: computed by the model, left unchanged")
         elif tower in loaded_towers and _last_word(key) in sides.hub.optional_buffers:
             if target.is_meta:
-                layout, how = (
-                    _constant(0.0, tuple(target.shape), target.dtype),
-                    "with 0, because the file has no such key",
-                )
-                found.filled.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=how))
+                found.filled.append(_filled(key, tower, target, 0, "the file"))
             else:
                 optional.append(key)
         elif sides.addresses[key] in loaded_addresses:
@@ -245,15 +241,20 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
         elif tower in loaded_towers and _may_fill(sides, key):
             value, always = sides.hub.absent_means[key]
             owner = "the file" if always else f"format {sides.format.name}"
-            how = f"with {_constant_name(value)}, because {owner} has no such key"
-            layout = _constant(value, tuple(target.shape), target.dtype)
-            found.filled.append(Entry(key, tower, layout, tuple(target.shape), target.dtype, filled=how))
+            found.filled.append(_filled(key, tower, target, value, owner))
         else:
             found.missing.append(key)
     if optional:
         found.notes.append(f"not in the file, left unchanged: {some(optional)}")
     found.missing.extend(key for key in sides.model.lazy if sides.request.includes(tower_of(sides.hub, key)))
     return found
+
+
+def _filled(key: str, tower: str, target: torch.Tensor, value: float | str, owner: str) -> Entry:
+    """An entry that fills a tensor with a constant, because its owner has no such key."""
+    shape = tuple(target.shape)
+    how = f"with {_constant_name(value)}, because {owner} has no such key"
+    return Entry(key, tower, _constant(value, shape, target.dtype), shape, target.dtype, filled=how)
 
 
 def _may_fill(sides: Sides, key: str) -> bool:

@@ -45,6 +45,17 @@ class ModelView:
         return modules_of(self.model)
 
     @cached_property
+    def own(self) -> Mapping[int, torch.Tensor]:
+        """The parameters and buffers of its modules, each once, by their id."""
+        return {
+            id(tensor): tensor
+            for module in self.modules.values()
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        }
+
+    @cached_property
     def unsaved_meta_buffers(self) -> Mapping[str, torch.Tensor]:
         """Buffers on the meta device that no state dict holds, by dotted path."""
         saved = set(map(id, self.tensors.values()))
