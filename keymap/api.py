@@ -18,14 +18,17 @@ from keymap.load.execute import load_plan
 from keymap.load.hooks import call_post_hooks, refuse_hooks
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.load.shared import sharing
-from keymap.plan.describe import Described, configurations_for, describe
-from keymap.plan.model import view_model
+from keymap.plan.choose import choose, choose_for_towers
+from keymap.plan.describe import Described, configurations_for, describe, found_towers
+from keymap.plan.join import Chosen
+from keymap.plan.model import ModelView, view_model
 from keymap.plan.plan import Plan, without_failed
-from keymap.plan.planner import choose_plan
-from keymap.plan.request import check_model, checked_flag, make_request
+from keymap.plan.request import Request, check_model, checked_flag, checked_wrapper, checked_wrappers, make_request
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
-from keymap.source.open import PathLike, open_sources
+from keymap.source.detect import ambiguous
+from keymap.source.open import Opened, PathLike, open_source
+from keymap.source.registry import registry
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
@@ -46,6 +49,21 @@ def _without_gc() -> Iterator[None]:
             gc.enable()
 
 
+def _open(
+    path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | Mapping[str, str] | None
+) -> list[tuple[str, Opened]]:
+    """What to load from: one state dict for all towers, whose name here is "", or one for each tower."""
+    chosen = checked_wrappers(wrapper, registry().hub) if wrapper is not None else None
+    if not isinstance(chosen, dict):
+        return [("", open_source(path, weights_only, mapping, chosen))]
+    return [(tower, open_source(path, weights_only, mapping, name)) for tower, name in chosen.items()]
+
+
+def _choose(opened: Sequence[tuple[str, Opened]], model: ModelView, request: Request) -> Chosen:
+    tower, first = opened[0]
+    return choose_for_towers(dict(opened), model, request) if tower else choose(first, model, request)
+
+
 # long: signature and docstring; the body is the steps in order
 @_without_gc()
 def load_checkpoint(
@@ -57,7 +75,7 @@ def load_checkpoint(
     *,
     mapping: PathLike | None = None,
     towers: Sequence[str] | str | None = None,
-    wrapper: str | None = None,
+    wrapper: str | Mapping[str, str] | None = None,
     source_grid: tuple[int, int] | None = None,
     assign: bool = False,
     facts: Mapping[str, int] | None = None,
@@ -75,7 +93,8 @@ def load_checkpoint(
         device: where tensors go with ``assign=True``. Without it the tensors stay where the model has them.
         mapping: the name of the source format, or the path of a YAML file; None detects the format.
         towers: load only these towers, for example ``("image",)`` or ``("text",)``; ``strict`` applies within them.
-        wrapper: which state dict of the file to load, for example ``"state_dict_ema"``.
+        wrapper: which state dict of the file to load, for example ``"state_dict_ema"`` or ``"model.vision_tower"``; or
+            one for each tower: ``{"image": "image_encoder", "text": "text_encoder"}``. None finds what fits the model.
         source_grid: (h, w) of the file's position embedding, in patches. Needed where neither the file nor its
             configuration shows it.
         assign: use the file's tensors directly and allocate only those that need converting. This makes a model on
@@ -94,12 +113,11 @@ def load_checkpoint(
     check_model(model)
     strict, assign = checked_flag("strict", strict), checked_flag("assign", assign)
     weights_only, target_device = checked_flag("weights_only", weights_only), checked_device(device)
-    sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
-    hub = sources[0].known.hub
+    opened = _open(checkpoint_path, weights_only, mapping, wrapper)
+    known, file = opened[0][1].known, opened[0][1].file
+    hub, request = known.hub, make_request(known, file, strict, towers, source_grid, facts)
     view = view_model(model, hub)
-    request = make_request(sources[0].known, sources[0].file, strict, towers, source_grid, facts)
-    plan, source = choose_plan(sources, view, request)
-    tensors = source.unwrapped.tensors
+    plan, tensors = _choose(opened, view, request)
     shared: Mapping[int, str] = {}
     if assign:
         shared = sharing(view, plan)
@@ -130,7 +148,7 @@ def plan_load(
     *,
     mapping: PathLike | None = None,
     towers: Sequence[str] | str | None = None,
-    wrapper: str | None = None,
+    wrapper: str | Mapping[str, str] | None = None,
     source_grid: tuple[int, int] | None = None,
     facts: Mapping[str, int] | None = None,
     weights_only: bool = True,
@@ -147,10 +165,10 @@ def plan_load(
     """
     check_model(model)
     strict, weights_only = checked_flag("strict", strict), checked_flag("weights_only", weights_only)
-    sources = open_sources(checkpoint_path, weights_only, mapping, wrapper)
-    known = sources[0].known
-    request = make_request(known, sources[0].file, strict, towers, source_grid, facts)
-    return choose_plan(sources, view_model(model, known.hub), request)[0]
+    opened = _open(checkpoint_path, weights_only, mapping, wrapper)
+    known, file = opened[0][1].known, opened[0][1].file
+    request = make_request(known, file, strict, towers, source_grid, facts)
+    return _choose(opened, view_model(model, known.hub), request).plan
 
 
 @_without_gc()
@@ -162,27 +180,34 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    source, *others = open_sources(path, checked_flag("weights_only", weights_only), None, wrapper)
+    opened = open_source(path, checked_flag("weights_only", weights_only), None, checked_wrapper(wrapper))
+    source, others = opened.top[0], opened.inner
+    refusal = source.refusal
+    if source.found is None and not source.refused and others:
+        source, others = others[0][0], others[1:]
     unwrapped, found = source.unwrapped, source.found
+    if len(opened.top) > 1:
+        found, refusal = None, ambiguous([one.found for one in opened.top if one.found is not None], opened.file)
     tensors = {key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()}
     evidence: tuple[str, ...] = ()
-    if source.refusal is not None:
-        evidence = (source.refusal.summary, *source.refusal.faults)
     towers: Described = {}
     if found is not None:
         evidence, towers = found.evidence, describe(source.known, to_hub(found, {}).tensors)
+    elif refusal is not None:
+        evidence = (refusal.summary, *refusal.faults)
     return Inspection(
         path=source.file,
         container=source.container,
         format=found.mapping.name if found is not None else None,
         evidence=evidence,
         wrapper=unwrapped.wrapper,
-        other_wrappers=tuple(dict.fromkeys((*unwrapped.others, *(other.unwrapped.wrapper for other in others)))),
+        other_wrappers=tuple(dict.fromkeys((*unwrapped.others, *(other[0].unwrapped.wrapper for other in others)))),
         prefixes=unwrapped.prefixes,
         towers=towers,
         configurations=configurations_for(source.known, towers),
         tensors=tensors,
         dtypes=dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
         config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
-        notes=(*source.notes, *unwrapped.notes),
+        notes=(*source.notes, *unwrapped.notes, *unwrapped.outside),
+        parts=found_towers(opened),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from keymap.errors import MappingError, PlanError, VerifyError, some
+from keymap.errors import DetectionError, MappingError, PlanError, VerifyError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
@@ -18,13 +18,13 @@ from keymap.load.preflight import failed_checks
 from keymap.plan.completeness import incomplete
 from keymap.plan.from_hub import from_hub
 from keymap.plan.model import has_memory
-from keymap.plan.request import checked_facts
+from keymap.plan.planner import keep_towers
+from keymap.plan.request import checked_facts, checked_wrapper, request_for_towers
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
 from keymap.read import LazyTensor
 from keymap.read.lazy import brief
-from keymap.source.detect import detect, tower_layout
-from keymap.source.open import PathLike, catalogue_with, layouts_of
-from keymap.source.unwrap import unwrap
+from keymap.source.detect import ambiguous, tower_layout
+from keymap.source.open import Opened, PathLike, Source, catalogue_with, open_tree
 
 __all__ = ["convert_state_dict"]
 
@@ -34,6 +34,8 @@ def convert_state_dict(
     to: str,
     *,
     mapping: PathLike | None = None,
+    wrapper: str | None = None,
+    towers: Sequence[str] | str | None = None,
     facts: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rewrite a state dict in memory, from any known format to another.
@@ -44,6 +46,8 @@ def convert_state_dict(
             layout. For example, ``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` writes
             the text tower without ``text.``, as CLIP has it.
         mapping: the name of the source format, or the path of a YAML file; None detects the format.
+        wrapper: which state dict within it to convert, for example ``"model.vision_tower"``.
+        towers: convert only these towers, for example ``("image",)``.
         facts: settings that shapes cannot show and the target's shapes need, for example
             ``{"image.heads": 12, "text.heads": 8}``. One that contradicts the shapes is refused.
 
@@ -58,9 +62,11 @@ def convert_state_dict(
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, value)) for key, value in state_dict.items()
     }
-    unwrapped = unwrap(lazy, known.containers, "the state dict")
-    found = detect(known, layouts_of(unwrapped.tensors), wanted, facts)
+    source = _source_of(open_tree(known, wanted, lazy, checked_wrapper(wrapper), facts))
+    found, unwrapped = source.found, source.unwrapped
+    assert found is not None, "a source without a format is refused"
     translated = to_hub(found, facts)
+    keep_towers(translated, request_for_towers(towers, known.hub), known.hub)
     translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
@@ -81,6 +87,27 @@ def convert_state_dict(
     if failed:
         raise VerifyError(f"the state dict cannot be written as {to}", [text for _, text in failed])
     return {key: _written(target, key, layout, read) for key, layout in translated.tensors.items()}
+
+
+def _source_of(opened: Opened) -> Source:
+    """The one reading of a state dict.
+
+    Raises:
+        DetectionError: no format matches it, or several do; the message names the state dicts within it.
+    """
+    if len(opened.top) > 1:
+        raise ambiguous([source.found for source in opened.top if source.found is not None], opened.file)
+    if opened.top[0].found is not None:
+        return opened.top[0]
+    alone = [group[0] for group in opened.inner if not group[0].unwrapped.outside]
+    if len(alone) == 1 and not opened.top[0].refused:
+        return alone[0]
+    error = opened.top[0].refusal
+    assert error is not None, "a source without a format has a reason"
+    names = ", ".join(repr(group[0].unwrapped.wrapper) for group in opened.inner)
+    raise DetectionError(
+        error.summary, [*error.faults, *([f"it holds state dicts at {names}: pass one as wrapper="] if names else [])]
+    )
 
 
 def _checked(

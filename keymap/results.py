@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from keymap.errors import printable, some
-from keymap.plan.describe import Described
+from keymap.plan.describe import Described, FoundTower
 from keymap.plan.plan import Plan
 
 __all__ = ["Inspection", "LoadResult", "Report"]
@@ -85,6 +85,8 @@ class Inspection:
         dtypes: the number of tensors of each dtype.
         config_hints: settings from the format and from a configuration file, in the checkpoint or beside it.
         notes: which file of a folder this is, and what else the file holds.
+        parts: every tower in the file, also those within a larger state dict; `FoundTower` has ``prefix``, ``format``,
+            ``tower``, ``layout``, ``sizes`` and ``configurations``.
     """
 
     path: str
@@ -100,6 +102,7 @@ class Inspection:
     dtypes: Mapping[str, int]
     config_hints: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    parts: tuple[FoundTower, ...] = ()
 
     @property
     def layouts(self) -> dict[str, str]:
@@ -113,6 +116,10 @@ class Inspection:
             plain[name] = list(getattr(self, name))
         for name in ("layouts", "dtypes", "config_hints"):
             plain[name] = dict(getattr(self, name))
+        plain["parts"] = [
+            {**part._asdict(), "sizes": dict(part.sizes), "configurations": list(part.configurations)}
+            for part in self.parts
+        ]
         plain["sizes"] = {name: dict(tower.sizes) for name, tower in self.towers.items()}
         plain["tensors"] = {
             key: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
@@ -137,6 +144,12 @@ class Inspection:
         lines += [f"  {name} tower: {tower}" for name, tower in self.towers.items()]
         if self.towers:
             lines.append(f"  fits model configurations: {some(self.configurations, 6) or 'none of the known ones'}")
+        own = {self.wrapper}
+        lines += [
+            f"  also in the file: {part.tower} tower ({part.format}) under {part.prefix!r}"
+            for part in self.parts
+            if part.prefix not in own
+        ]
         dtypes = ", ".join(f"{n} {name}" for name, n in self.dtypes.items())
         lines.append(f"  tensors: {len(self.tensors)} ({dtypes}), {count:,} elements")
         lines += [f"  setting: {name} = {value}" for name, value in self.config_hints.items() if value != ""]

@@ -101,7 +101,6 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         texts("prefixes"),
         texts("segments"),
         texts("counters"),
-        texts("parts"),
         texts("training_state"),
         named("files"),
         named("folders"),

@@ -183,10 +183,9 @@ class Containers:
 
     Attributes:
         wrappers: names that hold a state dict, the preferred first.
-        prefixes: cut from keys where every key has them.
+        prefixes: of wrapper classes and names of models, cut from keys where every key has them.
         segments: names that a wrapper class puts into the middle of keys; cut everywhere.
         counters: numbers that a training class keeps beside a model.
-        parts: names of models that a file may hold beside other things; one of them is used as the state dict.
         training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
         folders: names of files that show a folder which cannot be read, with what to do.
@@ -196,7 +195,6 @@ class Containers:
     prefixes: tuple[str, ...] = ()
     segments: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
     training_state: tuple[str, ...] = ()
     files: tuple[tuple[Side, str], ...] = ()
     folders: tuple[tuple[Side, str], ...] = ()

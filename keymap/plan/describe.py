@@ -16,10 +16,20 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side
-from keymap.plan.to_hub import tower_of
+from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import tower_layout
+from keymap.source.open import Opened
 
-__all__ = ["Described", "Tower", "configurations_for", "describe", "difference", "in_words"]
+__all__ = [
+    "Described",
+    "FoundTower",
+    "Tower",
+    "configurations_for",
+    "describe",
+    "difference",
+    "found_towers",
+    "in_words",
+]
 
 
 class Tower(NamedTuple):
@@ -54,6 +64,26 @@ class Tower(NamedTuple):
 Described = Mapping[str, Tower]  # by the tower's name
 
 
+class FoundTower(NamedTuple):
+    """A tower somewhere in a file.
+
+    Attributes:
+        prefix: what its keys in the file begin with, before the names that the format has; ``wrapper=`` takes it.
+        format: of its state dict.
+        tower: for example ``image``.
+        layout: how its keys are named.
+        sizes: lengths that its shapes show, by the hub's names for them.
+        configurations: names of model configurations whose tower it fits.
+    """
+
+    prefix: str
+    format: str
+    tower: str
+    layout: str
+    sizes: Mapping[str, int]
+    configurations: tuple[str, ...]
+
+
 def in_words(towers: Described) -> str:
     """One phrase for all towers."""
     return "; ".join(f"{name} tower {tower}" for name, tower in towers.items()) or "no known tower"
@@ -73,6 +103,20 @@ def describe(known: Catalogue, layouts: Mapping[str, Layout]) -> Described:
         canonical, bridged = _canonical(known, name, layout, keys)
         towers[name] = Tower(layout, canonical, sizes, _fingerprint(hub, bridged), _uneven(hub, name, keys))
     return towers
+
+
+def found_towers(opened: Opened) -> tuple[FoundTower, ...]:
+    """Every tower of a file: those of the state dict itself, and those of the state dicts within it."""
+    top = [source for source in opened.top if source.found is not None]
+    inside = [group[0] for group in opened.inner if not top or not group[0].alone or group[0].unwrapped.outside]
+    found = []
+    for source in (*top, *inside):
+        assert source.found is not None, "sources without a format are left out"
+        for name, tower in describe(opened.known, to_hub(source.found, {}).tensors).items():
+            names = tuple(configurations_for(opened.known, {name: tower}))
+            prefix = source.unwrapped.wrapper
+            found.append(FoundTower(prefix, source.found.mapping.name, name, tower.layout, tower.sizes, names))
+    return tuple(found)
 
 
 def difference(known: Catalogue, title: str, file: Described, model: Described) -> str:

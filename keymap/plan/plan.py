@@ -18,7 +18,7 @@ from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
 
-__all__ = ["Entry", "Plan", "dtype_name", "without_failed"]
+__all__ = ["Entry", "Part", "Plan", "dtype_name", "without_failed"]
 
 
 class Entry(NamedTuple):
@@ -43,6 +43,20 @@ class Entry(NamedTuple):
     casts: tuple[str, ...] = ()
 
 
+class Part(NamedTuple):
+    """Where towers come from.
+
+    Attributes:
+        towers: the towers that are loaded.
+        format: of their state dict.
+        prefix: what their keys in the file begin with, before the names that the format has.
+    """
+
+    towers: tuple[str, ...]
+    format: str
+    prefix: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a load will do.
@@ -64,6 +78,7 @@ class Plan:
         warnings: settings in which the source's configuration and the model differ.
         unverified: settings that the weights do not show, and that the source does not state either.
         steps: every application of a rule, for `explain`.
+        parts: the state dicts that the towers come from; several where one file holds the towers apart.
     """
 
     file: str
@@ -85,6 +100,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(repr=False, default=())
+    parts: tuple[Part, ...] = ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -136,6 +152,7 @@ class Plan:
             "wrapper": self.wrapper,
             "other_wrappers": list(self.other_wrappers),
             "prefixes": list(self.prefixes),
+            "parts": [{**part._asdict(), "towers": list(part.towers)} for part in self.parts],
             "layouts": {tower: list(chain) for tower, chain in self.layouts.items()},
             "loaded": self.loaded,
             "resized": self.resized,
@@ -159,6 +176,9 @@ class Plan:
         """What was unwrapped, stripped and converted."""
         if self.wrapper:
             yield f"wrapper: {self.wrapper}"
+        for part in self.parts if len(self.parts) > 1 else ():
+            place = f"under {part.prefix!r}" if part.prefix else "at the top level"
+            yield f"{' and '.join(part.towers)}: {part.format}, {place}"
         if self.other_wrappers:
             yield f"not loaded: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)"
         if self.prefixes:

@@ -9,12 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from keymap.errors import DetectionError, KeymapError, PlanError
+from keymap.errors import DetectionError
 from keymap.language.format import Format
 from keymap.language.rules import Rule
 from keymap.plan.matching import Sides, match
 from keymap.plan.model import ModelView
-from keymap.plan.plan import Plan
+from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers, refuse_contradictions
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
@@ -22,36 +22,9 @@ from keymap.source.detect import tower_layout
 from keymap.source.open import Source
 from keymap.source.settings import differences, unverified
 
-__all__ = ["choose_plan", "make_plan"]
+__all__ = ["keep_towers", "make_plan"]
 
 _FIRST_WORD = re.compile(r"[^./]+[./]")
-_FAULTS_OF_EACH = 3  # faults that a message lists for each of several state dicts
-
-
-def choose_plan(sources: Sequence[Source], model: ModelView, request: Request) -> tuple[Plan, Source]:
-    """The plan for the one state dict of a file that fits the model.
-
-    Raises:
-        PlanError: none fits, or several do.
-    """
-    if len(sources) == 1:
-        return make_plan(sources[0], model, request), sources[0]
-    plans: list[tuple[Plan, Source]] = []
-    faults: list[str] = []
-    for source in sources:
-        try:
-            plans.append((make_plan(source, model, request), source))
-        except KeymapError as error:
-            listed = (error.faults or (error.summary,))[:_FAULTS_OF_EACH]
-            faults += [f"wrapper={source.unwrapped.wrapper!r}: {fault}" for fault in listed]
-    if len(plans) == 1:
-        return plans[0]
-    if plans:
-        names = ", ".join(repr(source.unwrapped.wrapper) for _, source in plans)
-        raise PlanError(
-            f"{request.file}: {len(plans)} state dicts in the file fit the model; choose one with wrapper=: {names}"
-        )
-    raise PlanError(f"{request.file}: none of the {len(sources)} state dicts in the file fits the model", faults)
 
 
 def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
@@ -68,14 +41,14 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     refuse_contradictions(request, model, source.settings)
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     translated = to_hub(found, facts)
-    tower_notes = _keep_requested_towers(translated, request, known.hub)
+    tower_notes = keep_towers(translated, request, known.hub)
     refuse_empty(translated, request, found.mapping.name, hub_towers(known.hub))
     file_counts = _counts(translated, known.hub)
     _bring_to_model(source, translated, model)
     sides = Sides(
         known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model=model, request=request
     )
-    matches = judge(sides, match(sides), file_counts, unwrapped.notes)
+    matches = judge(sides, match(sides), file_counts, (*unwrapped.notes, *unwrapped.outside))
     towers = dict.fromkeys(entry.tower for entry in matches.entries if not entry.filled)
     return Plan(
         file=request.file,
@@ -93,28 +66,44 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         missing_keys=matches.missing,
         unexpected_keys=matches.unexpected,
         mismatched=matches.mismatched,
-        notes=(*source.notes, *source.settings.notes, *tower_notes, *unwrapped.notes, *matches.notes),
+        notes=(
+            *source.notes,
+            *source.settings.notes,
+            *tower_notes,
+            *unwrapped.notes,
+            *unwrapped.outside,
+            *matches.notes,
+        ),
         warnings=differences(known.hub, towers, source.settings, model.facts),
         unverified=unverified(known.hub, towers, source.settings, model.facts),
         steps=tuple(translated.steps),
+        parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
     )
 
 
-def _keep_requested_towers(translated: Translated, request: Request, hub: Format) -> tuple[str, ...]:
-    """Take the other towers out of ``translated``; returns a note for the report where there were any."""
+def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[str, ...]:
+    """Take what was not asked for out of ``translated``; returns a note for the report where there was any."""
+    if request.elsewhere:
+        translated.unowned = [key for key in translated.unowned if not key.startswith(request.elsewhere)]
     if request.towers is None:
         return ()
 
-    def wanted(tower: str) -> bool:
-        return not tower or request.includes(tower)
+    def wanted(key: str) -> bool:
+        tower = _tower_of_source(translated.rules, key)
+        return request.includes(tower) if tower else not request.within_towers
 
-    before = len(translated.tensors)
+    before = len(translated.tensors) + len(translated.unowned)
     kept = {key: lay for key, lay in translated.tensors.items() if request.includes(tower_of(hub, key))}
     translated.tensors = translated.unbridged = kept
-    translated.faults = [fault for fault in translated.faults if fault.fatal or wanted(fault.tower)]
-    translated.unowned = [key for key in translated.unowned if wanted(_tower_of_source(translated.rules, key))]
-    others = before - len(kept)
-    return (f"{others} tensors of other towers are not loaded",) if others else ()
+    translated.faults = [
+        fault for fault in translated.faults if fault.fatal or request.includes(fault.tower) or not fault.tower
+    ]
+    translated.unowned = [key for key in translated.unowned if wanted(key)]
+    others = before - len(kept) - len(translated.unowned)
+    if not others or not request.within_towers:
+        return ()
+    one = others == 1
+    return (f"{others} tensor{'' if one else 's'} outside the requested towers {'is' if one else 'are'} not loaded",)
 
 
 def _bring_to_model(source: Source, translated: Translated, model: ModelView) -> None:
@@ -136,5 +125,6 @@ def _counts(translated: Translated, hub: Format) -> Counter[str]:
 def _tower_of_source(rules: Sequence[Rule], key: str) -> str:
     """The tower that a source key without a rule seems to belong to: its first word is that of one tower only."""
     first = _FIRST_WORD.match(key)
-    towers = {rule.tower for rule in rules if first and rule.source.prefix.startswith(first.group())}
+    word = first.group() if first else None
+    towers = {rule.tower for rule in rules if word and any(start.startswith(word) for start in rule.source.starts)}
     return towers.pop() if len(towers) == 1 else ""

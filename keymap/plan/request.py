@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from keymap.errors import PlanError
+from keymap.errors import CheckpointError, PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.plan.model import ModelView
@@ -19,10 +19,13 @@ __all__ = [
     "check_model",
     "checked_facts",
     "checked_flag",
+    "checked_wrapper",
+    "checked_wrappers",
     "example_towers",
     "hub_towers",
     "make_request",
     "refuse_contradictions",
+    "request_for_towers",
 ]
 
 _MAX_NAME = 100  # characters of a name that are compared with the known names
@@ -37,6 +40,8 @@ class Request(NamedTuple):
         towers: the towers to load; None for all of them.
         source_grid: (h, w) of the file's position embedding, in patches.
         facts: settings that the shapes do not show, by the hub's names.
+        elsewhere: prefixes of keys that belong to other state dicts of the file; these keys are not unexpected.
+        within_towers: the caller chose the towers; keys that belong to no tower are not unexpected.
     """
 
     file: str
@@ -44,6 +49,8 @@ class Request(NamedTuple):
     towers: tuple[str, ...] | None = None
     source_grid: tuple[int, int] | None = None
     facts: Mapping[str, int] = {}
+    elsewhere: tuple[str, ...] = ()
+    within_towers: bool = False
 
     def includes(self, tower: str) -> bool:
         """True for a tower to load; "" means the keys that the hub does not know."""
@@ -64,7 +71,46 @@ def make_request(
         PlanError: an argument has a wrong type or value, or names an unknown tower or an unknown fact.
     """
     chosen = _checked_towers(towers, known.hub)
-    return Request(file, strict, chosen, _checked_grid(source_grid), checked_facts(facts, known))
+    grid = _checked_grid(source_grid)
+    return Request(file, strict, chosen, grid, checked_facts(facts, known), within_towers=chosen is not None)
+
+
+def request_for_towers(towers: Sequence[str] | str | None, hub: Format) -> Request:
+    """The request for some towers of a conversion.
+
+    Raises:
+        PlanError: a tower is unknown.
+    """
+    chosen = _checked_towers(towers, hub)
+    return Request("the state dict", towers=chosen, within_towers=chosen is not None)
+
+
+def checked_wrapper(wrapper: object) -> str | None:
+    """The path of a state dict.
+
+    Raises:
+        CheckpointError: it is not a string.
+    """
+    if not isinstance(wrapper, (str, type(None))):
+        raise CheckpointError(f"wrapper={wrapper!r}: pass the dotted path of a state dict in the file")
+    return wrapper
+
+
+def checked_wrappers(wrapper: object, hub: Format) -> str | dict[str, str] | None:
+    """The path of a state dict, or one for each of some towers.
+
+    Raises:
+        CheckpointError: it is neither, or names an unknown tower.
+    """
+    if not isinstance(wrapper, Mapping):
+        return checked_wrapper(wrapper)
+    known = hub_towers(hub)
+    wrong = [name for name, path in wrapper.items() if name not in known or not isinstance(path, str)]
+    if wrong or not wrapper:
+        raise CheckpointError(
+            f"wrapper={wrapper!r}: expected a path, or a dict with a path for each tower; the towers are {', '.join(known)}"
+        )
+    return dict(wrapper)
 
 
 def _checked_grid(source_grid: object) -> tuple[int, int] | None:

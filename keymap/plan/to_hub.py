@@ -11,10 +11,10 @@ from keymap.language.apply import Applied, apply_rules
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
-from keymap.language.rules import Check, Fault, Rule, RuleTable, Step
-from keymap.source.detect import Detection, matching_keys, tower_layout
+from keymap.language.rules import Check, Fault, Rule, Step
+from keymap.source.detect import Detection, file_rules, tower_layout
 
-__all__ = ["Translated", "bring_to_layouts", "file_rules", "to_hub", "tower_of"]
+__all__ = ["Translated", "bring_to_layouts", "to_hub", "tower_of"]
 
 
 @dataclass
@@ -50,12 +50,6 @@ class Translated:
         self.faults += applied.faults
         self.checks += applied.checks
         self.steps += applied.steps
-
-
-def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
-    """The rules that apply to these source keys: the mapping's own, and those of the variants that fit."""
-    extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
-    return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
 def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:

@@ -17,7 +17,19 @@ from keymap.language.rules import Fault, RuleTable, Step
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
-__all__ = ["Detection", "apply_aliases", "check_refused", "detect", "matching_keys", "tower_layout", "uses_aliases"]
+__all__ = [
+    "Detection",
+    "ambiguous",
+    "apply_aliases",
+    "check_refused",
+    "claim",
+    "claims",
+    "detect",
+    "file_rules",
+    "matching_keys",
+    "tower_layout",
+    "uses_aliases",
+]
 
 
 class Detection(NamedTuple):
@@ -163,6 +175,59 @@ def tower_layout(hub: Format, tower: str, tensors: Mapping[str, Shaped]) -> str 
     return None
 
 
+def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
+    """The rules that apply to these source keys: the mapping's own, and those of the variants that fit."""
+    extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
+    return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
+
+
+def claims(
+    known: Catalogue,
+    tensors: Mapping[str, Layout],
+    wanted: str | None = None,
+    facts: Mapping[str, int] | None = None,
+    file: str = "the state dict",
+) -> list[Detection]:
+    """The formats whose evidence the keys match; or the one that the caller wants, whatever its evidence says.
+
+    Raises:
+        DetectionError: no format matches; or the named format has hardly any of the keys.
+    """
+    found: list[Detection] = []
+    names = sorted(tensors)
+    for mapping in [known.get(wanted)] if wanted is not None else known.formats:
+        detection = claim(mapping, tensors, facts or {}, names)
+        if detection is None and wanted is not None:
+            renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
+            _refuse_foreign(known, mapping, renamed, tensors, file)
+            detection = Detection(mapping, renamed, ("named by the caller",), faults, steps)
+        if detection is not None:
+            found.append(detection)
+    if found:
+        return found
+    raise DetectionError(f"{file}: no known format has these keys", _hints(known, tensors))
+
+
+def claim(
+    mapping: Format,
+    tensors: Mapping[str, Layout],
+    facts: Mapping[str, int],
+    names: Sequence[str] | None = None,
+) -> Detection | None:
+    """What one format reads in the keys; None if its evidence does not match. ``names`` are the sorted keys."""
+    renamed, faults, steps = apply_aliases(mapping, tensors, facts, names)
+    keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
+    return Detection(mapping, renamed, tuple(keys), faults, steps) if keys is not None else None
+
+
+def ambiguous(found: Sequence[Detection], file: str) -> DetectionError:
+    """The error for keys that several formats match."""
+    return DetectionError(
+        f"{file}: {len(found)} formats match its keys; choose one with mapping='...'",
+        [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
+    )
+
+
 def detect(
     known: Catalogue,
     tensors: Mapping[str, Layout],
@@ -170,29 +235,15 @@ def detect(
     facts: Mapping[str, int] | None = None,
     file: str = "the state dict",
 ) -> Detection:
-    """The format of the keys, or the one that the caller wants.
+    """The one format of the keys, or the one that the caller wants.
 
     Raises:
         DetectionError: no format matches, or several do; or the named format has none of the keys.
     """
-    found: list[Detection] = []
-    names = sorted(tensors)
-    for mapping in [known.get(wanted)] if wanted is not None else known.formats:
-        renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
-        keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
-        if keys is None and wanted is not None:
-            _refuse_foreign(known, mapping, renamed, tensors, file)
-        if keys is not None or wanted is not None:
-            evidence = tuple(keys) if keys is not None else ("named by the caller",)
-            found.append(Detection(mapping, renamed, evidence, faults, steps))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DetectionError(
-            f"{file}: {len(found)} formats match its keys; choose one with mapping='...'",
-            [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
-        )
-    raise DetectionError(f"{file}: no known format has these keys", _hints(known, tensors))
+    found = claims(known, tensors, wanted, facts, file)
+    if len(found) > 1:
+        raise ambiguous(found, file)
+    return found[0]
 
 
 def _refuse_foreign(
@@ -230,13 +281,6 @@ def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
             f"{len(sample)} sampled of its {len(keys)} keys" if len(sample) < len(keys) else f"its {len(keys)} keys"
         )
         hints.append(f"the nearest format is {name}: its rules match {best} of {of_keys}")
-    for prefix in known.containers.prefixes:
-        without = [key for key in keys if not key.startswith(prefix)]
-        if len(without) < len(keys) / 2:
-            hints.append(
-                f"{len(keys) - len(without)} keys begin with {prefix!r}; keymap strips it only if all keys do, "
-                f"and these do not: {', '.join(without[:5])}"
-            )
     formats = ", ".join(sorted(m.name for m in known.formats))
     hints.append(f"known formats: {formats}; to add one, write a YAML mapping (docs/rule-language.md)")
     return hints

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keymap.errors import CheckpointError, DetectionError, MappingError
+from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
-from keymap.read import LazyTensor, open_checkpoint
+from keymap.read import Checkpoint, LazyTensor, open_checkpoint
 from keymap.source.config import read_config
-from keymap.source.detect import Detection, check_refused, detect
+from keymap.source.detect import Detection, check_refused, claim, claims
+from keymap.source.flatten import training
 from keymap.source.folder import choose_file
 from keymap.source.registry import Catalogue, path_text, registry
+from keymap.source.search import Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
-from keymap.source.unwrap import Unwrapped, submodels, unwrap
+from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["PathLike", "Source", "catalogue_with", "layouts_of", "open_sources"]
+__all__ = ["Opened", "PathLike", "Source", "catalogue_with", "layouts_of", "open_source", "open_tree"]
 
 PathLike = str | os.PathLike[str]
 
 
 class Source(NamedTuple):
-    """One state dict of a checkpoint.
+    """One reading of one state dict of a checkpoint.
 
     Attributes:
         known: all known mappings.
@@ -32,6 +37,9 @@ class Source(NamedTuple):
         found: its format; None if no format matches, and ``refusal`` says why.
         settings: the settings that its configuration states.
         notes: which file of a folder was chosen, and why.
+        refusal: why no format matches.
+        refused: a mapping refuses the file by name.
+        alone: it is a tower without the prefix that its format has.
     """
 
     known: Catalogue
@@ -39,9 +47,76 @@ class Source(NamedTuple):
     container: str
     unwrapped: Unwrapped
     found: Detection | None
-    refusal: DetectionError | None
     settings: Settings
     notes: tuple[str, ...] = ()
+    refusal: DetectionError | None = None
+    refused: bool = False
+    alone: bool = False
+
+
+class Found(NamedTuple):
+    """What a search found: the state dict that was searched, and the readings of each state dict within it."""
+
+    searched: Unwrapped
+    groups: tuple[tuple[Source, ...], ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, read: its state dict, and on demand the state dicts within it.
+
+    Attributes:
+        known: all known mappings.
+        file: the file that was read.
+        top: the readings of the state dict, one for each format that matches it; or one Source without a format.
+        chosen: the caller chose the state dict with ``wrapper=``.
+    """
+
+    known: Catalogue
+    file: str
+    top: tuple[Source, ...]
+    chosen: bool
+    _search: Callable[[], Found] = field(repr=False)
+
+    @cached_property
+    def _found(self) -> Found:
+        return self._search()
+
+    @property
+    def inner(self) -> tuple[tuple[Source, ...], ...]:
+        """The state dicts within the state dict, each with its readings, the most likely one first.
+
+        A tower that was saved without its prefix is among them: it is a reading of the state dict itself.
+        """
+        return self._found.groups
+
+    @property
+    def found_inside(self) -> tuple[tuple[Source, ...], ...]:
+        """`inner`, if the file was searched; a file that fits at the first attempt is not."""
+        return self._found.groups if "_found" in self.__dict__ else ()
+
+    def beside(self, towers: Collection[str], prefixes: Sequence[str]) -> Source | None:
+        """The tensors of small towers, such as a scale, that lie beside state dicts or above them.
+
+        Args:
+            towers: names of the hub's towers.
+            prefixes: of the state dicts; the longest prefix that all of them share is looked at first.
+        """
+        hub, base = self.known.hub, self._found.searched.tensors
+        for start in shared_starts(prefixes):
+            keys = [key for key in base if key.startswith(start) and _tower(hub, key[len(start) :]) in towers]
+            if keys:
+                tensors = {key: base[key] for key in keys}
+                layouts = {key[len(start) :]: whole(key, t.shape, t.dtype) for key, t in tensors.items()}
+                found = Detection(hub, layouts, tuple(keys), (), ())
+                unwrapped = self._found.searched._replace(tensors=tensors, start=start, notes=())
+                return self.top[0]._replace(unwrapped=unwrapped, found=found, settings=Settings(), refusal=None)
+        return None
+
+
+def _tower(hub: Format, key: str) -> str:
+    found = hub.table.find(key)
+    return found[0].tower if found is not None else ""
 
 
 def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
@@ -72,18 +147,15 @@ def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
     return extended, extended.add([file])[0].name
 
 
-def layouts_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Layout]:
-    """The layout of each tensor: its own elements in their order."""
-    return {key: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
+def layouts_of(tensors: Mapping[str, LazyTensor], start: str = "") -> dict[str, Layout]:
+    """The layout of each tensor, its own elements in their order, by its key without ``start``."""
+    if not start:
+        return {key: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
+    return {key[len(start) :]: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
 
 
-def open_sources(
-    path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None
-) -> tuple[Source, ...]:
-    """Open the state dicts of a checkpoint that may fit a model.
-
-    Usually this is one. There are several if no format matches the state dict, but formats match submodels of it (for
-    example a teacher and a student). If no format matches anything, the result is one Source without a format.
+def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None) -> Opened:
+    """Open a checkpoint: choose its file, read it, unwrap its state dict and detect its format.
 
     Args:
         path: a checkpoint file, an index of shards, or a folder.
@@ -96,27 +168,122 @@ def open_sources(
     """
     known, wanted = catalogue_with(mapping)
     text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
-    if not isinstance(wrapper, (str, type(None))):
-        raise CheckpointError(f"wrapper={wrapper!r}: pass the dotted path of a state dict in the file")
     file_path, notes = Path(text), tuple[str, ...]()
     if os.path.isdir(file_path):  # without permission this is False, not an error
         file_path, note = choose_file(file_path, known.containers)
         notes = (note,)
     checkpoint = open_checkpoint(file_path, weights_only)
-    file = str(checkpoint.path)
+    return _Reader(known, wanted, checkpoint, notes).opened(wrapper)
 
-    def source_of(unwrapped: Unwrapped) -> Source:
-        layouts = layouts_of(unwrapped.tensors)
+
+def open_tree(
+    known: Catalogue, wanted: str | None, tree: Mapping[str, Any], wrapper: str | None, facts: Mapping[str, int]
+) -> Opened:
+    """A state dict in memory, unwrapped and detected as that of a file is.
+
+    Args:
+        known: all mappings.
+        wanted: the name of its format, or None.
+        tree: tensors by key.
+        wrapper: dotted path of the wanted state dict, or None.
+        facts: settings that aliases may need.
+
+    Raises:
+        CheckpointError: there is no state dict.
+    """
+    checkpoint = Checkpoint(Path("the state dict"), "", tree, {})
+    return _Reader(known, wanted, checkpoint, (), facts).opened(wrapper)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes the sources of one checkpoint."""
+
+    known: Catalogue
+    wanted: str | None
+    checkpoint: Checkpoint
+    notes: tuple[str, ...]
+    facts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return str(self.checkpoint.path)
+
+    def opened(self, wrapper: str | None) -> Opened:
+        unwrapped = unwrap(self.checkpoint.tree, self.known.containers, self.file, wrapper)
+        top = self.readings(unwrapped)
+        search = partial(self.inner, unwrapped, top, everywhere=wrapper is None)
+        return Opened(self.known, self.file, top, wrapper is not None, search)
+
+    def readings(self, unwrapped: Unwrapped) -> tuple[Source, ...]:
+        """One Source for each format that matches a state dict; or one without a format."""
+        layouts = layouts_of(unwrapped.tensors, unwrapped.start)
+        refused = True
         try:
-            check_refused(known, layouts, wanted, file)
-            found = detect(known, layouts, wanted, file=file)
+            check_refused(self.known, layouts, self.wanted, self.file)
+            refused = False
+            found = claims(self.known, layouts, self.wanted, self.facts, self.file)
         except DetectionError as error:
-            return Source(known, file, checkpoint.container, unwrapped, None, error, Settings(), notes)
-        settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, known.hub)
-        return Source(known, file, checkpoint.container, unwrapped, found, None, settings, notes)
+            return (self.source(unwrapped, None)._replace(refusal=error, refused=refused),)
+        return tuple(self.source(unwrapped, detection) for detection in found)
 
-    whole_file = source_of(unwrap(checkpoint.tree, known.containers, file, wrapper))
-    if whole_file.found is not None:
-        return (whole_file,)
-    inner = [source_of(submodel) for submodel in submodels(whole_file.unwrapped, known.containers, file)]
-    return tuple(source for source in inner if source.found is not None) or (whole_file,)
+    def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
+        settings = Settings()
+        if found is not None and self.checkpoint.container:
+            settings = read_config(self.checkpoint.path, self.checkpoint.metadata, found.mapping, self.known.hub)
+        return Source(self.known, self.file, self.checkpoint.container, unwrapped, found, settings, self.notes)
+
+    def inner(self, unwrapped: Unwrapped, top: tuple[Source, ...], everywhere: bool) -> Found:
+        """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""
+        containers = self.known.containers
+        state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False)
+        found = self.search(state_dict, top)
+        if not found.groups and everywhere:
+            everything = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=True)
+            if everything is not unwrapped:
+                found = self.search(everything, ())
+        return found
+
+    def search(self, state_dict: Unwrapped, top: tuple[Source, ...]) -> Found:
+        """The state dicts within one, outermost first; those that an outer one's format explains are left out."""
+        keys = sorted(state_dict.tensors)
+        start = state_dict.start
+        owned = [(start, owned_keys(s.found.mapping, s.found.tensors)) for s in top if s.found is not None]
+        groups: list[tuple[Source, ...]] = []
+        to_try = prefixes_to_try(self.known, keys, self.wanted)
+        for prefix in sorted(to_try, key=len):
+            if not prefix.startswith(start) or training(prefix, self.known.containers):
+                continue
+            inside = below(prefix, keys)
+            if any(
+                2 * len(names.intersection(inside)) > len(inside)
+                for outer, names in owned
+                if prefix != outer and prefix.startswith(outer)
+            ):
+                continue
+            at_top = prefix == start
+            unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside)
+            if unwrapped.start != prefix and not at_top:
+                continue  # the longer prefix is in the table, too
+            group = self.group(unwrapped, to_try[prefix], alone_only=at_top)
+            if group:
+                groups.append(group)
+                owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
+        return Found(state_dict, tuple(groups))
+
+    def group(self, unwrapped: Unwrapped, to_try: set[Reading], alone_only: bool) -> tuple[Source, ...]:
+        """The readings of a state dict: as whole models first, then as towers without their prefix."""
+        layouts = layouts_of(unwrapped.tensors, unwrapped.start)
+        try:
+            check_refused(self.known, layouts, self.wanted, self.file)
+        except DetectionError:
+            return ()
+        found: dict[str, Source] = {}
+        for name, root in sorted(to_try, key=lambda reading: reading[1]):
+            if name in found or (alone_only and not root):
+                continue
+            renamed = {root + key: layout for key, layout in layouts.items()} if root else layouts
+            detection = claim(self.known.get(name), renamed, self.facts)
+            if detection is not None and is_tower(detection.mapping, detection.tensors):
+                found[name] = self.source(unwrapped, detection)._replace(alone=bool(root))
+        return tuple(found.values())

@@ -1,20 +1,22 @@
 """Strip wrapper dicts and key prefixes: find the state dict in a checkpoint.
 
-The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it. A
-state dict with several models, or with a model and other things, is split into its submodels.
+The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it.
+`search` finds the towers of a state dict that holds more than one model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
-from keymap.errors import CheckpointError, some
+from keymap.errors import SHOWN, CheckpointError, some
 from keymap.language.format import Containers
 from keymap.read import LazyTensor
 from keymap.read.lazy import MAX_KEY, brief
+from keymap.source.flatten import flatten, resolve
 
-__all__ = ["Unwrapped", "submodels", "unwrap"]
+__all__ = ["Unwrapped", "part", "unwrap", "with_nested"]
 
 _MAX_DEPTH = 4
 _MAX_PREFIXES = 16  # nested wrapper classes
@@ -30,6 +32,9 @@ class Unwrapped(NamedTuple):
         others: paths of the other state dicts in the file; "" is the top level.
         prefixes: prefixes stripped from every key, outermost first.
         notes: what else was stripped or skipped: segments within keys, entries that are not tensors, other submodels.
+        start: of a part of a state dict: what every key begins with, before the names that a format has.
+        path: the dicts that lead to the state dict.
+        outside: of a part of a state dict: a note on the tensors outside it.
     """
 
     tensors: Mapping[str, LazyTensor]
@@ -37,6 +42,9 @@ class Unwrapped(NamedTuple):
     others: tuple[str, ...]
     prefixes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    start: str = ""
+    path: _Path = ()
+    outside: tuple[str, ...] = ()
 
 
 def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
@@ -54,44 +62,125 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
             stripping gives two keys the same name.
     """
     paths = list(_state_dict_paths(tree, containers.wrappers))
-    path, submodel = _choose(tree, paths, containers, file, wrapper)
+    if wrapper is not None:
+        path, submodel = _wanted(tree, paths, containers, file, wrapper)
+    elif paths:
+        path, submodel = paths[0], ""
+    else:
+        path, submodel = _nested_only(tree, containers, file), ""
     state = _at(tree, path)
+    others = tuple(".".join(other) for other in paths if other != path)
     tensors = dict(_tensors(state))
+    if not any(key.startswith(submodel) for key in tensors):
+        tensors = flatten(state, containers)
     _check_keys(tensors, file)
-    skipped = [_shown(key) for key, value in state.items() if not isinstance(value, LazyTensor)]
+    notes = _remove_others(state, tensors, containers)
+    if not submodel:
+        return _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path), containers, file)
+    whole = Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path)
+    return part(_strip(whole, containers, file, prefixes=()), submodel, containers)
+
+
+def with_nested(
+    tree: Mapping[str, Any], unwrapped: Unwrapped, containers: Containers, file: str, from_root: bool
+) -> Unwrapped:
+    """A state dict with the tensors of the dicts within it, by their dotted names.
+
+    Args:
+        tree: nested dicts as in the file.
+        unwrapped: the state dict.
+        containers: the declared table.
+        file: for messages.
+        from_root: start at the top level of the file instead of at the state dict.
+
+    Raises:
+        CheckpointError: a key is too long or not printable, or two tensors have the same dotted name.
+    """
+    path = () if from_root else unwrapped.path
+    tensors = flatten(_at(tree, path), containers, file)
+    if len(tensors) <= len(unwrapped.tensors):
+        return unwrapped
+    _check_keys(tensors, file)
+    return _strip(Unwrapped(tensors, ".".join(path), (), (), (), "", path), containers, file)
+
+
+def part(state_dict: Unwrapped, prefix: str, containers: Containers, inside: Sequence[str] | None = None) -> Unwrapped:
+    """The tensors of a state dict under one prefix, by their keys in the state dict.
+
+    Args:
+        state_dict: with at least one key that begins with ``prefix``.
+        prefix: with or without the ``.`` or ``/`` at its end.
+        containers: the declared table; its prefixes are stripped after ``prefix``, too.
+        inside: the keys that begin with ``prefix``, if the caller has them.
+    """
+    if not prefix.endswith((".", "/")):
+        prefix += "." if any(key.startswith(f"{prefix}.") for key in state_dict.tensors) else "/"
+    if inside is None:
+        inside = [key for key in state_dict.tensors if key.startswith(prefix)]
+    start = prefix
+    while more := next((p for p in containers.prefixes if all(k.startswith(start + p) for k in inside)), ""):
+        start += more
+    name, note = prefix[:-1], tuple[str, ...]()
+    count = len(state_dict.tensors) - len(inside)
+    if count:
+        outside = (key for key in state_dict.tensors if not key.startswith(prefix))
+        shown = ", ".join(islice(outside, SHOWN)) + (f" and {count - SHOWN} more" if count > SHOWN else "")
+        note = (f"skipped {count} tensor{'' if count == 1 else 's'} outside {name!r}: {shown}",)
+    return state_dict._replace(
+        tensors={key: state_dict.tensors[key] for key in inside},
+        wrapper=f"{state_dict.wrapper}.{name}" if state_dict.wrapper else name,
+        start=start,
+        outside=note,
+    )
+
+
+def _wanted(
+    tree: Mapping[str, Any], paths: list[_Path], containers: Containers, file: str, wrapper: str
+) -> tuple[_Path, str]:
+    """The path of the wanted state dict and the prefix of the wanted submodel in it, "" for none."""
+    for path, submodel in [*_readings(wrapper), *((path, wrapper) for path in paths)]:
+        state = _at(tree, path)
+        tensors = dict(_tensors(state)) if isinstance(state, Mapping) else {}
+        if not tensors and not submodel and isinstance(state, Mapping):
+            tensors = flatten(state, containers)
+        if any(key.startswith((f"{submodel}.", f"{submodel}/")) for key in tensors) if submodel else tensors:
+            return path, submodel
+    everything = flatten(tree, containers)
+    found = resolve(wrapper, everything, containers)
+    if len(found) == 1:
+        return (), found[0]
+    if found:
+        names = ", ".join(map(repr, found))
+        raise CheckpointError(f"{file}: wrapper={wrapper!r} may be any of {names}; pass one of them")
+    known = ", ".join(repr(".".join(path)) for path in paths) or "none"
+    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}")
+
+
+def _nested_only(tree: Mapping[str, Any], containers: Containers, file: str) -> _Path:
+    """The path of a dict that holds tensors in further dicts only.
+
+    Raises:
+        CheckpointError: the file holds no tensor that may be a weight.
+    """
+    for path in (*((name,) for name in containers.wrappers), ()):
+        state = _at(tree, path)
+        if isinstance(state, Mapping) and flatten(state, containers):
+            return path
+    raise CheckpointError(f"{file}: has no state dict", [_contents(tree, containers)])
+
+
+def _remove_others(state: Mapping[str, Any], tensors: dict[str, LazyTensor], containers: Containers) -> list[str]:
+    """Take counters out of the tensors of a state dict; returns notes on what is skipped."""
+    skipped = [
+        _shown(key)
+        for key, value in state.items()
+        if not isinstance(value, LazyTensor) and not (isinstance(value, Mapping) and not any(_tensors(state)))
+    ]
     notes = [f"skipped entries that are not tensors: {some(skipped)}"] if skipped else []
     for counter in [key for key in containers.counters if key in tensors and not tensors[key].shape]:
         del tensors[counter]
         notes.append(f"skipped {counter!r}: it is a counter, not a weight")
-    others = tuple(".".join(other) for other in paths if other != path)
-    stripped = _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes)), containers, file)
-    if not submodel:
-        return stripped
-    return _submodel(Unwrapped(tensors, stripped.wrapper, others, (), stripped.notes), submodel, containers, file)
-
-
-def submodels(state_dict: Unwrapped, containers: Containers, file: str) -> list[Unwrapped]:
-    """The submodels of a state dict whose names are in the table, each as a separate state dict."""
-    first = {key.partition(".")[0] for key in state_dict.tensors if "." in key}
-    names = [name for name in containers.parts if name in first]
-    return [_submodel(state_dict, name, containers, file, tuple(names)) for name in names]
-
-
-def _choose(
-    tree: Mapping[str, Any], paths: list[_Path], containers: Containers, file: str, wrapper: str | None
-) -> tuple[_Path, str]:
-    """The path of the wanted state dict and the name of the wanted submodel in it, "" for none."""
-    if wrapper is None:
-        if not paths:
-            raise CheckpointError(f"{file}: has no state dict", [_contents(tree, containers)])
-        return paths[0], ""
-    for path, submodel in [*_readings(wrapper), *((path, wrapper) for path in paths)]:
-        state = _at(tree, path)
-        tensors = dict(_tensors(state)) if isinstance(state, Mapping) else {}
-        if any(key.startswith(f"{submodel}.") for key in tensors) if submodel else tensors:
-            return path, submodel
-    known = ", ".join(repr(".".join(path)) for path in paths) or "none"
-    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}")
+    return notes
 
 
 def _readings(wrapper: str) -> Iterator[tuple[_Path, str]]:
@@ -142,37 +231,20 @@ def _check_keys(tensors: Mapping[str, LazyTensor], file: str) -> None:
             raise CheckpointError(f"{file}: the key {brief(key)} has unprintable characters; rename the key")
 
 
-def _submodel(
-    state_dict: Unwrapped, name: str, containers: Containers, file: str, names: tuple[str, ...] = ()
-) -> Unwrapped:
-    """The tensors under one name, without that name and without prefixes; ``names`` are all submodels."""
-    inside = {k[len(name) + 1 :]: tensor for k, tensor in state_dict.tensors.items() if k.startswith(f"{name}.")}
-    outside = [key for key in state_dict.tensors if not key.startswith(f"{name}.")]
-
-    def path(submodel: str) -> str:
-        return f"{state_dict.wrapper}.{submodel}" if state_dict.wrapper else submodel
-
-    others = (*state_dict.others, *(path(other) for other in names if other != name))
-    notes = state_dict.notes
-    if outside:
-        notes = (*notes, f"skipped {len(outside)} tensors outside submodel {name!r}: {some(outside)}")
-    return _strip(Unwrapped(inside, path(name), others, state_dict.prefixes, notes), containers, file)
-
-
-def _strip(found: Unwrapped, containers: Containers, file: str) -> Unwrapped:
+def _strip(found: Unwrapped, containers: Containers, file: str, prefixes: tuple[str, ...] | None = None) -> Unwrapped:
     """Strip the names of wrapper classes: prefixes that every key has, and segments anywhere in a key."""
-    tensors, prefixes, notes = dict(found.tensors), list(found.prefixes), list(found.notes)
-    known = (*containers.prefixes, *(f"{name}." for name in containers.parts))
+    known = containers.prefixes if prefixes is None else prefixes
+    tensors, stripped, notes = dict(found.tensors), list(found.prefixes), list(found.notes)
     while True:
         prefix = next((p for p in known if all(k.startswith(p) and k != p for k in tensors)), None)
-        if prefix is not None and len(prefixes) < _MAX_PREFIXES:
-            prefixes.append(prefix)
+        if prefix is not None and len(stripped) < _MAX_PREFIXES:
+            stripped.append(prefix)
             tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
             continue
         keys = "\n.".join(("", *tensors))
         segment = next((s for s in containers.segments if f".{s}" in keys), None)
         if segment is None:
-            return Unwrapped(tensors, found.wrapper, found.others, tuple(prefixes), tuple(notes))
+            return found._replace(tensors=tensors, prefixes=tuple(stripped), notes=tuple(notes))
         old_keys: dict[str, str] = {}
         for key in tensors:
             name = _without(key, segment)
@@ -202,22 +274,9 @@ def _contents(tree: Mapping[str, Any], containers: Containers) -> str:
             f"its entries are {names}: this is training state ({', '.join(training)}) without weights; "
             f"save model.state_dict() too"
         )
-    nested = [".".join(map(_shown, path)) for path in _paths_of_tensors(tree, (), set())]
-    if nested:
-        return f"it has tensors under {some(nested)}, which is not a known wrapper: pass wrapper={nested[0]!r}"
     return f"its entries are {names}, and none of them is a tensor: save model.state_dict()"
 
 
 def _shown(key: object) -> str:
     """A key of the file for a message."""
     return key if isinstance(key, str) and len(key) < 80 and key.isprintable() else brief(key)
-
-
-def _paths_of_tensors(tree: Mapping[str, Any], path: _Path, seen: set[int]) -> Iterator[_Path]:
-    """Paths of dicts with tensors, whatever their names; a dict that has several paths is found once."""
-    if path and next(_tensors(tree), None) is not None:
-        yield path
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and isinstance(name, str) and len(path) < _MAX_DEPTH and id(value) not in seen:
-            seen.add(id(value))
-            yield from _paths_of_tensors(value, (*path, name), seen)

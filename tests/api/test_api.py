@@ -290,21 +290,24 @@ format: mine
 title: a format of my own
 reference: my own code
 layouts: {image: native_vit, text: native}
-detect: {all: [mine.image.class_embedding]}
+detect: {all: [mine-image-class_embedding]}
 towers:
   image:
-    mine.image.(.+): visual.\\1
+    mine-image-(.+): visual.\\1
   text:
-    mine.text.(.+): text.\\1
+    mine-text-(.+): text.\\1
   scale:
-    mine.logit_scale: logit_scale
+    mine-logit_scale: logit_scale
 """
 
 
 def state_of_mine(model):
+    names = {"visual.": "mine-image-", "text.": "mine-text-", "logit_scale": "mine-logit_scale"}
     return {
-        ("mine." + k.replace("visual.", "image.", 1) if k.startswith("visual.") else "mine." + k): v
-        for k, v in model.state_dict().items()
+        new + key.removeprefix(old): value
+        for key, value in model.state_dict().items()
+        for old, new in names.items()
+        if key.startswith(old)
     }
 
 

@@ -248,9 +248,6 @@ hf_bert: query and key swapped: differs
 hf_bert: words and positions exchanged: refused
 - (word_embeddings|position_embeddings|token_type_embeddings).weight: \1.weight
 + (word_embeddings|position_embeddings|token_type_embeddings).weight: <1:embedding>.weight
-hf_bert: the head of the language model not left out: refused
-- (cls|lm_head).(.+): the head
-+ (cls|lm_tail).(.+): the head
 hf_mt5: q and k swapped: differs
 - text.transformer.block.\1.layer.0.SelfAttention.\2.weight
 + text.transformer.block.\1.layer.0.SelfAttention.<2:qkv>.weight

@@ -15,8 +15,7 @@ from keymap.language.apply import apply_rules
 from keymap.language.layout import Layout, whole
 from keymap.language.rules import Check, RuleTable
 from keymap.load.copying import materialise
-from keymap.plan.to_hub import file_rules
-from keymap.source.detect import apply_aliases, matching_keys
+from keymap.source.detect import apply_aliases, file_rules, matching_keys
 from keymap.source.registry import registry
 from keymap.source.samples import samples
 

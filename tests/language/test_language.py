@@ -21,8 +21,7 @@ from keymap.language.layout import Layout, whole
 from keymap.language.rules import RuleTable
 from keymap.language.yaml_marks import parse_yaml
 from keymap.load.copying import materialise
-from keymap.plan.to_hub import file_rules
-from keymap.source.detect import apply_aliases
+from keymap.source.detect import apply_aliases, file_rules
 from keymap.source.registry import registry
 from keymap.source.samples import samples
 

@@ -208,7 +208,7 @@ def test_an_interrupt_while_tensors_are_copied_says_that_the_model_is_half_loade
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("step", ["verify_plan", "view_model", "open_sources"])
+@pytest.mark.parametrize("step", ["verify_plan", "view_model", "open_source"])
 def test_an_interrupt_before_that_leaves_the_model_alone(step, monkeypatch, tmp_path):
     path, model = _safetensors(tmp_path), model_for("safetensors")
     before = bits(model)

@@ -1,0 +1,227 @@
+"""Choose what to load: the state dict of a file that fits the model, or for each tower the one that does.
+
+The state dict itself comes first. If it does not fit, the state dicts within it are tried: first each for the whole
+model, then for each tower alone. Nothing is guessed: if two fit, the load is refused and the message names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from keymap.errors import KeymapError, PlanError
+from keymap.plan.describe import describe
+from keymap.plan.join import Chosen, Fit, join
+from keymap.plan.model import ModelView
+from keymap.plan.plan import Plan
+from keymap.plan.planner import make_plan
+from keymap.plan.request import Request, hub_towers
+from keymap.plan.to_hub import to_hub, tower_of
+from keymap.source.detect import ambiguous
+from keymap.source.open import Opened, Source
+
+__all__ = ["choose", "choose_for_towers"]
+
+_FAULTS_OF_EACH = 3  # faults that a message lists for each of several state dicts
+_Group = Sequence[Source]
+
+
+def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
+    """The plan for the one state dict of a file that fits the model, or for one state dict for each tower.
+
+    Raises:
+        DetectionError: no format matches anything in the file.
+        PlanError: nothing in the file fits the model, or several state dicts do.
+    """
+    trial = _Trial(opened, model, request)
+    found = trial.top() or trial.chosen_whole() or trial.within()
+    if isinstance(found, Chosen):
+        return found
+    if found is not None:
+        plan, source = found
+        others = (*plan.other_wrappers, *trial.others([source]))
+        return Chosen(replace(plan, other_wrappers=tuple(dict.fromkeys(others))), source.unwrapped.tensors)
+    raise trial.error()
+
+
+def choose_for_towers(opened: Mapping[str, Opened], model: ModelView, request: Request) -> Chosen:
+    """The plan for towers that the caller takes from one state dict each; small towers are looked for beside them.
+
+    Raises:
+        PlanError: a state dict has no such tower, or it does not fit.
+    """
+    parts: dict[str, Fit] = {}
+    for tower, one in opened.items():
+        trial = _Trial(one, model, request._replace(towers=(tower,)))
+        found = trial.top() or trial.only(trial.fits(trial.request))
+        if found is None:
+            raise trial.error()
+        parts[tower] = found
+    return _Trial(next(iter(opened.values())), model, request).joined(parts)
+
+
+class _Trial:
+    """Plans for the state dicts of a file. Each is made once."""
+
+    def __init__(self, opened: Opened, model: ModelView, request: Request) -> None:
+        self.opened, self.model, self.request = opened, model, request
+        self.hub = opened.known.hub
+        self._done: dict[tuple[object, ...], Plan | KeymapError] = {}
+
+    def plan(self, source: Source, request: Request) -> Plan | KeymapError:
+        """The plan for one reading of a state dict, or why it does not fit."""
+        what = (id(source), request.strict, request.towers, request.elsewhere)
+        if what not in self._done:
+            try:
+                self._done[what] = make_plan(source, self.model, request)
+            except KeymapError as error:
+                self._done[what] = error
+        return self._done[what]
+
+    def top(self) -> Fit | None:
+        """The one reading of the state dict itself that fits; None if none does."""
+        plans = [(self.plan(source, self.request), source) for source in self.opened.top]
+        found = [(plan, source) for plan, source in plans if isinstance(plan, Plan)]
+        if len(found) > 1:
+            names = ", ".join(repr(plan.format) for plan, _ in found)
+            raise PlanError(
+                f"{self.request.file}: {len(found)} formats match the file and fit the model; choose one with "
+                f"mapping=: {names}"
+            )
+        return found[0] if found else None
+
+    def chosen_whole(self) -> Fit | None:
+        """The state dict that the caller chose, where only other state dicts within it keep it from fitting."""
+        if not self.opened.chosen or self.opened.top[0].found is None:
+            return None
+        return self._first_that_fits(self.opened.top, self.request)
+
+    def within(self) -> Fit | Chosen | None:
+        """What fits within the state dict: as strict first; in part only where no format matches the whole."""
+        strict = self.request._replace(strict=True)
+        in_part = not self.request.strict and self.opened.top[0].found is None
+        for request in (strict, self.request) if in_part else (strict,):
+            found = self.only(self.fits(request)) or self.by_tower(request)
+            if found is not None:
+                return found
+        return None
+
+    @property
+    def groups(self) -> list[_Group]:
+        """The readings of the state dict, if a format matches it, and of the state dicts within it."""
+        top = [self.opened.top] if self.opened.top[0].found is not None else []
+        return [*top, *self.opened.inner] if self.opened.inner else []
+
+    def fits(self, request: Request) -> list[Fit]:
+        """What fits, of each state dict the first reading; those that load the same tensors once."""
+        by_tensors: dict[frozenset[int], Fit] = {}
+        for group in self.groups:
+            fit = self._first_that_fits(group, request)
+            if fit is not None:
+                plan, source = fit
+                tensors = source.unwrapped.tensors
+                used = frozenset(id(tensors[piece.source]) for piece in plan.pieces if piece.source is not None)
+                by_tensors.setdefault(used, fit)
+        return list(by_tensors.values())
+
+    def _first_that_fits(self, group: _Group, request: Request) -> Fit | None:
+        """Other state dicts within a state dict are not unexpected there."""
+        start = group[0].unwrapped.start
+        inner = (other[0].unwrapped.start for other in self.opened.inner)
+        elsewhere = tuple(dict.fromkeys(other for other in inner if other != start and other.startswith(start)))
+        for source in group:
+            plan = self.plan(source, request._replace(elsewhere=elsewhere))
+            if isinstance(plan, Plan) and not (source.alone and plan.unexpected_keys):
+                return plan, source
+        return None
+
+    def only(self, found: Sequence[Fit], what: str = "") -> Fit | None:
+        """The only one of those that fit; None for none."""
+        if len(found) > 1:
+            names = ", ".join(repr(source.unwrapped.wrapper) for _, source in found)
+            raise PlanError(
+                f"{self.request.file}: {len(found)} state dicts in the file fit the model{what}; choose one with "
+                f"wrapper=: {names}"
+            )
+        return found[0] if found else None
+
+    def by_tower(self, request: Request) -> Chosen | None:
+        """For each tower the one state dict that fits it; None if a tower fits nowhere."""
+        parts: dict[str, Fit] = {}
+        towers = [tower for tower in self.towers if tower in self.hub.layouts]
+        if len(towers) < 2 or len(self.groups) < 2:
+            return None
+        for tower in towers:
+            fit = self.only(self.fits(request._replace(towers=(tower,))), f" for the {tower} tower")
+            if fit is None:
+                return None
+            parts[tower] = fit
+        if len({id(source) for _, source in parts.values()}) < 2:  # one state dict that does not fit as a whole
+            return None
+        return self.joined(parts)
+
+    @property
+    def towers(self) -> list[str]:
+        """The towers of the model that are to be loaded."""
+        towers = {tower_of(self.hub, key) for key in self.model.tensors}
+        return [tower for tower in hub_towers(self.hub) if tower in towers and self.request.includes(tower)]
+
+    def joined(self, parts: Mapping[str, Fit]) -> Chosen:
+        """One plan for towers from several state dicts, with the small towers that lie beside them.
+
+        Raises:
+            PlanError: the model has further keys, which the file lacks.
+        """
+        sources = list({id(source): source for _, source in parts.values()}.values())
+        found = list(parts.values())
+        small = tuple(tower for tower in self.towers if tower not in parts and tower not in self.hub.layouts)
+        if small:
+            request = self.request._replace(towers=small)
+            beside = self.opened.beside(small, [source.unwrapped.start for source in sources])
+            for source in (*sources, *([beside] if beside is not None else [])):
+                plan = self.plan(source, request)
+                if isinstance(plan, Plan):
+                    found.append((plan, source))
+                    break
+        return join(self.hub, found, self.model, self.request, self.others(sources))
+
+    def others(self, used: Iterable[Source]) -> list[str]:
+        """The paths of the state dicts in the file that are not used, for the report."""
+        starts = [source.unwrapped.start for source in used]
+        unused = [
+            group[0].unwrapped
+            for group in self.opened.found_inside
+            if not any(s.startswith(group[0].unwrapped.start) or group[0].unwrapped.start.startswith(s) for s in starts)
+        ]
+        return [unwrapped.wrapper for unwrapped in unused if unwrapped.wrapper]
+
+    def error(self) -> KeymapError:
+        """Why nothing fits: of the state dict itself if a format matches it, or of each one within it."""
+        top = self.opened.top
+        if len(top) > 1:
+            return ambiguous([source.found for source in top if source.found is not None], self.request.file)
+        if top[0].found is not None or top[0].refused or not self.opened.inner:
+            found = self.plan(top[0], self.request)
+            assert isinstance(found, KeymapError), "it was tried before"
+            return found
+        plans = [(self.plan(group[0], self.request), group[0]) for group in self.opened.inner]
+        errors = [(found, source) for found, source in plans if isinstance(found, KeymapError)]
+        if len(errors) == 1:
+            return errors[0][0]
+        faults = [
+            f"wrapper={source.unwrapped.wrapper!r}: {fault}"
+            for error, source in errors
+            for fault in (error.faults or (error.summary,))[:_FAULTS_OF_EACH]
+        ]
+        summary = f"{self.request.file}: none of the {len(errors)} state dicts in the file fits the model"
+        return PlanError(summary, [*faults, *self._advice()])
+
+    def _advice(self) -> list[str]:
+        """Which towers to load, where no state dict of the file has one of the others."""
+        found = [group[0].found for group in self.opened.inner]
+        present = {t for one in found if one is not None for t in describe(self.opened.known, to_hub(one, {}).tensors)}
+        absent = [tower for tower in self.towers if tower in self.hub.layouts and tower not in present]
+        if not absent or not present or self.request.towers is not None:
+            return []
+        chosen = ", ".join(repr(tower) for tower in self.hub.layouts if tower in present)
+        return [f"the file has no {' or '.join(absent)} tower: load with towers=({chosen},)"]
