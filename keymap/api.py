@@ -18,6 +18,7 @@ from keymap.load.execute import load_plan
 from keymap.load.hooks import call_post_hooks, refuse_hooks
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
 from keymap.load.shared import sharing
+from keymap.plan.allowed import check_missing_patterns
 from keymap.plan.choose import choose, choose_for_towers
 from keymap.plan.describe import Described, configurations_for, describe, found_towers
 from keymap.plan.join import Chosen
@@ -60,6 +61,7 @@ def _open(
 
 
 def _choose(opened: Sequence[tuple[str, Opened]], model: ModelView, request: Request) -> Chosen:
+    check_missing_patterns(request.allow_missing, model)
     tower, first = opened[0]
     return choose_for_towers(dict(opened), model, request) if tower else choose(first, model, request)
 
@@ -79,6 +81,8 @@ def load_checkpoint(
     source_grid: tuple[int, int] | None = None,
     assign: bool = False,
     facts: Mapping[str, int] | None = None,
+    allow_missing: Sequence[str] | str = (),
+    allow_unexpected: Sequence[str] | str = (),
 ) -> LoadResult:
     """Load a checkpoint of any known format into an OpenCLIP model.
 
@@ -102,9 +106,13 @@ def load_checkpoint(
             the file in place (save to another name, then rename), or the process may be killed.
         facts: settings that shapes cannot show, for example ``{"image.heads": 12}``; most are read from the model. A
             name that does not exist, and a value that contradicts the model or the file, is refused.
+        allow_missing: keys of the model that may be missing under strict, or patterns of them as `fnmatch` reads them,
+            for example ``("text_projection",)``. They keep their values.
+        allow_unexpected: keys of the file that may be unexpected under strict, or patterns, for example
+            ``("classifier.*",)``.
 
     Returns:
-        The missing and unexpected keys, and ``.report``.
+        The missing and unexpected keys, and ``.report``. It unpacks to the two lists.
 
     Raises:
         KeymapError: the load is refused (see its subclasses). The model is then bit for bit what it was.
@@ -115,7 +123,8 @@ def load_checkpoint(
     weights_only, target_device = checked_flag("weights_only", weights_only), checked_device(device)
     opened = _open(checkpoint_path, weights_only, mapping, wrapper)
     known, file = opened[0][1].known, opened[0][1].file
-    hub, request = known.hub, make_request(known, file, strict, towers, source_grid, facts)
+    hub = known.hub
+    request = make_request(known, file, strict, towers, source_grid, facts, allow_missing, allow_unexpected)
     view = view_model(model, hub)
     plan, tensors = _choose(opened, view, request)
     shared: Mapping[int, str] = {}
@@ -152,6 +161,8 @@ def plan_load(
     source_grid: tuple[int, int] | None = None,
     facts: Mapping[str, int] | None = None,
     weights_only: bool = True,
+    allow_missing: Sequence[str] | str = (),
+    allow_unexpected: Sequence[str] | str = (),
 ) -> Plan:
     """A dry run of `load_checkpoint`: the plan, made from names, shapes and dtypes alone.
 
@@ -167,7 +178,7 @@ def plan_load(
     strict, weights_only = checked_flag("strict", strict), checked_flag("weights_only", weights_only)
     opened = _open(checkpoint_path, weights_only, mapping, wrapper)
     known, file = opened[0][1].known, opened[0][1].file
-    request = make_request(known, file, strict, towers, source_grid, facts)
+    request = make_request(known, file, strict, towers, source_grid, facts, allow_missing, allow_unexpected)
     return _choose(opened, view_model(model, known.hub), request).plan
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from keymap.plan.plan import Plan
 __all__ = ["Inspection", "LoadResult", "Report"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a load did.
 
@@ -29,6 +29,9 @@ class Report:
     seconds: float
     materialised: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Report of {self.plan!r}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, with ``seconds`` and ``materialised``."""
         return {**self.plan.to_dict(), "seconds": self.seconds, "materialised": list(self.materialised)}
@@ -41,7 +44,7 @@ class LoadResult(dict[str, list[str]]):
     """The missing and unexpected keys of a load, and its report.
 
     A dict with ``missing_keys`` and ``unexpected_keys``, the names of ``torch.nn.Module.load_state_dict``; both are
-    attributes, too. For ``.npz`` and ``.npy`` the dict is empty, as OpenCLIP's own loader returns it; the attributes
+    attributes, too. It unpacks as torch's result does: ``missing, unexpected = load_checkpoint(...)``. For ``.npz`` and ``.npy`` the dict is empty, as OpenCLIP's own loader returns it; the attributes
     still hold the keys.
 
     Attributes:
@@ -53,6 +56,10 @@ class LoadResult(dict[str, list[str]]):
         super().__init__({} if report.plan.container in ("npz", "npy") else keys)
         self._keys = keys
         self.report = report
+
+    def __iter__(self) -> Iterator[Any]:
+        """The two lists, as the result of ``load_state_dict`` gives them; `keys` gives the names."""
+        return iter((self.missing_keys, self.unexpected_keys))
 
     @property
     def missing_keys(self) -> list[str]:
@@ -69,7 +76,7 @@ class LoadResult(dict[str, list[str]]):
         return str(self.report)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What a file is, without a model.
 
@@ -103,6 +110,10 @@ class Inspection:
     config_hints: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     parts: tuple[FoundTower, ...] = ()
+
+    def __repr__(self) -> str:
+        form = f"format {self.format}" if self.format else "unknown format"
+        return f"<Inspection of {printable(self.path)}: {form}, {len(self.tensors)} tensors; print() shows it>"
 
     @property
     def layouts(self) -> dict[str, str]:

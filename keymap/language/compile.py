@@ -126,6 +126,7 @@ def _compiled(compiler: Compiler) -> Format:
         layout_evidence=evidence,
         written_as=data.get("written_as", {}),
         scalars=frozenset(data.get("scalars", ())),
+        heads=tuple(side for key in data.get("heads", ()) if (side := compiler.side(key, ("heads",))) is not None),
         optional_buffers=frozenset(data.get("optional_buffers", ())),
         absent_means=compile_absences(compiler),
         file_only=frozenset(data.get("file_only", ())),

@@ -161,7 +161,8 @@ def compile_config(compiler: Compiler) -> Config | None:
         tuple(_places(joined.get(name, []), compiler, ("config", name), [""], ()))
         for name in ("image_size", "patch_size")
     )
-    return Config(joined["file"], image, patch, facts, defaults)
+    types = tuple(name for _, block in blocks for name in block.get("model_types", ()))
+    return Config(joined["file"], image, patch, facts, defaults, types, tuple(own.get("distinguishes", ())))
 
 
 def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], named: tuple[str, ...]) -> Iterator[Place]:

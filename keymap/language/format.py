@@ -132,7 +132,9 @@ class Place(NamedTuple):
 class Config(NamedTuple):
     """A format's configuration file: where it holds the image grid, and settings that weights do not show.
 
-    ``defaults`` are what the format's code takes where the file leaves a fact out.
+    ``defaults`` are what the format's code takes where the file leaves a fact out; ``model_types`` the values of
+    ``model_type``, in the file or in a section, that belong to the format; ``distinguishes`` the formats with the same
+    keys that ``model_type`` tells apart.
     """
 
     file: str
@@ -140,6 +142,8 @@ class Config(NamedTuple):
     patch_size: tuple[Place, ...] = ()
     facts: Mapping[str, tuple[Place, ...]] = {}
     defaults: Mapping[str, Scalar] = {}
+    model_types: tuple[str, ...] = ()
+    distinguishes: tuple[str, ...] = ()
 
 
 class Fact(NamedTuple):
@@ -208,6 +212,7 @@ class Format:
         rules: those of all towers.
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
         layout_evidence: (hub) the evidence of each layout of a tower.
+        heads: (hub) keys that a tower can lack and still be whole.
         tower, between: (bridge) the tower, and the two layouts that the rules join.
     """
 
@@ -234,6 +239,7 @@ class Format:
     layout_evidence: Mapping[str, Mapping[str, Evidence]] = field(default_factory=dict)
     written_as: Mapping[str, str] = field(default_factory=dict)
     scalars: frozenset[str] = frozenset()
+    heads: tuple[Side, ...] = ()
     optional_buffers: frozenset[str] = frozenset()
     absent_means: Mapping[str, tuple[float | str, bool]] = field(default_factory=dict)
     file_only: frozenset[str] = frozenset()

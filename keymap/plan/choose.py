@@ -13,6 +13,7 @@ from keymap.errors import KeymapError, PlanError
 from keymap.plan.describe import describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
+from keymap.plan.own_names import own_reading
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
 from keymap.plan.request import Request, hub_towers
@@ -34,7 +35,7 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         PlanError: nothing in the file fits the model, or several state dicts do.
     """
     trial = _Trial(opened, model, request)
-    found = trial.top() or trial.chosen_whole() or trial.within()
+    found = trial.top() or trial.own() or trial.chosen_whole() or trial.within()
     if isinstance(found, Chosen):
         return found
     if found is not None:
@@ -66,10 +67,12 @@ class _Trial:
     def __init__(self, opened: Opened, model: ModelView, request: Request) -> None:
         self.opened, self.model, self.request = opened, model, request
         self.hub = opened.known.hub
+        self._sources: dict[int, Source] = {}  # they live as long as their ids are used
         self._done: dict[tuple[object, ...], Plan | KeymapError] = {}
 
     def plan(self, source: Source, request: Request) -> Plan | KeymapError:
         """The plan for one reading of a state dict, or why it does not fit."""
+        self._sources[id(source)] = source
         what = (id(source), request.strict, request.towers, request.elsewhere)
         if what not in self._done:
             try:
@@ -88,7 +91,21 @@ class _Trial:
                 f"{self.request.file}: {len(found)} formats match the file and fit the model; choose one with "
                 f"mapping=: {names}"
             )
-        return found[0] if found else None
+        if not found:
+            return None
+        plan, source = found[0]
+        others = [one.found.mapping.name for one in self.opened.top if one is not source and one.found is not None]
+        if others:
+            text = f"the keys are those of {plan.format} and of {', '.join(others)}; only {plan.format} fits the model"
+            warning = f"format: {text}; if the file is another one, embeddings will differ; pass mapping= to choose"
+            plan = replace(plan, warnings=(*plan.warnings, warning))
+        return plan, source
+
+    def own(self) -> Fit | None:
+        """The state dict itself under the model's own names, whatever its format seems to be."""
+        source = own_reading(self.opened.top[0], self.model)
+        plan = self.plan(source, self.request) if source is not None else None
+        return (plan, source) if source is not None and isinstance(plan, Plan) else None
 
     def chosen_whole(self) -> Fit | None:
         """The state dict that the caller chose, where only other state dicts within it keep it from fitting."""
@@ -131,9 +148,15 @@ class _Trial:
         elsewhere = tuple(dict.fromkeys(other for other in inner if other != start and other.startswith(start)))
         for source in group:
             plan = self.plan(source, request._replace(elsewhere=elsewhere))
-            if isinstance(plan, Plan) and not (source.alone and plan.unexpected_keys):
+            if isinstance(plan, Plan) and not self._leaves_out(plan, source):
                 return plan, source
         return None
+
+    def _leaves_out(self, plan: Plan, source: Source) -> bool:
+        """Whether a load in part would leave out what the file seems to hold."""
+        if source.alone and plan.unexpected_keys:
+            return True
+        return bool(source.unwrapped.outside) and any(key in self.opened.searched for key in plan.missing_keys)
 
     def only(self, found: Sequence[Fit], what: str = "") -> Fit | None:
         """The only one of those that fit; None for none."""
@@ -204,7 +227,8 @@ class _Trial:
             found = self.plan(top[0], self.request)
             assert isinstance(found, KeymapError), "it was tried before"
             return found
-        plans = [(self.plan(group[0], self.request), group[0]) for group in self.opened.inner]
+        strict = self.request._replace(strict=True)
+        plans = [(self.plan(group[0], strict), group[0]) for group in self.opened.inner]
         errors = [(found, source) for found, source in plans if isinstance(found, KeymapError)]
         if len(errors) == 1:
             return errors[0][0]

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from keymap.errors import PlanError, some
 from keymap.language.format import Format
 from keymap.language.layout import Layout, renamed
+from keymap.plan.allowed import allowed
 from keymap.plan.model import ModelView
 from keymap.plan.plan import Plan
 from keymap.plan.request import Request
@@ -50,10 +51,11 @@ def join(hub: Format, parts: Sequence[Fit], model: ModelView, request: Request, 
     planned |= {tower_of(hub, key) for plan in plans for key in plan.missing_keys}
     towers = {key: tower_of(hub, key) for key in (*model.tensors, *model.lazy)}
     lacking = tuple(key for key, tower in towers.items() if tower not in planned and request.includes(tower))
-    if lacking and request.strict:
+    refused = [key for key in lacking if not allowed(request.allow_missing, key)]
+    if refused and request.strict:
         raise PlanError(
             f"{request.file} does not fit the model; nothing was changed",
-            [f"{len(lacking)} of the model's keys are missing from the file: {some(lacking)}"],
+            [f"{len(refused)} of the model's keys are missing from the file: {some(refused)}"],
         )
     first, outside = plans[0], {note for _, source in parts for note in source.unwrapped.outside}
     joined = replace(

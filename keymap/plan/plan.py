@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
 
-from keymap.errors import SHOWN, printable, some
+from keymap.errors import SHOWN, PlanError, printable, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
 
 __all__ = ["Entry", "Part", "Plan", "dtype_name", "without_failed"]
+
+
+_MAX_NAME = 200  # characters of a key that are compared with the plan's keys
 
 
 class Entry(NamedTuple):
@@ -57,7 +61,7 @@ class Part(NamedTuple):
     prefix: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a load will do.
 
@@ -71,8 +75,8 @@ class Plan:
         entries: one for each tensor of the model that will be written.
         checks: values to verify before anything is written.
         dropped: keys of the file that hold no weights, and why.
-        missing_keys: the model's keys that are not filled; empty under strict.
-        unexpected_keys: the file's keys that are not used; empty under strict.
+        missing_keys: the model's keys that are not filled; under strict only those of ``allow_missing``.
+        unexpected_keys: the file's keys that are not used; under strict only those of ``allow_unexpected``.
         mismatched: keys of the model whose tensor in the file does not fit, and why; empty under strict.
         notes: further remarks for the reader.
         warnings: settings in which the source's configuration and the model differ.
@@ -131,12 +135,14 @@ class Plan:
         """How one tensor of the model is filled, or all of them: the pieces, and the rules that made them.
 
         Raises:
-            KeyError: the plan does not fill that key.
+            PlanError: the plan does not fill that key.
         """
         chosen = [entry for entry in self.entries if key is None or entry.key == key]
         if not chosen:
-            missing = some(self.missing_keys, SHOWN)
-            raise KeyError(f"the plan does not fill {key!r}" + (f"; missing keys: {missing}" if missing else ""))
+            near = get_close_matches(str(key)[:_MAX_NAME], [entry.key for entry in self.entries], 3, 0.6)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            missing = f"; missing keys: {some(self.missing_keys, SHOWN)}" if self.missing_keys else ""
+            raise PlanError(f"the plan does not fill {str(key)[:_MAX_NAME]!r}{hint}{missing}")
         makers: dict[str, list[Step]] = {}
         for step in self.steps:
             makers.setdefault(step[2], []).append(step)
@@ -167,6 +173,13 @@ class Plan:
             "unverified": list(self.unverified),
         }
 
+    def __repr__(self) -> str:
+        missing, unexpected = len(self.missing_keys), len(self.unexpected_keys)
+        return (
+            f"<Plan of {printable(self.file)}: format {self.format}, {len(self.entries)} tensors, {missing} missing, "
+            f"{unexpected} unexpected; print() shows it>"
+        )
+
     def __str__(self) -> str:
         lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
         lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
@@ -190,7 +203,7 @@ class Plan:
     def _tensor_lines(self) -> Iterator[str]:
         """The lines on tensors."""
         loaded = self.loaded
-        counts = ", ".join(f"{tower} {n}" for tower, n in loaded.items())
+        counts = ", ".join(f"{tower or 'other'} {n}" for tower, n in loaded.items())
         yield f"loaded: {_count(sum(loaded.values()), 'tensor')}" + (f" ({counts})" if counts else "")
         yield from (f"resized: {key} from {how}" for key, how in self.resized.items())
         yield from (f"filled: {key} {how}" for key, how in self.filled.items())

@@ -14,6 +14,7 @@ from keymap.language.format import Format
 from keymap.language.rules import Rule
 from keymap.plan.matching import Sides, match
 from keymap.plan.model import ModelView
+from keymap.plan.own_names import OWN, take_own_names
 from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers, refuse_contradictions
@@ -37,14 +38,18 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     known, found, unwrapped = source.known, source.found, source.unwrapped
     if found is None:
         raise source.refusal or DetectionError(f"{request.file}: no known format has these keys")
-    refuse_other_model(known, model, request.file)
+    if found.mapping is not OWN:
+        refuse_other_model(known, model, request.file)
     refuse_contradictions(request, model, source.settings)
+    request = request._replace(stripped="".join(unwrapped.prefixes))
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
     translated = to_hub(found, facts)
     tower_notes = keep_towers(translated, request, known.hub)
-    refuse_empty(translated, request, found.mapping.name, hub_towers(known.hub))
+    if found.mapping is not OWN:
+        refuse_empty(translated, request, found.mapping.name, hub_towers(known.hub))
     file_counts = _counts(translated, known.hub)
     _bring_to_model(source, translated, model)
+    own_notes = take_own_names(translated, model, request, known.hub)
     sides = Sides(
         known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model=model, request=request
     )
@@ -72,6 +77,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
             *tower_notes,
             *unwrapped.notes,
             *unwrapped.outside,
+            *own_notes,
             *matches.notes,
         ),
         warnings=differences(known.hub, towers, source.settings, model.facts),
@@ -88,17 +94,17 @@ def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[
     if request.towers is None:
         return ()
 
-    def wanted(key: str) -> bool:
-        tower = _tower_of_source(translated.rules, key)
-        return request.includes(tower) if tower else not request.within_towers
-
     before = len(translated.tensors) + len(translated.unowned)
     kept = {key: lay for key, lay in translated.tensors.items() if request.includes(tower_of(hub, key))}
     translated.tensors = translated.unbridged = kept
     translated.faults = [
         fault for fault in translated.faults if fault.fatal or request.includes(fault.tower) or not fault.tower
     ]
-    translated.unowned = [key for key in translated.unowned if wanted(key)]
+    translated.unowned = [
+        key
+        for key, tower in _towers_of_unowned(translated).items()
+        if (request.includes(tower) if tower else not request.within_towers)
+    ]
     others = before - len(kept) - len(translated.unowned)
     if not others or not request.within_towers:
         return ()
@@ -117,14 +123,24 @@ def _bring_to_model(source: Source, translated: Translated, model: ModelView) ->
 def _counts(translated: Translated, hub: Format) -> Counter[str]:
     """How many tensors the file has of each tower, those under unknown names and of other architectures included."""
     counts = Counter(tower_of(hub, key) for key in translated.tensors)
-    counts.update(_tower_of_source(translated.rules, key) for key in translated.unowned)
+    counts.update(_towers_of_unowned(translated).values())
     counts.update(fault.tower for fault in translated.faults for _ in fault.sources if fault.foreign)
     return counts
 
 
-def _tower_of_source(rules: Sequence[Rule], key: str) -> str:
-    """The tower that a source key without a rule seems to belong to: its first word is that of one tower only."""
-    first = _FIRST_WORD.match(key)
-    word = first.group() if first else None
-    towers = {rule.tower for rule in rules if word and any(start.startswith(word) for start in rule.source.starts)}
-    return towers.pop() if len(towers) == 1 else ""
+def _towers_by_word(rules: Sequence[Rule]) -> dict[str, str]:
+    """The tower whose source keys alone begin with a word; a key without a rule seems to belong to it."""
+    towers: dict[str, set[str]] = {}
+    for rule in rules:
+        for start in rule.source.starts:
+            first = _FIRST_WORD.match(start)
+            if first is not None:
+                towers.setdefault(first.group(), set()).add(rule.tower)
+    return {word: names.pop() for word, names in towers.items() if len(names) == 1}
+
+
+def _towers_of_unowned(translated: Translated) -> dict[str, str]:
+    """The tower that each source key without a rule seems to belong to, "" for none."""
+    towers = _towers_by_word(translated.rules)
+    words = {key: _FIRST_WORD.match(translated.renamed.get(key, key)) for key in translated.unowned}
+    return {key: towers.get(word.group(), "") if word is not None else "" for key, word in words.items()}

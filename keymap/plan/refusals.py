@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 from keymap.errors import SHOWN, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.rules import Fault
+from keymap.plan.allowed import allowed, patterns_for
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
 from keymap.plan.matching import Matches, Sides, key_before_bridges
@@ -17,11 +19,13 @@ from keymap.plan.model import ModelView
 from keymap.plan.request import Request, example_towers
 from keymap.plan.rule_faults import RuleFaults
 from keymap.plan.to_hub import Translated, tower_of
-from keymap.source.detect import uses_aliases
+from keymap.source.detect import claim, uses_aliases
 
 __all__ = ["judge", "refuse_empty", "refuse_other_model"]
 
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
+_MAX_PAIRED = 60  # keys of each side that are compared by their names
+_NEAR_NAME = 0.75  # how alike they are at least, from 0 to 1
 _SHOWN_BESIDE_CAUSE = 3  # keys that a message lists where it names the cause
 
 
@@ -35,6 +39,13 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
     keys = some(model.tensors)
     if not any(tower_of(hub, key) for key in model.tensors):
         title = hub.title.partition(" (")[0]
+        other = next((m for m in known.formats if claim(m, model.layouts(), {}) is not None), None)
+        if other is not None:
+            raise PlanError(
+                f"{file}: the model's keys ({keys}) are those of {other.name} ({other.title}), and keymap loads into "
+                f"{title}; convert the weights with convert_state_dict(state_dict, to={other.name!r}), then call the "
+                f"model's own load_state_dict"
+            )
         raise PlanError(
             f"{file}: the model's keys ({keys}) are not those of {title}; if the model is wrapped, pass the inner "
             f"model (model.module, model._orig_mod)"
@@ -77,8 +88,13 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
     Raises:
         PlanError: with everything that is wrong.
     """
-    faults = list(sides.translated.faults)
+    faults = [fault for fault in sides.translated.faults if not _is_allowed(sides, fault)]
     of_rules = RuleFaults(sides.translated, faults)
+    forgiven = _forgiven(sides, matches, [f for f in sides.translated.faults if _is_allowed(sides, f)])
+    matches = matches._replace(
+        missing=tuple(key for key in matches.missing if key not in forgiven),
+        unexpected=tuple(key for key in matches.unexpected if key not in forgiven),
+    )
     if matches.missing:
         keys = [*sides.translated.source_keys, *of_rules.absent_members()]  # those are in the rules' faults already
         partly = incomplete(sides.format, sides.translated.rules, keys, sides.hub.optional_buffers)
@@ -88,14 +104,51 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
         lines = _strict_faults(sides, matches, faults, file_counts)
         if lines:
             raise PlanError(f"{name} does not fit the model; nothing was changed", [*lines, *notes])
-        return matches
+        return _with_forgiven(matches, forgiven)
     faults = RuleFaults(sides.translated, faults).merged({})
     lines = [fault.text for fault in faults if fault.fatal]
     lines += _nearly_empty_towers(sides.hub, matches, file_counts) + _nearly_empty_file(sides.translated, matches)
     if lines:
         lines += [*_difference(sides), *(fault.text for fault in faults if not fault.fatal)]
         raise PlanError(f"{name} does not fit the model, not even in part; nothing was changed", lines)
-    return _with_leftovers(sides.translated, matches, faults)
+    return _with_forgiven(_with_leftovers(sides.translated, matches, faults), forgiven)
+
+
+# --- what the caller allows ---
+
+
+def _file_names(sides: Sides, key: str) -> tuple[str, ...]:
+    """The names of a key of the file: as it is called there, and without the prefixes that were stripped."""
+    return (key, sides.request.stripped + key, sides.translated.renamed.get(key, key))
+
+
+def _is_allowed(sides: Sides, fault: Fault) -> bool:
+    """Whether a fault is only of keys without a place in the model, and the caller allows all of them."""
+    patterns = sides.request.allow_unexpected
+    return (
+        fault.foreign
+        and bool(fault.sources)
+        and all(allowed(patterns, *_file_names(sides, key)) for key in fault.sources)
+    )
+
+
+def _forgiven(sides: Sides, matches: Matches, faults: Sequence[Fault]) -> dict[str, bool]:
+    """The missing and unexpected keys that the caller allows; True for keys of the model."""
+    request = sides.request
+    found = {key: False for fault in faults for key in fault.sources}
+    if request.allow_unexpected:
+        keys = matches.unexpected
+        found |= {key: False for key in keys if allowed(request.allow_unexpected, *_file_names(sides, key))}
+    if request.allow_missing:
+        found |= {key: True for key in matches.missing if allowed(request.allow_missing, key)}
+    return found
+
+
+def _with_forgiven(matches: Matches, forgiven: Mapping[str, bool]) -> Matches:
+    return matches._replace(
+        missing=(*matches.missing, *(key for key, of_model in forgiven.items() if of_model)),
+        unexpected=(*matches.unexpected, *(key for key, of_model in forgiven.items() if not of_model)),
+    )
 
 
 # --- strict=True ---
@@ -123,7 +176,7 @@ def _strict_faults(
             f"{some(matches.unexpected, shown)}"
         )
     lines += _mismatch_faults(others, shown if cause else 4 * shown)
-    return [*lines, _advice(sides, matches, file_counts)]
+    return [*lines, *_advice(sides, matches, file_counts)]
 
 
 def _mismatch_groups(sides: Sides, matches: Matches, other_model: bool) -> list[MismatchGroup]:
@@ -159,14 +212,49 @@ def _of(keys: Sequence[str], side: str) -> str:
     return f"{len(keys)} of the {side}'s keys {'is' if len(keys) == 1 else 'are'}"
 
 
-def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> str:
-    """What to do: choose the towers that the file has, or load in part."""
+def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> list[str]:
+    """What to do: choose the towers that the file has, allow what is named, or load in part."""
     present = [tower for tower in sides.hub.layouts if tower in file_counts]
     absent = [tower for tower in sides.hub.layouts if tower not in file_counts]
     if matches.missing and present and absent and sides.request.towers is None:
         chosen = ", ".join(map(repr, present))
-        return f"the file has no {' or '.join(absent)} tower: load with towers=({chosen},)"
-    return "to load what fits and report the rest, pass strict=False"
+        return [f"the file has no {' or '.join(absent)} tower: load with towers=({chosen},)"]
+    pairs = _pairs(sides, matches)
+    if pairs:
+        return pairs
+    lacking = (*matches.missing, *matches.mismatched)
+    if not all(any(side.match(key) is not None for side in sides.hub.heads) for key in lacking):
+        return []  # the body of a tower would not be whole
+    if not matches.mismatched and not sides.translated.faults:
+        arguments = []
+        if matches.missing:
+            arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
+        if matches.unexpected:
+            arguments.append(f"allow_unexpected={patterns_for(matches.unexpected, sides.file_tensors)!r}")
+        if arguments:
+            keep = (
+                "the model keeps its own values for the missing keys"
+                if matches.missing
+                else "the file's keys are left out"
+            )
+            return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"]
+    return ["to load what fits and report the rest, pass strict=False"]
+
+
+def _pairs(sides: Sides, matches: Matches) -> list[str]:
+    """Keys that are missing and keys that are unexpected, where two have one shape and nearly one name."""
+    found = []
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for key in matches.unexpected[:_MAX_PAIRED]:
+        if key in sides.file_tensors:
+            by_shape.setdefault(sides.file_tensors[key].shape, []).append(key)
+    for key in matches.missing[:_MAX_PAIRED]:
+        shape = tuple(sides.targets[key].shape) if key in sides.targets else ()
+        near = get_close_matches(key, by_shape.get(shape, ()), 1, _NEAR_NAME)
+        if near:
+            found.append(f"{near[0]!r} has the shape of {key!r}, which is missing: if they are the same, rename it")
+    more = len(found) - _SHOWN_BESIDE_CAUSE
+    return [*found[:_SHOWN_BESIDE_CAUSE], *([f"and {more} more keys that pair in this way"] if more > 0 else [])]
 
 
 # --- strict=False ---

@@ -11,6 +11,7 @@ from torch import nn
 from keymap.errors import CheckpointError, PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
+from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
 from keymap.source.settings import Settings, config_text
 
@@ -40,6 +41,8 @@ class Request(NamedTuple):
         towers: the towers to load; None for all of them.
         source_grid: (h, w) of the file's position embedding, in patches.
         facts: settings that the shapes do not show, by the hub's names.
+        allow_missing, allow_unexpected: patterns of the keys that may be missing or unexpected under strict.
+        stripped: the prefixes that were stripped from every key of the file.
         elsewhere: prefixes of keys that belong to other state dicts of the file; these keys are not unexpected.
         within_towers: the caller chose the towers; keys that belong to no tower are not unexpected.
     """
@@ -49,6 +52,9 @@ class Request(NamedTuple):
     towers: tuple[str, ...] | None = None
     source_grid: tuple[int, int] | None = None
     facts: Mapping[str, int] = {}
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
+    stripped: str = ""
     elsewhere: tuple[str, ...] = ()
     within_towers: bool = False
 
@@ -64,6 +70,8 @@ def make_request(
     towers: Sequence[str] | str | None,
     source_grid: Sequence[int] | None,
     facts: Mapping[str, int] | None,
+    allow_missing: Sequence[str] | str = (),
+    allow_unexpected: Sequence[str] | str = (),
 ) -> Request:
     """Check the arguments of a load.
 
@@ -72,7 +80,16 @@ def make_request(
     """
     chosen = _checked_towers(towers, known.hub)
     grid = _checked_grid(source_grid)
-    return Request(file, strict, chosen, grid, checked_facts(facts, known), within_towers=chosen is not None)
+    return Request(
+        file,
+        strict,
+        chosen,
+        grid,
+        checked_facts(facts, known),
+        checked_patterns("allow_missing", allow_missing),
+        checked_patterns("allow_unexpected", allow_unexpected),
+        within_towers=chosen is not None,
+    )
 
 
 def request_for_towers(towers: Sequence[str] | str | None, hub: Format) -> Request:
@@ -108,7 +125,8 @@ def checked_wrappers(wrapper: object, hub: Format) -> str | dict[str, str] | Non
     wrong = [name for name, path in wrapper.items() if name not in known or not isinstance(path, str)]
     if wrong or not wrapper:
         raise CheckpointError(
-            f"wrapper={wrapper!r}: expected a path, or a dict with a path for each tower; the towers are {', '.join(known)}"
+            f"wrapper={wrapper!r}: expected a path, or a dict with a path for each tower; the towers are "
+            f"{', '.join(known)}"
         )
     return dict(wrapper)
 

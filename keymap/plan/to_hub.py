@@ -24,6 +24,7 @@ class Translated:
     Attributes:
         tensors: layouts by their new key.
         unowned: source keys that no rule owns.
+        renamed: of those, the names that the format's aliases give them, without the prefix of a state dict.
         dropped: source keys that hold no weights, with the reason.
         layouts: for each tower the chain of layouts that it was converted through.
         rules: those of the source's format that applied; ``source_keys`` what they were applied to.
@@ -35,6 +36,7 @@ class Translated:
 
     tensors: Mapping[str, Layout]
     unowned: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     layouts: dict[str, list[str]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
@@ -61,7 +63,8 @@ def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     applied = apply_rules(table, kept, facts)
     result.take(applied)
     result.unbridged = result.tensors
-    result.unowned = [source for key, layout in applied.left.items() for source in layout.named(key)]
+    result.renamed = {source: key for key, layout in applied.left.items() for source in layout.named(key)}
+    result.unowned = list(result.renamed)
     for (tower, why), keys in unsupported.items():
         text = f"{len(keys)} key{'' if len(keys) == 1 else 's'} ({some(keys, 2)}): {why}"
         result.faults.append(Fault(text, tuple(keys), tower, foreign=True))

@@ -12,7 +12,7 @@ from keymap.language.format import Config, Format, Place, Scalar
 from keymap.read.shards import leads_out
 from keymap.source.settings import Settings, Size, Unknown, config_text
 
-__all__ = ["read_config"]
+__all__ = ["model_type", "read_config"]
 
 _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
@@ -52,6 +52,8 @@ def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: F
 
 def _parse(data: Any, config: Config, origin: str) -> Settings | None:
     """The settings of a configuration; None for other JSON, which has none of the values and none of the sections."""
+    whole = data
+    data = _own_sections(data, config)
     found = {name: _first(data, places) for name, places in config.facts.items()}
     sizes = _size(data, config.image_size), _size(data, config.patch_size)
     paths = [place.path for places in config.facts.values() for place in places]
@@ -61,11 +63,38 @@ def _parse(data: Any, config: Config, origin: str) -> Settings | None:
     facts: dict[str, tuple[Scalar, str]] = {}
     for name, places in config.facts.items():
         value = found[name]
+        if data is not whole and not any(place.path.partition(".")[0] in data for place in places):
+            continue  # the section of its tower is another model's, or there is none
         if value is not None:
             facts[name] = (value[0], f"{origin}: {value[1]}")
         elif name in config.defaults and _leaves_out(data, places):
             facts[name] = (config.defaults[name], f"default, not set in {origin}")
     return Settings(*sizes, facts)
+
+
+def _own_sections(data: Any, config: Config) -> Any:
+    """The data; of another model's configuration only the sections that may be the format's."""
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if not config.model_types or not isinstance(kind, str) or kind in config.model_types:
+        return data
+    paths = (place.path for places in config.facts.values() for place in places if "." in place.path)
+    names = {path.partition(".")[0] for path in paths}
+    sections = {name: data[name] for name in names & data.keys() if isinstance(data[name], dict)}
+    return {
+        name: part for name, part in sections.items() if part.get("model_type", None) in (None, *config.model_types)
+    }
+
+
+def model_type(file: Path, metadata: Mapping[str, str], config: Config) -> str:
+    """The ``model_type`` of the configuration of a checkpoint, "" for none."""
+    for _, text, fault in _config_texts(file, metadata, config.file):
+        try:
+            data = json.loads(text) if not fault else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(data, dict) and isinstance(data.get("model_type"), str):
+            return str(data["model_type"])
+    return ""
 
 
 def _leaves_out(data: Any, places: Iterable[Place]) -> bool:

@@ -13,7 +13,7 @@ from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.read import Checkpoint, LazyTensor, open_checkpoint
-from keymap.source.config import read_config
+from keymap.source.config import model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import training
 from keymap.source.folder import choose_file
@@ -91,6 +91,11 @@ class Opened:
         return self._found.groups
 
     @property
+    def searched(self) -> Mapping[str, LazyTensor]:
+        """The tensors of the state dict that was searched."""
+        return self._found.searched.tensors
+
+    @property
     def found_inside(self) -> tuple[tuple[Source, ...], ...]:
         """`inner`, if the file was searched; a file that fits at the first attempt is not."""
         return self._found.groups if "_found" in self.__dict__ else ()
@@ -102,7 +107,7 @@ class Opened:
             towers: names of the hub's towers.
             prefixes: of the state dicts; the longest prefix that all of them share is looked at first.
         """
-        hub, base = self.known.hub, self._found.searched.tensors
+        hub, base = self.known.hub, self.searched
         for start in shared_starts(prefixes):
             keys = [key for key in base if key.startswith(start) and _tower(hub, key[len(start) :]) in towers]
             if keys:
@@ -225,7 +230,20 @@ class _Reader:
             found = claims(self.known, layouts, self.wanted, self.facts, self.file)
         except DetectionError as error:
             return (self.source(unwrapped, None)._replace(refusal=error, refused=refused),)
-        return tuple(self.source(unwrapped, detection) for detection in found)
+        return tuple(self.source(unwrapped, detection) for detection in self.by_configuration(found))
+
+    def by_configuration(self, found: list[Detection]) -> list[Detection]:
+        """Of several formats those that the configuration names, if it names any."""
+        if len(found) < 2 or not self.checkpoint.container:
+            return found
+        configs = [(detection, detection.mapping.config) for detection in found]
+        named = [
+            detection
+            for detection, config in configs
+            if config is not None
+            and model_type(self.checkpoint.path, self.checkpoint.metadata, config) in config.model_types
+        ]
+        return named or found
 
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
         settings = Settings()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from keymap.errors import KeymapError, MappingError
 from keymap.language.catalogue import Catalogue
 from keymap.paths import data_folder
+from keymap.read.lazy import brief
 
 __all__ = ["Catalogue", "list_formats", "path_text", "register_mappings", "registry"]
 
@@ -32,7 +33,8 @@ def path_text(path: object, error: type[KeymapError], advice: str) -> str:
     except Exception:  # of an __fspath__ that keymap does not know
         text = ""
     if not text:
-        raise error(f"{path!r} is not a path: {advice}")
+        what = f"a dict of {len(path)} entries" if isinstance(path, Mapping) else brief(path)
+        raise error(f"{what} is not a path: {advice}")
     return os.path.expanduser(text)
 
 

@@ -241,11 +241,21 @@ def evidence_faults(known: Catalogue, new: Iterable[str] | None = None) -> Itera
     """
     chosen = set(new) if new is not None else set(known.mappings)
     for mapping in known.formats:
-        others = [m for m in known.formats if m is not mapping and (mapping.name in chosen or m.name in chosen)]
+        others = [
+            m
+            for m in known.formats
+            if m is not mapping and (mapping.name in chosen or m.name in chosen) and not _told_apart(m, mapping)
+        ]
         if others or mapping.name in chosen:
             matched: set[str] = set()
             for sample in samples(mapping, known):
                 yield from _sample_faults(known, mapping, others, sample, matched, chosen)
+
+
+def _told_apart(one: Format, other: Format) -> bool:
+    """Whether the configuration file of one of two formats shows that a file is not the other's."""
+    pairs = ((one, other), (other, one))
+    return any(a.config is not None and b.name in a.config.distinguishes for a, b in pairs)
 
 
 def _sample_faults(
