@@ -44,8 +44,8 @@ class LoadResult(dict[str, list[str]]):
     """The missing and unexpected keys of a load, and its report.
 
     A dict with ``missing_keys`` and ``unexpected_keys``, the names of ``torch.nn.Module.load_state_dict``; both are
-    attributes, too. It unpacks as torch's result does: ``missing, unexpected = load_checkpoint(...)``. For ``.npz`` and ``.npy`` the dict is empty, as OpenCLIP's own loader returns it; the attributes
-    still hold the keys.
+    attributes, too. It unpacks as torch's result does: ``missing, unexpected = load_checkpoint(...)``. For ``.npz``
+    and ``.npy`` the dict is empty, as OpenCLIP's own loader returns it; the attributes still hold the keys.
 
     Attributes:
         report: what was loaded, resized, filled, cast and ignored.

@@ -45,7 +45,7 @@ KEYS = FILE.with_name("open_clip_keys.json")
 KEYS_HEAD = "Written by tools/record_configurations.py: run it again for another OpenCLIP."
 
 # Layouts whose names come from timm or transformers: a model of theirs may have keys that none of these models has.
-OPEN = {"image": ("clip_trunk", "map_trunk", "naflex", "naflex_token", "trunk"), "text": ("hf",)}
+OPEN = {"image": ("clip_trunk", "map_trunk", "gap_trunk", "naflex", "naflex_token", "trunk"), "text": ("hf",)}
 _SCALED = {"scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
 _LAYER_SCALE = {"ls_init_value": 1e-5}
 _OPTIONS: dict[str, Mapping[str, object]] = {  # options of OpenCLIP that add keys and that no configuration uses

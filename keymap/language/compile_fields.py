@@ -104,6 +104,7 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         texts("training_state"),
         named("files"),
         named("folders"),
+        tuple((one["length"], one["direction"], one["weight"]) for one in data.get("weight_norms", ())),
     )
 
 

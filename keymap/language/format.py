@@ -192,6 +192,7 @@ class Containers:
         counters: numbers that a training class keeps beside a model.
         training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
+        weight_norms: ends of the keys (length, direction, weight) of weights that are stored as length and direction.
         folders: names of files that show a folder which cannot be read, with what to do.
     """
 
@@ -202,6 +203,7 @@ class Containers:
     training_state: tuple[str, ...] = ()
     files: tuple[tuple[Side, str], ...] = ()
     folders: tuple[tuple[Side, str], ...] = ()
+    weight_norms: tuple[tuple[str, str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

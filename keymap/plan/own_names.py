@@ -23,11 +23,16 @@ def own_reading(source: Source, model: ModelView) -> Source | None:
         source: any reading of the state dict, or one without a format.
         model: the model; it may be any module.
     """
-    layouts = layouts_of(source.unwrapped.tensors, source.unwrapped.start)
+    unwrapped = source.unwrapped
+    if unwrapped.stored is not None:
+        unwrapped = unwrapped._replace(tensors=unwrapped.stored)
+    layouts = layouts_of(unwrapped.tensors, unwrapped.start)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.tensors.items()}
     if not wanted or model.lazy or any(key not in layouts or layouts[key].shape != wanted[key] for key in wanted):
         return None
-    return source._replace(found=Detection(OWN, layouts, ("every key of the model",), (), ()), refused=False)
+    return source._replace(
+        unwrapped=unwrapped, found=Detection(OWN, layouts, ("every key of the model",), (), ()), refused=False
+    )
 
 
 def take_own_names(translated: Translated, model: ModelView, request: Request, hub: Format) -> tuple[str, ...]:

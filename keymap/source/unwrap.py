@@ -15,6 +15,7 @@ from keymap.language.format import Containers
 from keymap.read import LazyTensor
 from keymap.read.lazy import MAX_KEY, brief
 from keymap.source.flatten import flatten, resolve
+from keymap.source.weight_norm import normalised
 
 __all__ = ["Unwrapped", "part", "unwrap", "with_nested"]
 
@@ -34,6 +35,7 @@ class Unwrapped(NamedTuple):
         notes: what else was stripped or skipped: segments within keys, entries that are not tensors, other submodels.
         start: of a part of a state dict: what every key begins with, before the names that a format has.
         path: the dicts that lead to the state dict.
+        stored: the tensors as the file stores them, if some of ``tensors`` are computed from them.
         outside: of a part of a state dict: a note on the tensors outside it.
     """
 
@@ -45,6 +47,7 @@ class Unwrapped(NamedTuple):
     start: str = ""
     path: _Path = ()
     outside: tuple[str, ...] = ()
+    stored: Mapping[str, LazyTensor] | None = None
 
 
 def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
@@ -244,7 +247,10 @@ def _strip(found: Unwrapped, containers: Containers, file: str, prefixes: tuple[
         keys = "\n.".join(("", *tensors))
         segment = next((s for s in containers.segments if f".{s}" in keys), None)
         if segment is None:
-            return found._replace(tensors=tensors, prefixes=tuple(stripped), notes=tuple(notes))
+            joined, computed = normalised(tensors, containers)
+            notes += computed
+            stored = tensors if computed else None
+            return found._replace(tensors=joined, prefixes=tuple(stripped), notes=tuple(notes), stored=stored)
         old_keys: dict[str, str] = {}
         for key in tensors:
             name = _without(key, segment)
