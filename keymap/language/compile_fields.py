@@ -96,6 +96,7 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         sides = [(compiler.side(key, (name, key)), why) for key, why in data.get(name, {}).items()]
         return tuple((side, why) for side, why in sides if side is not None)
 
+    compiled = [compiler.side(key, ("training_files",)) for key in data.get("training_files", ())]
     return Containers(
         texts("wrappers"),
         texts("prefixes"),
@@ -105,6 +106,8 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         named("files"),
         named("folders"),
         tuple((one["length"], one["direction"], one["weight"]) for one in data.get("weight_norms", ())),
+        tuple(side for side in compiled if side is not None),
+        tuple(data.get("empty_beside", {}).items()),
     )
 
 

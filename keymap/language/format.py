@@ -192,7 +192,9 @@ class Containers:
         counters: numbers that a training class keeps beside a model.
         training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
+        empty_beside: entries beside a state dict that has no values, and what to do.
         weight_norms: ends of the keys (length, direction, weight) of weights that are stored as length and direction.
+        training_files: names of files in a folder that hold no weights.
         folders: names of files that show a folder which cannot be read, with what to do.
     """
 
@@ -204,6 +206,8 @@ class Containers:
     files: tuple[tuple[Side, str], ...] = ()
     folders: tuple[tuple[Side, str], ...] = ()
     weight_norms: tuple[tuple[str, str, str], ...] = ()
+    training_files: tuple[Side, ...] = ()
+    empty_beside: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,28 +7,44 @@ CheckpointError that names the file, the member or key and the sizes, and says w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keymap.errors import CheckpointError, UnsafeCheckpointError
 from keymap.read.lazy import Checkpoint, LazyTensor, Record, SourceFile
 from keymap.read.numpy_file import is_npz, looks_like_npy, read_npy, read_npz
 from keymap.read.safetensors_file import looks_like_safetensors, read_safetensors
-from keymap.read.shards import read_index
+from keymap.read.shards import read_index, read_set
 from keymap.read.torch_file import archive_prefix, is_scripted, looks_like_pickle, read_archive, read_legacy
 from keymap.read.trusted import read_trusted
 from keymap.read.zip_file import looks_like_zip, read_directory
 
 __all__ = ["Checkpoint", "LazyTensor", "Record", "SourceFile", "open_checkpoint"]
 
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".index.json")
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".index.json", ".msgpack")
 OTHER_FORMATS = {  # first bytes of files that keymap does not read: what they are, and what to do
     b"\x1f\x8b": "a gzip-compressed file; decompress it first",
     b"BZh": "a bzip2-compressed file; decompress it first",
     b"\xfd7zXZ": "an xz-compressed file; decompress it first",
     b"\x28\xb5\x2f\xfd": "a zstd-compressed file; decompress it first",
     b"\x89HDF": "an HDF5 file (Keras); convert it to safetensors",
+    b"PAR1": "a parquet file; convert it to safetensors",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"Rar!": "a rar archive; unpack it first",
     b"GGUF": "a GGUF file; pass the safetensors file that it was made from",
+}
+
+
+_FROM_TENSORFLOW = "load the model in TensorFlow and save its weights as safetensors or .npz"
+_BY_SUFFIX = {  # formats that their first bytes do not show
+    ".onnx": ("is an ONNX model, a graph with its weights", "pass the checkpoint that it was exported from"),
+    ".tflite": ("is a TensorFlow Lite model", "pass the checkpoint that it was converted from"),
+    ".pb": ("is a TensorFlow graph", _FROM_TENSORFLOW),
+    ".index": ("is the index of a TensorFlow checkpoint", _FROM_TENSORFLOW),
+    ".data-00000-of-00001": ("is a part of a TensorFlow checkpoint", _FROM_TENSORFLOW),
+    ".h5": ("is a Keras file", "convert it to safetensors"),
+    ".engine": ("is a TensorRT engine", "pass the checkpoint that it was built from"),
+    ".mlmodel": ("is a Core ML model", "pass the checkpoint that it was converted from"),
 }
 
 
@@ -83,6 +99,15 @@ def _open(path: Path, weights_only: bool, allow_index: bool) -> Checkpoint:
     raise file.error(*_describe(file))
 
 
+def open_shards(paths: Sequence[Path], weights_only: bool = True) -> Checkpoint:
+    """Open shards without an index as one checkpoint, without reading values.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`; also if a key is in two shards.
+    """
+    return read_set(paths, lambda shard: open_checkpoint(shard, weights_only))
+
+
 def _safely_or_trusted(
     file: SourceFile, weights_only: bool, container: str, read: Callable[[], Checkpoint]
 ) -> Checkpoint:
@@ -103,7 +128,13 @@ def _describe(file: SourceFile) -> tuple[str, str]:
             kind, _, advice = text.partition("; ")
             return f"is {kind}", advice
     if head[257:262] == b"ustar":
-        return "is a tar archive (torch before 0.1.10 wrote these)", "load it with an old torch and save it again"
+        return (
+            "is a tar archive",
+            "unpack it and pass the checkpoint in it; if torch before 0.1.10 wrote it, save it again with an old torch",
+        )
+    suffix = file.path.suffix.lower()
+    if head[4:8] == b"TFL3" or suffix in _BY_SUFFIX:
+        return _BY_SUFFIX.get(suffix, _BY_SUFFIX[".tflite"])
     text = head.decode("utf-8", "replace").strip()
     if text.startswith("version https://git-lfs.github.com/spec/"):
         return "is a git-lfs pointer, not the weights themselves", "run `git lfs pull`"

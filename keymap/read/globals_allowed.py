@@ -1,7 +1,8 @@
-"""The names that a pickle may use with weights_only=True, and what keymap makes of each.
+"""The names that a pickle may call with weights_only=True, and what keymap makes of each.
 
 No name does here what it does in Python. For example, torch._utils._rebuild_tensor_v2 makes a TensorView, which is a
-reference to a storage and some numbers, and argparse.Namespace makes a Record. All other names are refused.
+reference to a storage and some numbers, and argparse.Namespace makes a Record. A call of any other name is refused. A
+name that is not called is only a text: nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy
 import torch
 
-from keymap.read.lazy import MAX_DIMS, Record
-from keymap.read.numpy_file import torch_dtype
+from keymap.errors import some
+from keymap.read.lazy import MAX_DIMS, Record, brief
+from keymap.read.numpy_file import NOT_NUMBERS, torch_dtype
 from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, Global, UnreadTensorError, check_keys
 
 STORAGE_DTYPES = {
@@ -107,37 +109,66 @@ class Instance:
     state: Any = None
 
 
+def _current_name(module: str, name: str) -> str:
+    """A name as the current versions of Python, torch and numpy have it."""
+    module = {"__builtin__": "builtins", "torch.storage": "torch"}.get(module, module)
+    module = module.replace("numpy.core.", "numpy._core.").replace("pathlib._local", "pathlib")
+    full = f"{module}.{name}"
+    return {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str"}.get(full, full)
+
+
 class AllowedGlobals:
     """The table of allowed names, and the storages that a pickle refers to.
 
     Attributes:
         scripted: whether classes of a TorchScript archive (``__torch__.``) are allowed.
         storages: all storages that the pickle refers to, in order.
+        unknown: names that the pickle names and does not call.
+        object_arrays: how many numpy arrays of Python objects it holds.
     """
 
     def __init__(self, scripted: bool = False) -> None:
         self.scripted = scripted
         self.storages: list[Storage] = []
+        self.unknown: dict[str, None] = {}
+        self.object_arrays = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was skipped."""
+        notes = [f"names that keymap did not import: {some(self.unknown)}"] if self.unknown else []
+        if self.object_arrays:
+            many = f"{self.object_arrays} numpy arrays" if self.object_arrays > 1 else "a numpy array"
+            notes.append(f"skipped {many} of Python objects")
+        return tuple(notes)
 
     def find(self, module: str, name: str) -> Global:
-        """The allowed name ``module.name`` under its current name; raises ForbiddenGlobalError for other names."""
-        module = {"__builtin__": "builtins", "torch.storage": "torch"}.get(module, module)
-        module = module.replace("numpy.core.", "numpy._core.").replace("pathlib._local", "pathlib")
-        full = f"{module}.{name}"
-        if full == "builtins.long":
-            full = "builtins.int"
-        if full == "builtins.unicode":
-            full = "builtins.str"
+        """The name ``module.name`` under its current name; raises UnreadTensorError for tensors that are not read."""
+        full = _current_name(module, name)
         if full in UNREAD:
             raise UnreadTensorError(UNREAD[full])
-        known = full in _CALLS or full in NAMES_ONLY or full in DTYPES
-        storage = module == "torch" and name in STORAGE_DTYPES
-        if known or storage or (self.scripted and module.split(".")[0] == "__torch__"):
-            return Global(full)
-        raise ForbiddenGlobalError(full)
+        if not self._is_known(full):
+            self.unknown[full if full.isprintable() else brief(full)] = None
+        return Global(full)
+
+    def may_name(self, module: str, name: str) -> bool:
+        """Whether a name is one that checkpoints need."""
+        return self._is_known(_current_name(module, name))
+
+    def _is_known(self, full: str) -> bool:
+        known = full in _CALLS or full in NAMES_ONLY or full in DTYPES or full in UNREAD
+        storage = full.startswith("torch.") and full.removeprefix("torch.") in STORAGE_DTYPES
+        return known or storage or (self.scripted and full.split(".")[0] == "__torch__")
 
     def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
-        """The value of a call, which runs no code of the file; raises BadPickleError for unknown arguments."""
+        """The value of a call, which runs no code of the file.
+
+        Raises:
+            ForbiddenGlobalError: the name may not be called.
+            BadPickleError: the arguments are unknown.
+        """
+        if not self._is_known(name):
+            raise ForbiddenGlobalError(name)
         function = _CALLS.get(name)
         if function is None:
             if name.startswith("__torch__."):
@@ -164,8 +195,11 @@ class AllowedGlobals:
             _, shape, dtype, fortran, raw = state
             if type(dtype) is not NumpyType or type(shape) is not tuple or type(fortran) is not bool:
                 raise BadPickleError("a numpy array has a state that numpy does not write")
+            if type(raw) is list:  # of Python objects; keymap skips the array
+                raw, dtype = b"", NumpyType("O")
+                self.object_arrays += 1
             if not isinstance(raw, bytes):
-                raise BadPickleError("a numpy array holds Python objects")
+                raise BadPickleError("a numpy array has a state that numpy does not write")
             target.descr, target.shape, target.fortran, target.raw = dtype.descr, shape, fortran, raw
         else:
             raise BadPickleError(f"it sets the state of a {type(target).__name__}")
@@ -303,7 +337,12 @@ def _numpy_type(descr: Any, *_: Any) -> NumpyType:
 
 
 def _numpy_scalar(dtype: Any, raw: Any) -> Any:
-    if type(dtype) is not NumpyType or type(raw) is not bytes or isinstance(torch_dtype(dtype.descr), str):
+    if type(dtype) is not NumpyType:
+        raise TypeError
+    kind = dtype.descr.lstrip("<>|=")[:1]
+    if kind in NOT_NUMBERS:  # a text, a date or an object, of which keymap needs nothing
+        return Instance(f"a numpy scalar: {NOT_NUMBERS[kind]}")
+    if type(raw) is not bytes or isinstance(torch_dtype(dtype.descr), str):
         raise TypeError
     if dtype.descr.lstrip("<>|=") == "V2":
         raise TypeError

@@ -125,12 +125,14 @@ class Checkpoint:
         tree: nested as in the file; leaves are LazyTensor, Record or plain Python values. If the file
             holds one value that is not a dict, its key is "".
         metadata: the ``__metadata__`` of safetensors, else empty.
+        notes: what was skipped, for the report.
     """
 
     path: Path
     container: str
     tree: Mapping[str, Any]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keymap.errors import CheckpointError
+from keymap.errors import CheckpointError, some
 from keymap.read.lazy import Checkpoint, LazyTensor, SourceFile, brief
 from keymap.read.safetensors_file import parse_json
 
 MAX_INDEX = 1 << 21  # bytes; the parsed index takes up to twenty times as many
 MAX_SHARDS = 1000
 MAX_FAULTS = 20  # after this many, open no further shard
+_SHARD = re.compile(r"((?:[^/]*/)?[^/]+?)[-_.](\d{1,5})-of-(\d{1,5})(\.\w+)")
 _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # its git hash or its sha256
 AGAIN = "download the index and all shards again"
 
@@ -61,6 +62,60 @@ def read_index(file: SourceFile, open_shard: Callable[[Path], Checkpoint]) -> Ch
     if faults:
         raise CheckpointError(f"{file.path}: the index and its shards do not agree; {AGAIN}", faults)
     return Checkpoint(file.path, containers.pop() if containers else "safetensors", tree, metadata)
+
+
+def shards_of(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """A complete set of shards (``model-00001-of-00003.safetensors``) in order; empty if the files are no such set.
+
+    Raises:
+        CheckpointError: a shard is missing.
+    """
+    found = [_SHARD.fullmatch(name) for name in names]
+    numbers = {int(shard[2]): shard for shard in found if shard is not None}
+    kinds = {(shard[1], shard[3], shard[4]) for shard in found if shard is not None}
+    if len(kinds) != 1 or len(numbers) != len(names):
+        return ()
+    (start, total, end) = kinds.pop()
+    missing = [n for n in range(1, min(int(total), MAX_SHARDS) + 1) if n not in numbers]
+    if missing:
+        width = len(total)
+        lacking = some(f"{start}-{n:0{width}}-of-{total}{end}" for n in missing)
+        raise CheckpointError(f"{where}: {len(missing)} of {int(total)} shards are missing: {lacking}; download them")
+    return tuple(numbers[n].group() for n in sorted(numbers))
+
+
+def read_set(paths: Sequence[Path], open_shard: Callable[[Path], Checkpoint]) -> Checkpoint:
+    """Shards without an index as one checkpoint.
+
+    Raises:
+        CheckpointError: with all faults: a shard is unreadable or of another kind, or a key is in two shards.
+    """
+    tree: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    containers: set[str] = set()
+    faults: list[str] = []
+    bytes_before = 0
+    for path in paths:
+        try:
+            shard = open_shard(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        containers.add("torch" if shard.container == "torch_legacy" else shard.container)
+        metadata.update(shard.metadata)
+        for key, lazy in shard.tree.items():
+            if key in owners:
+                faults.append(f"{brief(key)} is in {owners[key]!r} and in {path.name!r}")
+            elif isinstance(lazy, LazyTensor):
+                owners[key] = path.name
+                tree[key] = lazy._replace(bytes_before=bytes_before)
+        bytes_before += path.stat().st_size
+    if len(containers) > 1:
+        faults.append(f"they are of several kinds: {sorted(containers)}")
+    if faults:
+        raise CheckpointError(f"{paths[0].parent}: the shards do not make one checkpoint", faults[:MAX_FAULTS])
+    return Checkpoint(paths[0], containers.pop(), tree, metadata)
 
 
 def _keys_by_shard(file: SourceFile, weight_map: Mapping[str, Any]) -> dict[str, set[str]]:

@@ -60,7 +60,7 @@ def read_archive(file: SourceFile, members: dict[str, Block], prefix: str) -> Ch
     if scripted:
         views = module_tensors(file, members, prefix, value)
         return Checkpoint(file.path, "torchscript", {k: builder.lazy(view, k) for k, view in views.items()})
-    return Checkpoint(file.path, "torch", builder.tree(value))
+    return Checkpoint(file.path, "torch", builder.tree(value), {}, allowed.notes)
 
 
 def looks_like_pickle(file: SourceFile) -> bool:
@@ -105,7 +105,7 @@ def read_legacy(file: SourceFile) -> Checkpoint:
             raise file.error(f"storage {storage.key!r} is not in the file's list of storages", AGAIN)
         return block
 
-    return Checkpoint(file.path, "torch_legacy", TreeBuilder(file, locate).tree(value))
+    return Checkpoint(file.path, "torch_legacy", TreeBuilder(file, locate).tree(value), {}, allowed.notes)
 
 
 def _legacy_blocks(file: SourceFile, at: int, keys: Any, storages: list[Storage]) -> dict[str, Block]:
@@ -153,13 +153,9 @@ def _unsafe_pickle(file: SourceFile, raw: bytes, allowed: AllowedGlobals, name: 
         for opcode, argument, _ in pickletools.genops(raw):
             if opcode.name == "GLOBAL" and isinstance(argument, str):
                 module, _, attribute = argument.partition(" ")
-                try:
-                    allowed.find(module, attribute)
-                except ForbiddenGlobalError as error:
-                    if str(error) not in [name, *others] and len(others) < 20:
-                        others.append(str(error))
-                except BadPickleError:
-                    pass
+                full = f"{module}.{attribute}"
+                if not allowed.may_name(module, attribute) and full not in [name, *others] and len(others) < 20:
+                    others.append(full)
     except (ValueError, IndexError, OverflowError, UnicodeError):
         pass  # the scan stops at the damage
     is_module = name.startswith("torch.nn.") or (b"_parameters" in raw and b"_modules" in raw)

@@ -35,7 +35,7 @@ class BadPickleError(Exception):
 
 
 class ForbiddenGlobalError(BadPickleError):
-    """The pickle names something that is not allowed. Nothing was imported. The text is module.name."""
+    """The pickle calls something that is not allowed. Nothing was imported. The text is module.name."""
 
 
 class UnreadTensorError(BadPickleError):
@@ -44,7 +44,7 @@ class UnreadTensorError(BadPickleError):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """An allowed name; on the stack it is nothing more than this text."""
+    """A name; on the stack it is nothing more than this text, and nothing is imported."""
 
     name: str
 
@@ -53,10 +53,13 @@ class Allowed(Protocol):
     """What a pickle may name, call and refer to."""
 
     def find(self, module: str, name: str) -> Global:
-        """The name, if it is allowed; raises ForbiddenGlobalError."""
+        """The name under its current name; raises UnreadTensorError."""
 
     def call(self, name: str, arguments: tuple[Any, ...], spend: Callable[[int], None]) -> Any:
-        """The value of a call; raises BadPickleError. It calls ``spend`` with the bytes that it allocates."""
+        """The value of a call; raises ForbiddenGlobalError or BadPickleError.
+
+        It calls ``spend`` with the bytes that it allocates.
+        """
 
     def build(self, target: Any, state: Any) -> None:
         """Set the state of ``target``; raises BadPickleError."""
@@ -75,7 +78,7 @@ def run_pickle(data: Any, start: int, allowed: Allowed, size: int = 0) -> tuple[
         size: bytes of the whole file; 0 if ``data`` is the whole file.
 
     Raises:
-        ForbiddenGlobalError: the pickle names something that is not allowed.
+        ForbiddenGlobalError: the pickle calls something that is not allowed.
         BadPickleError: the pickle is truncated, malformed, or uses an opcode that torch.save never writes.
     """
     machine = _Machine(data, start, allowed, size or len(data))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
-from keymap.read import Checkpoint, LazyTensor, open_checkpoint
+from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
 from keymap.source.config import model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import training
-from keymap.source.folder import choose_file
+from keymap.source.folder import Choice, choose_file, refuse_hub_id
 from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.search import Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
@@ -173,12 +173,14 @@ def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wr
     """
     known, wanted = catalogue_with(mapping)
     text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
-    file_path, notes = Path(text), tuple[str, ...]()
+    file_path = Path(text)
+    refuse_hub_id(file_path, text, {name for entry in known.configurations for name in entry.names})
+    choice = Choice((file_path,), ())
     if os.path.isdir(file_path):  # without permission this is False, not an error
-        file_path, note = choose_file(file_path, known.containers)
-        notes = (note,)
-    checkpoint = open_checkpoint(file_path, weights_only)
-    return _Reader(known, wanted, checkpoint, notes).opened(wrapper)
+        choice = choose_file(file_path, known.containers)
+    files = choice.files
+    checkpoint = open_checkpoint(files[0], weights_only) if len(files) == 1 else open_shards(files, weights_only)
+    return _Reader(known, wanted, checkpoint, (*choice.notes, *checkpoint.notes)).opened(wrapper)
 
 
 def open_tree(

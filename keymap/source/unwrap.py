@@ -77,6 +77,7 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
     if not any(key.startswith(submodel) for key in tensors):
         tensors = flatten(state, containers)
     _check_keys(tensors, file)
+    _refuse_empty(tree, tensors, containers, file)
     notes = _remove_others(state, tensors, containers)
     if not submodel:
         return _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path), containers, file)
@@ -135,6 +136,16 @@ def part(state_dict: Unwrapped, prefix: str, containers: Containers, inside: Seq
         start=start,
         outside=note,
     )
+
+
+def _refuse_empty(
+    tree: Mapping[str, Any], tensors: Mapping[str, LazyTensor], containers: Containers, file: str
+) -> None:
+    """Refuse a state dict most of whose tensors have no elements, where an entry beside it says why."""
+    empty = sum(0 in tensor.shape for tensor in tensors.values())
+    for mark, why in containers.empty_beside:
+        if mark in tree and 2 * empty > len(tensors):
+            raise CheckpointError(f"{file}: {empty} of its {len(tensors)} tensors have no elements: {why}")
 
 
 def _wanted(
