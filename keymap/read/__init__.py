@@ -12,6 +12,7 @@ from pathlib import Path
 
 from keymap.errors import CheckpointError, UnsafeCheckpointError
 from keymap.read.lazy import Checkpoint, LazyTensor, Record, SourceFile
+from keymap.read.msgpack_file import looks_like_msgpack, read_msgpack
 from keymap.read.numpy_file import is_npz, looks_like_npy, read_npy, read_npz
 from keymap.read.safetensors_file import looks_like_safetensors, read_safetensors
 from keymap.read.shards import read_index, read_set
@@ -90,6 +91,8 @@ def _open(path: Path, weights_only: bool, allow_index: bool) -> Checkpoint:
         return read_npy(file)
     if looks_like_safetensors(file):
         return read_safetensors(file)
+    if looks_like_msgpack(file):
+        return read_msgpack(file)
     if looks_like_pickle(file):
         return _safely_or_trusted(file, weights_only, "torch_legacy", lambda: read_legacy(file))
     if allow_index and file.data[:64].lstrip()[:1] == b"{":

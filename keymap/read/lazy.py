@@ -121,7 +121,7 @@ class Checkpoint:
 
     Attributes:
         path: the file that was opened.
-        container: "safetensors", "torch", "torch_legacy", "torchscript", "npz" or "npy".
+        container: "safetensors", "torch", "torch_legacy", "torchscript", "npz", "npy" or "msgpack".
         tree: nested as in the file; leaves are LazyTensor, Record or plain Python values. If the file
             holds one value that is not a dict, its key is "".
         metadata: the ``__metadata__`` of safetensors, else empty.

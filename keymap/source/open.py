@@ -257,15 +257,21 @@ class _Reader:
         """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""
         containers = self.known.containers
         state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False)
-        found = self.search(state_dict, top)
+        found = self.search(state_dict, top, tried=state_dict is unwrapped)
         if not found.groups and everywhere:
             everything = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=True)
             if everything is not unwrapped:
-                found = self.search(everything, ())
+                found = self.search(everything, (), tried=False)
         return found
 
-    def search(self, state_dict: Unwrapped, top: tuple[Source, ...]) -> Found:
-        """The state dicts within one, outermost first; those that an outer one's format explains are left out."""
+    def search(self, state_dict: Unwrapped, top: tuple[Source, ...], tried: bool) -> Found:
+        """The state dicts within one, outermost first; those that an outer one's format explains are left out.
+
+        Args:
+            state_dict: to be searched.
+            top: its readings.
+            tried: ``top`` are the readings of all its tensors, and not only of those outside nested dicts.
+        """
         keys = sorted(state_dict.tensors)
         start = state_dict.start
         owned = [(start, owned_keys(s.found.mapping, s.found.tensors)) for s in top if s.found is not None]
@@ -285,7 +291,7 @@ class _Reader:
             unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside)
             if unwrapped.start != prefix and not at_top:
                 continue  # the longer prefix is in the table, too
-            group = self.group(unwrapped, to_try[prefix], alone_only=at_top)
+            group = self.group(unwrapped, to_try[prefix], alone_only=at_top and tried)
             if group:
                 groups.append(group)
                 owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
