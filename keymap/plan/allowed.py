@@ -22,7 +22,7 @@ def checked_patterns(name: str, value: Sequence[str] | str) -> tuple[str, ...]:
     """
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, (tuple, list, set, frozenset)) or not all(isinstance(p, str) and p for p in patterns):
-        raise PlanError(f"{name}={value!r}: expected keys or patterns of keys, for example {name}=('classifier.*',)")
+        raise PlanError(f"{name}={value!r}: expected keys or patterns of keys, for example {name}=('extra.*',)")
     return tuple(patterns)
 
 

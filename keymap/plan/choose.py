@@ -16,6 +16,7 @@ from keymap.plan.model import ModelView
 from keymap.plan.own_names import own_reading
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
+from keymap.plan.refusals import is_foreign
 from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
@@ -103,9 +104,16 @@ class _Trial:
 
     def own(self) -> Fit | None:
         """The state dict itself under the model's own names, whatever its format seems to be."""
-        source = own_reading(self.opened.top[0], self.model)
-        plan = self.plan(source, self.request) if source is not None else None
-        return (plan, source) if source is not None and isinstance(plan, Plan) else None
+        foreign = is_foreign(self.hub, self.model)
+        source = own_reading(self.opened.top[0], self.model, foreign)
+        if source is None or self.opened.named or self.opened.top[0].refused:
+            return None
+        plan = self.plan(source, self.request)
+        if isinstance(plan, KeymapError):
+            if foreign:
+                raise plan
+            return None
+        return (plan, source) if foreign or not plan.unexpected_keys else None
 
     def chosen_whole(self) -> Fit | None:
         """The state dict that the caller chose, where only other state dicts within it keep it from fitting."""

@@ -19,9 +19,9 @@ from keymap.plan.model import ModelView
 from keymap.plan.request import Request, example_towers
 from keymap.plan.rule_faults import RuleFaults
 from keymap.plan.to_hub import Translated, tower_of
-from keymap.source.detect import claim, uses_aliases
+from keymap.source.detect import claim, tower_layout, uses_aliases
 
-__all__ = ["judge", "refuse_empty", "refuse_other_model"]
+__all__ = ["is_foreign", "judge", "refuse_empty", "refuse_other_model"]
 
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
 _MAX_PAIRED = 60  # keys of each side that are compared by their names
@@ -37,7 +37,12 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
     """
     hub = known.hub
     keys = some(model.tensors)
-    if not any(tower_of(hub, key) for key in model.tensors):
+    if uses_aliases(hub, model.tensors):
+        raise PlanError(
+            f"{file}: the model is one tower alone ({keys}): pass the whole model; to load only one tower, add "
+            f"{' or '.join(example_towers(hub))}"
+        )
+    if is_foreign(hub, model):
         title = hub.title.partition(" (")[0]
         other = next((m for m in known.formats if claim(m, model.layouts(), {}) is not None), None)
         if other is not None:
@@ -50,11 +55,11 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
             f"{file}: the model's keys ({keys}) are not those of {title}; if the model is wrapped, pass the inner "
             f"model (model.module, model._orig_mod)"
         )
-    if uses_aliases(hub, model.tensors):
-        raise PlanError(
-            f"{file}: the model is one tower alone ({keys}): pass the whole model; to load only one tower, add "
-            f"{' or '.join(example_towers(hub))}"
-        )
+
+
+def is_foreign(hub: Format, model: ModelView) -> bool:
+    """Whether a model has no tower in a layout that the hub knows."""
+    return all(tower_layout(hub, tower, model.tensors) is None for tower in hub.layouts)
 
 
 def refuse_empty(translated: Translated, request: Request, format_name: str, towers: Sequence[str]) -> None:
@@ -107,6 +112,8 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
         return _with_forgiven(matches, forgiven)
     faults = RuleFaults(sides.translated, faults).merged({})
     lines = [fault.text for fault in faults if fault.fatal]
+    loaded = {entry.tower for entry in matches.entries}
+    lines += [fault.text for fault in faults if fault.foreign and fault.tower in loaded]
     lines += _nearly_empty_towers(sides.hub, matches, file_counts) + _nearly_empty_file(sides.translated, matches)
     if lines:
         lines += [*_difference(sides), *(fault.text for fault in faults if not fault.fatal)]
@@ -223,7 +230,7 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
     if pairs:
         return pairs
     lacking = (*matches.missing, *matches.mismatched)
-    if not all(any(side.match(key) is not None for side in sides.hub.heads) for key in lacking):
+    if not all(_is_head(sides.hub, key) for key in lacking):
         return []  # the body of a tower would not be whole
     if not matches.mismatched and not sides.translated.faults:
         arguments = []
@@ -239,6 +246,11 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
             )
             return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"]
     return ["to load what fits and report the rest, pass strict=False"]
+
+
+def _is_head(hub: Format, key: str) -> bool:
+    """Whether a tower without this key is whole; a key of no tower, or of a small one, is such a key, too."""
+    return tower_of(hub, key) not in hub.layouts or any(side.match(key) is not None for side in hub.heads)
 
 
 def _pairs(sides: Sides, matches: Matches) -> list[str]:

@@ -122,11 +122,11 @@ def check_refused(
     Raises:
         DetectionError: a mapping refuses it; the message is the mapping's reason.
     """
-    scaled = _scaled_float8(tensors)
+    scaled = _scaled_float8(tensors, known) if any(t.dtype in _FLOAT8 for t in tensors.values()) else []
     if scaled:
         raise DetectionError(
-            f"{file}: its float8 weights are quantized, with separate scales; pass the original checkpoint, or "
-            f"multiply each weight by its scale and save it",
+            f"{file}: its float8 weights are quantized, with the factors of their rows beside them; pass the "
+            f"original checkpoint, or multiply the weights by the factors and save them (scaled float8)",
             [f"recognised by {', '.join(scaled)}"],
         )
     names, keys = sorted(tensors), "\n".join(tensors)
@@ -137,16 +137,15 @@ def check_refused(
                 raise DetectionError(f"{file}: {refusal.why}", [f"recognised by {', '.join(found[:3])}"])
 
 
-def _scaled_float8(tensors: Mapping[str, Layout]) -> list[str]:
+def _scaled_float8(tensors: Mapping[str, Layout], known: Catalogue) -> list[str]:
     """A float8 weight and its scale beside it, whatever the scale is called; or the file's mark. Empty for none."""
-    weights = [key for key, layout in tensors.items() if layout.dtype in _FLOAT8]
-    if not weights:
-        return []
-    marks = [key for key in tensors if key.rpartition(".")[2].startswith("scaled_fp8")]
-    modules = {key.rpartition(".")[0]: key for key in weights}
+    containers, scalars = known.containers, known.hub.scalars
+    marks = [key for key in tensors if key.rpartition(".")[2] in containers.float8_marks]
+    modules = {key.rpartition(".")[0]: key for key, layout in tensors.items() if layout.dtype in _FLOAT8}
     for key in tensors:
         module, _, name = key.rpartition(".")
-        if "scale" in name and module in modules and key != modules[module]:
+        beside = module in modules and key != modules[module] and name not in scalars
+        if beside and any(word in name for word in containers.float8_scales):
             return [modules[module], key]
     return marks[:1]
 

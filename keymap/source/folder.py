@@ -92,6 +92,15 @@ def choose_file(folder: Path, containers: Containers) -> Choice:
         if found is not None:
             raise CheckpointError(f"{folder / found.rpartition('/')[0]}: {reason}")
     candidates = [name for name in weights if "/" not in name] or weights
+    return _only(folder, candidates, names)
+
+
+def _only(folder: Path, candidates: list[str], names: list[str]) -> Choice:
+    """The only weight file of a folder, or the shards that make one.
+
+    Raises:
+        CheckpointError: there is none, or there are several.
+    """
     shards = shards_of(candidates, str(folder))
     if shards:
         files = tuple(_inside(folder, name) for name in shards)
@@ -99,7 +108,7 @@ def choose_file(folder: Path, containers: Containers) -> Choice:
     if len(candidates) == 1:
         note = f"chose {candidates[0]} from the folder: the only weight file"
         return Choice((_inside(folder, candidates[0]),), (note,))
-    if not weights:
+    if not candidates:
         listed = f", only {', '.join(names[:8])}" if names else ""
         raise CheckpointError(f"{folder}: is a folder without a weight file{listed}; pass a checkpoint")
     listed = ", ".join(candidates[:10])

@@ -70,12 +70,14 @@ class Opened:
         file: the file that was read.
         top: the readings of the state dict, one for each format that matches it; or one Source without a format.
         chosen: the caller chose the state dict with ``wrapper=``.
+        named: the caller chose the format with ``mapping=``.
     """
 
     known: Catalogue
     file: str
     top: tuple[Source, ...]
     chosen: bool
+    named: bool
     _search: Callable[[], Found] = field(repr=False)
 
     @cached_property
@@ -220,7 +222,7 @@ class _Reader:
         unwrapped = unwrap(self.checkpoint.tree, self.known.containers, self.file, wrapper)
         top = self.readings(unwrapped)
         search = partial(self.inner, unwrapped, top, everywhere=wrapper is None)
-        return Opened(self.known, self.file, top, wrapper is not None, search)
+        return Opened(self.known, self.file, top, wrapper is not None, self.wanted is not None, search)
 
     def readings(self, unwrapped: Unwrapped) -> tuple[Source, ...]:
         """One Source for each format that matches a state dict; or one without a format."""

@@ -249,11 +249,6 @@ eva_clip: the rotary tables taken for weights: refused
 eva_clip: the copies of the rotary tables taken for weights: refused
 - visual.blocks.(\d+).attn.rope.freqs_(cos|sin):
 + nothing.blocks.(\d+).attn.rope.freqs_(cos|sin):
-eva_clip: the scale forgotten: refused
-- scale:
-- logit_scale: logit_scale
-+ scale:
-+ nothing: logit_scale
 EVA01: fc1 and fc2 swapped: differs
 - mlp.fc(1|2).(weight|bias): mlp.fc\1.\2
 + mlp.fc(1|2).(weight|bias): mlp.fc<1:other>.\2

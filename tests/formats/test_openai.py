@@ -59,9 +59,6 @@ openai: the text projection transposed: differs
 - (positional_embedding|text_projection): \1
 + positional_embedding: positional_embedding
 + text_projection: {to: text_projection, view: a b -> b a}
-openai: the image tower forgotten: refused
-- visual.: {to: visual., table: vit}
-+ nothing.: {to: visual., table: vit}
 """
 
 test_the_unbroken_rules_pass, test_a_broken_rule_is_seen = rule_tests(ROWS, {"openai": vit})

@@ -22,7 +22,7 @@ import keymap
 from keymap.errors import DetectionError
 from keymap.language.compile import compile_mapping
 from keymap.language.layout import whole
-from keymap.source.detect import apply_aliases, detect, matching_keys
+from keymap.source.detect import apply_aliases, claims, detect, matching_keys
 from keymap.source.registry import Catalogue, registry
 from keymap.source.samples import check_evidence, evidence_faults, samples
 
@@ -130,6 +130,9 @@ def chinese_clip(image):
     }
 
 
+TIMM_VIT = {"visual.cls_token": 3, "visual.patch_embed.proj.weight": 4, "visual.blocks.{i}.attn.qkv.weight": 2}
+TIMM_VIT |= {"visual.blocks.{i}.norm1.weight": 1, "visual.pos_embed": 3}
+
 # Lists that differ from a recorded one in a way that is known: (owner, keys)
 DERIVED = {
     "CLIPVisionModel, written by transformers 4": ("hf_clip", prefixed("hf_CLIPVisionModel", "vision_model.")),
@@ -200,6 +203,20 @@ DERIVED = {
         "eva_clip",
         eva("open_clip custom/timm-eva01/E(fused qkv,q_bias,v_bias)/text-native"),
     ),
+    "SLIP": ("slip", {**TIMM_VIT, **flat(), "image_projection": 2}),
+    "MERU's baseline": (
+        "meru",
+        {**TIMM_VIT, "textual.posit_embed": 2, "textual.token_embed.weight": 2, "visual_proj.weight": 2},
+    ),
+    "Wan's CLIP": ("wan_clip", {"visual.cls_embedding": 3, "visual.head": 2, "textual.type_embedding.weight": 2}),
+    "FlaxCLIPModel": (
+        "hf_flax_clip",
+        {"vision_model.pre_layrnorm.scale": 1, "text_model.final_layer_norm.scale": 1, "logit_scale": 1},
+    ),
+    "SiglipVisionModel without head": (
+        "hf_siglip",
+        {k: n for k, n in prefixed("hf_SiglipVisionModel", "vision_model.").items() if ".head." not in k},
+    ),
     "MobileCLIP-S0's image tower alone": (
         "mobileclip_s",  # without the text tower it is no other file than S1's and S2's
         {key: rank for key, rank in LISTS["apple_mobileclip_s0"].items() if key.startswith("image_encoder.")},
@@ -236,7 +253,8 @@ def test_a_key_list_has_its_one_owner(name):
 
 def test_the_table_of_owners_lists_what_is_recorded_and_every_format():
     assert set(OWNERS) == {name for name in LISTS if not name.startswith("open_clip")}
-    assert {m.name for m in KNOWN.formats} == {owner for owner, _ in ROWS.values()} - {None}
+    with_config = {"hf_vision_text_dual_encoder"}  # config.json tells it from hf_chinese_clip
+    assert {m.name for m in KNOWN.formats} - with_config == {owner for owner, _ in ROWS.values()} - {None}
 
 
 def test_no_format_claims_the_sample_of_another():
@@ -250,8 +268,10 @@ def test_a_format_claims_its_own_samples(name):
     made = list(samples(mapping, KNOWN))
     assert len(made) >= 1 + len(mapping.variants)
     for sample in made:
-        found = detect(KNOWN, {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()})
-        assert found.mapping.name == name
+        tensors = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
+        found = [found.mapping.name for found in claims(KNOWN, tensors)]
+        distinguished = mapping.config.distinguishes if mapping.config is not None else ()
+        assert [other for other in found if other not in distinguished] == [name]
 
 
 # --- evidence that is too wide or too narrow is refused when a file is registered ---

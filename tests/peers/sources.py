@@ -26,7 +26,7 @@ import transformers
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
-from . import big_vision, eva_clip, full_size, lit, mobileclip, naflex, openai, perception, timm_towers
+from . import big_vision, eva_clip, full_size, lit, mobileclip, naflex, openai, other_names, perception, timm_towers
 from .common import Size
 
 Keys = Mapping[str, Tensor]
@@ -258,6 +258,15 @@ def hf_chinese_clip(size: Size, act: str, text: tuple[tuple[str, int], ...] = tu
     vision, _ = _halves(size, act, 1e-5)
     config = transformers.ChineseCLIPConfig(vision_config=vision, text_config=dict(text), projection_dim=size.embed_dim)
     return saved(_meta(lambda: transformers.ChineseCLIPModel(config)))
+
+
+def hf_dual_encoder(size: Size, act: str) -> Keys:
+    vision, _ = _halves(size, act, 1e-5)
+    bert = transformers.BertConfig(**dict(_TINY_TEXT))
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        transformers.CLIPVisionConfig(**vision), bert, projection_dim=size.embed_dim
+    )
+    return saved(_meta(lambda: transformers.VisionTextDualEncoderModel(config)))
 
 
 LANGUAGE_MODELS = {  # as their owners publish them
@@ -541,6 +550,36 @@ def _hf_clip(c: Configuration) -> Answer:
     return Source(f"transformers {kind}", partial(hf_clip, c.size, kind, c.act, eos), towers)
 
 
+def _hf_flax(c: Configuration) -> Answer:
+    answer = _hf_clip(c)
+    if isinstance(answer, str):
+        return answer
+    if "MetaClip2" in answer.peer:
+        return "transformers has no Flax model of MetaClip 2"
+    keys = answer.keys
+
+    def named() -> Keys:
+        found = keys()
+        prefix = {("text",): "text_model.", ("image",): "vision_model."}.get(answer.towers or (), "")
+        whole = {k if k.startswith(("text_", "vi", "logit")) else prefix + k: v for k, v in found.items()}
+        return other_names.flax(whole)
+
+    return replace(
+        answer, peer=f"the names of transformers Flax{answer.peer.removeprefix('transformers ')}", keys=named
+    )
+
+
+def _wan(c: Configuration) -> Answer:
+    if c.name != "xlm-roberta-large-ViT-H-14":
+        return "Wan's CLIP is made of xlm-roberta-large-ViT-H-14"
+    return Source("the names of Wan's code", lambda: other_names.wan(_state_of(c.name)))
+
+
+def _state_of(name: str) -> Keys:
+    """The state dict of a configuration, on the meta device."""
+    return dict(full_size.model(name).state_dict())
+
+
 def _hf_siglip(c: Configuration, naflex: bool) -> Answer:
     if c.image != "siglip":
         return "the towers are not SigLIP's"
@@ -677,6 +716,13 @@ FORMATS: dict[str, Callable[[Configuration], Answer]] = {
     "hf_altclip": partial(_image_half, peer="transformers AltCLIPModel", build=hf_altclip),
     "hf_chinese_clip": partial(_image_half, peer="transformers ChineseCLIPModel", build=hf_chinese_clip),
     "chinese_clip": _chinese_clip,
+    "hf_flax_clip": _hf_flax,
+    "hf_vision_text_dual_encoder": partial(
+        _image_half, peer="transformers VisionTextDualEncoderModel", build=hf_dual_encoder
+    ),
+    "wan_clip": _wan,
+    "slip": lambda _: "no configuration has SLIP's ViT of timm with a linear projection",
+    "meru": lambda _: "no configuration has MERU's ViT of timm with a linear projection",
     "longclip": lambda _: "no configuration has Long-CLIP's 248 text positions",
     "tinyclip": lambda _: "no configuration has TinyCLIP's sizes",
     "big_vision_lit": lambda _: "no configuration has big_vision's ViT with class token",
@@ -783,6 +829,37 @@ def _chinese(image: str, text: str, form: str) -> Relative:
     return Relative(form, f"{name} with {text} as its text tower", source, build)
 
 
+def _timm_relative(form: str, names: Callable[[Mapping[str, Any]], Keys]) -> Relative:
+    """timm's ViT-B/16 with a linear projection, and OpenAI's text tower."""
+    config = open_clip.get_model_config("ViT-B-16")
+    vision = {"timm_model_name": "vit_base_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+
+    def build() -> nn.Module:
+        return _meta(lambda: open_clip.CLIP(config["embed_dim"], vision, config["text_cfg"]))
+
+    source = Source("the names of the owner's code", lambda: names(build().state_dict()))
+    return Relative(form, "ViT-B-16 with timm's vit_base_patch16_224, timm_pool token, timm_proj linear", source, build)
+
+
+def _dual() -> Relative:
+    """CLIP's ViT-B/16 and BERT, as VisionTextDualEncoderModel joins them."""
+    size = Configuration("ViT-B-16").size
+
+    def build() -> nn.Module:
+        config = open_clip.get_model_config("ViT-B-16")
+        config["text_cfg"] = {
+            "hf_model_name": "bert",
+            "hf_model_pretrained": False,
+            "hf_pooler_type": "cls_pooler",
+            "hf_proj_type": "linear",
+        }
+        with full_size.with_text_config(transformers.BertConfig(**dict(_TINY_TEXT))):
+            return _meta(lambda: open_clip.CustomTextCLIP(**config))
+
+    source = Source("transformers VisionTextDualEncoderModel", partial(hf_dual_encoder, size, "gelu"))
+    return Relative("hf_vision_text_dual_encoder", "ViT-B-16 with a BERT, hf_pooler_type cls_pooler", source, build)
+
+
 def _lit(letter: str, width: int, heads: int) -> Relative:
     """LiT-L16S and LiT-L16Ti: a ViT-L/16 without head, and a text tower of big_vision's own."""
     size = Size(
@@ -869,6 +946,9 @@ RELATIVES = {
         for form in ("chinese_clip", "hf_chinese_clip")
         if image != "RN50" or form == "chinese_clip"
     },
+    "SLIP ViT-B/16": _timm_relative("slip", other_names.slip),
+    "MERU's baseline, ViT-B/16": _timm_relative("meru", other_names.meru),
+    "BERT beside ViT-B/16, transformers": _dual(),
     "LiT-L16S": _lit("S", 384, 6),
     "LiT-L16Ti": _lit("Ti", 192, 3),
     **{

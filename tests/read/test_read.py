@@ -448,7 +448,7 @@ NO_CHECKPOINT: dict[str, tuple[bytes | str, list[str]]] = {
     "tar": (b"pickle" + bytes(251) + b"ustar\0" + bytes(300), ["tar archive"]),
     "noise": (b"\xfe\xca\x01\x02\x03\x04\x05", ["none of safetensors"]),
     "pickle": (pickle.dumps({"w": [1]}, 2), ["plain pickle", "dict", "'w'"]),
-    "pickle_code": (pickle.dumps({"w": os.getcwd}, 2), ["plain or damaged pickle", "posix.getcwd"]),
+    "pickle_code": (pickle.dumps({"w": os.getcwd}, 2), ["plain pickle", "dict", "'w'"]),
     "pickle_cut": (pickle.dumps({"w": [1]}, 2)[:-4], ["plain or damaged pickle", "truncated"]),
 }
 

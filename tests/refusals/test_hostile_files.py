@@ -310,11 +310,12 @@ CARRIERS: dict[str, Callable[[], Any]] = {
     "a subclass of a dict": lambda: Odd(a=1),
     "a file type": lambda: argparse.FileType("w"),
     "an exception": lambda: ValueError("x"),
-    "a named tuple": lambda: pickle.PicklingError,
+    "a class": lambda: pickle.PicklingError,
     "an object array": lambda: np.array([Reduced(os.system, ("true",))], dtype=object),
     "an object scalar": lambda: Reduced(np._core.multiarray.scalar, (np.dtype("O"), pickle.dumps(1))),
     "a partial": lambda: __import__("functools").partial(os.system, "true"),
 }
+NAMED_ONLY = ("a class", "an object scalar")  # they call nothing, so they are skipped
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -330,6 +331,10 @@ def test_no_way_of_pickling_runs_anything(name: str, protocol: int, tmp_path: Pa
             pickle_protocol=protocol,
             _use_new_zipfile_serialization=new,
         )
+        if name in NAMED_ONLY:
+            with nothing_runs():
+                read_all(path)
+            continue
         with nothing_runs(), pytest.raises(CheckpointError) as caught:
             read_all(path)
         assert "cannot be read (" not in str(caught.value)
