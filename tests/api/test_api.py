@@ -63,7 +63,7 @@ def test_a_plan_lists_pieces_and_explains_a_key(hf_file):
     explained = plan.explain(key)
     assert "self_attn.(q|k|v)_proj" in explained and "hf_blocks.yaml:" in explained
     assert key in plan.explain()
-    with pytest.raises(KeyError, match="does not fill 'nonsense'"):
+    with pytest.raises(keymap.PlanError, match="does not fill 'nonsense'"):
         plan.explain("nonsense")
 
 

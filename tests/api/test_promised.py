@@ -246,4 +246,4 @@ def test_no_module_imports_open_clip():
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
     own = imported - set(sys.stdlib_module_names)
-    assert own <= {"keymap", "torch", "safetensors", "numpy", "yaml", "jsonschema", "isal"}
+    assert own <= {"keymap", "torch", "safetensors", "numpy", "yaml", "jsonschema", "isal", "msgpack"}
