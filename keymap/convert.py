@@ -20,6 +20,7 @@ from keymap.plan.from_hub import from_hub
 from keymap.plan.model import has_memory
 from keymap.plan.planner import keep_towers
 from keymap.plan.request import checked_facts, checked_wrapper, request_for_towers
+from keymap.plan.rule_faults import with_lacking_facts_once
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
 from keymap.read import LazyTensor
 from keymap.read.lazy import brief
@@ -72,7 +73,7 @@ def convert_state_dict(
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
     if target.kind == "format":
         from_hub(known.hub, target, translated, facts)
-    faults = [fault.text for fault in translated.faults]
+    faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
     if translated.unowned:
         count = len(translated.unowned)
         have = "key has" if count == 1 else "keys have"

@@ -48,6 +48,8 @@ def _faults(view: ModelView, plan: Plan, strict: bool) -> Iterator[str]:
         if strict and kind.set_extra_state is not nn.Module.set_extra_state:
             extra = "takes extra state, which the file does not hold; strict=False leaves it unchanged"
             yield f"{_named(path, module)} {extra}"
+        if not path and (kind.load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in vars(module)):
+            yield f"{_named(path, module)} has its own load_state_dict, which keymap does not call; {_CONVERT}"
         plain = id(kind._load_from_state_dict) in _PLAIN
         if plain and not module._load_state_dict_pre_hooks:
             continue

@@ -189,7 +189,14 @@ class _Trial:
             parts[tower] = fit
         if len({id(source) for _, source in parts.values()}) < 2:  # one state dict that does not fit as a whole
             return None
+        for tower, (_, source) in parts.items():
+            if any(other != tower and parts[other][1] is not source for other in self.towers_in(source) & parts.keys()):
+                return None  # half of one model and half of another
         return self.joined(parts)
+
+    def towers_in(self, source: Source) -> set[str]:
+        """The towers that a state dict has, whether they fit the model or not."""
+        return set(describe(self.opened.known, to_hub(source.found, {}).tensors)) if source.found is not None else set()
 
     @property
     def towers(self) -> list[str]:
@@ -246,12 +253,14 @@ class _Trial:
             for fault in (error.faults or (error.summary,))[:_FAULTS_OF_EACH]
         ]
         summary = f"{self.request.file}: none of the {len(errors)} state dicts in the file fits the model"
-        return PlanError(summary, [*faults, *self._advice()])
+        return PlanError(summary, [*self._advice(), *faults])
 
     def _advice(self) -> list[str]:
         """Which towers to load, where no state dict of the file has one of the others."""
-        found = [group[0].found for group in self.opened.inner]
-        present = {t for one in found if one is not None for t in describe(self.opened.known, to_hub(one, {}).tensors)}
+        present = {tower for group in self.opened.inner for tower in self.towers_in(group[0])}
+        if self.request.towers is not None:
+            lacking = [tower for tower in self.towers if tower in self.hub.layouts and tower not in present]
+            return [f"no state dict in the file has the {' or the '.join(lacking)} tower"] if lacking else []
         absent = [tower for tower in self.towers if tower in self.hub.layouts and tower not in present]
         if not absent or not present or self.request.towers is not None:
             return []

@@ -8,9 +8,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from keymap.language.rules import Fault, Rule, RuleTable
 from keymap.plan.to_hub import Translated
 
-__all__ = ["RuleFaults"]
+__all__ = ["RuleFaults", "with_lacking_facts_once"]
 
+_PASS_FACTS = re.compile(r"pass facts=\{([^}]*)\}")
 _VARYING = re.compile(r"\[[^\]]*\]|[0-9]+")  # shapes and numbers
+
+
+def with_lacking_facts_once(faults: Sequence[Fault]) -> list[Fault]:
+    """The faults; those of rules that lack a fact of the caller are one, which names every such fact."""
+    lacking: dict[str, None] = {}
+    others: list[Fault] = []
+    sources: list[str] = []
+    first: Fault | None = None
+    for fault in faults:
+        found = _PASS_FACTS.search(fault.text)
+        if found is None:
+            others.append(fault)
+            continue
+        first = first or fault
+        sources += fault.sources
+        lacking.update(dict.fromkeys(found[1].split(", ")))
+    if first is None:
+        return others
+    place = first.text.partition(": rule ")[0]
+    text = (
+        f"the shapes do not show everything: pass facts={{{', '.join(lacking)}}} ({len(faults) - len(others)} keys or "
+        f"rules need it, the first at {place})"
+    )
+    return [first._replace(text=text, sources=tuple(sources)), *others]
 
 
 class RuleFaults:
@@ -83,7 +108,9 @@ class RuleFaults:
                 sources, fatal = (*first.sources, *fault.sources), first.fatal or fault.fatal
                 merged[alike] = first._replace(text=text, sources=sources, fatal=fatal)
         left: dict[str | int, str] = dict(following.items())
-        return [
-            fault._replace(text=f"{fault.text}; also {left.pop(place)}") if place in left else fault
-            for (place, _), fault in merged.items()
-        ]
+        return with_lacking_facts_once(
+            [
+                fault._replace(text=f"{fault.text}; also {left.pop(place)}") if place in left else fault
+                for (place, _), fault in merged.items()
+            ]
+        )

@@ -6,7 +6,8 @@ The names come from a declared table (``mappings/containers.yaml``). keymap stri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from keymap.source.weight_norm import normalised
 __all__ = ["Unwrapped", "part", "unwrap", "with_nested"]
 
 _MAX_DEPTH = 4
+_MAX_COMPARED = 2000  # prefixes that a wrong wrapper is compared with
 _MAX_PREFIXES = 16  # nested wrapper classes
 _Path = tuple[str, ...]
 
@@ -167,7 +169,20 @@ def _wanted(
         names = ", ".join(map(repr, found))
         raise CheckpointError(f"{file}: wrapper={wrapper!r} may be any of {names}; pass one of them")
     known = ", ".join(repr(".".join(path)) for path in paths) or "none"
-    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}")
+    near = get_close_matches(wrapper[:MAX_KEY], _first_prefixes(everything), 3, 0.6)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}{hint}")
+
+
+def _first_prefixes(keys: Iterable[str]) -> list[str]:
+    """The shortest prefixes of keys, for a message."""
+    found: dict[str, None] = {}
+    for key in keys:
+        for end in [at for at, character in enumerate(key) if character in "./"][:_MAX_DEPTH]:
+            found[key[:end]] = None
+        if len(found) > _MAX_COMPARED:
+            break
+    return list(found)
 
 
 def _nested_only(tree: Mapping[str, Any], containers: Containers, file: str) -> _Path:

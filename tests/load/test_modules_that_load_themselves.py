@@ -169,3 +169,20 @@ def test_a_hook_after_loading_may_edit_the_missing_keys(path):
     model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.remove("head.bias"))
     result = keymap.load_checkpoint(model, path, strict=False)
     assert result.missing_keys == result["missing_keys"] == ["head.weight"]
+
+
+@pytest.mark.parametrize("kind", ["class", "instance"])
+def test_a_model_with_its_own_load_state_dict_is_refused_by_name(path, kind):
+    model = openclip.clip(seed=2)
+
+    def doubled(self, state, *rest, **options):
+        return nn.Module.load_state_dict(self, {key: value * 2 for key, value in state.items()}, *rest, **options)
+
+    if kind == "class":
+        model.__class__ = type("Doubling", (type(model),), {"load_state_dict": doubled})
+    else:
+        model.load_state_dict = doubled.__get__(model)
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match="has its own load_state_dict"):
+        keymap.load_checkpoint(model, path)
+    assert_unchanged(model, before)

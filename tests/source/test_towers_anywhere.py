@@ -105,11 +105,32 @@ def test_towers_from_two_dicts_of_a_file_with_equal_keys(tmp_path):
         "step": 3,
     }
     torch.save(tree, tmp_path / "x.pt")
-    for wrapper in (None, {"image": "img", "text": "txt"}):
+    for wrapper, assign in ((None, False), ({"image": "img", "text": "txt"}, False), (None, True)):
         model = openclip.clip(seed=2)
-        keymap.load_checkpoint(model, tmp_path / "x.pt", wrapper=wrapper, allow_missing="logit_scale")
+        keymap.load_checkpoint(model, tmp_path / "x.pt", wrapper=wrapper, assign=assign, allow_missing="logit_scale")
         wanted = source.state_dict()
         assert all(same_bits(v, wanted[k]) for k, v in model.state_dict().items() if k != "logit_scale"), wrapper
+
+
+def test_half_of_one_model_and_half_of_another_are_not_joined(tmp_path):
+    """Of the student only the image tower fits, of the teacher only the text tower."""
+    student, teacher = openclip.clip(seed=1, text_width=64), openclip.clip(seed=2, image_width=96, image_heads=6)
+    path = written(under("student.", state(student)) | under("teacher.", state(teacher)), tmp_path)
+    model = openclip.clip(seed=3)
+    before = bits(model)
+    with pytest.raises(keymap.PlanError):
+        keymap.load_checkpoint(model, path)
+    assert_unchanged(model, before)
+    keymap.load_checkpoint(model, path, wrapper={"image": "student", "text": "teacher"}, allow_missing="logit_scale")
+    assert_tower(model, student, before | text_of(teacher) | {"logit_scale": student.state_dict()["logit_scale"]})
+
+
+def test_the_state_of_a_composer_run_is_found(tmp_path):
+    donor, model = openclip.clip(seed=1), openclip.clip(seed=2)
+    tree = {"model": under("clip.", state(donor)), "optimizers": {"AdamW": {"state": {"x": torch.ones(3)}}}}
+    torch.save({"state": tree, "rng": [{"torch": torch.ones(4)}]}, tmp_path / "ep1.pt")
+    keymap.load_checkpoint(model, tmp_path / "ep1.pt")
+    assert all(same_bits(value, donor.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("width", [32, 64])
@@ -264,3 +285,26 @@ def test_a_load_that_fits_at_once_searches_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("keymap.source.open.prefixes_to_try", lambda *_: pytest.fail("it was searched"))
     assert opened.top[0].found is not None
     keymap.load_checkpoint(openclip.clip(), path)
+
+
+def test_a_wrong_wrapper_is_refused_with_near_names(tmp_path):
+    path = written(under("net.teacher.", state(openclip.clip(seed=1))) | OTHER, tmp_path)
+    with pytest.raises(keymap.CheckpointError, match=r"did you mean 'net\.teacher'"):
+        keymap.load_checkpoint(openclip.clip(), path, wrapper="net.techer")
+
+
+def test_that_a_file_has_no_such_tower_is_said_only_where_none_has(tmp_path):
+    tensors = under("a.", text_of(openclip.clip(seed=1))) | under("b.", text_of(openclip.clip(seed=2, text_width=64)))
+    with pytest.raises(keymap.PlanError, match="no state dict in the file has the image tower"):
+        keymap.load_checkpoint(openclip.clip(), written(tensors | OTHER, tmp_path), towers=("image",))
+    tensors |= under("c.", alone(openclip.clip(seed=3, image_width=96, image_heads=6), "visual."))
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.load_checkpoint(openclip.clip(), written(tensors | OTHER, tmp_path), towers=("image",))
+    assert "no state dict in the file has" not in str(caught.value)
+
+
+def test_facts_that_are_missing_are_one_fault():
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.convert_state_dict(openclip.siglip(seed=1).state_dict(), "big_vision_siglip")
+    (fault,) = caught.value.faults
+    assert "pass facts={'image.heads': ..., 'text.heads': ...}" in fault
