@@ -17,10 +17,12 @@ from keymap.errors import (
     PlanError,
     UnsafeCheckpointError,
     VerifyError,
+    WriteError,
 )
 from keymap.paths import schema_path
 from keymap.plan.plan import Plan
 from keymap.results import Inspection, LoadResult, Report
+from keymap.save import WriteResult, convert_checkpoint, save_checkpoint
 from keymap.source.registry import list_formats, register_mappings
 
 __version__ = "0.1.0"
@@ -39,12 +41,16 @@ __all__ = [
     "Report",
     "UnsafeCheckpointError",
     "VerifyError",
+    "WriteError",
+    "WriteResult",
     "__version__",
+    "convert_checkpoint",
     "convert_state_dict",
     "inspect_checkpoint",
     "list_formats",
     "load_checkpoint",
     "plan_load",
     "register_mappings",
+    "save_checkpoint",
     "schema_path",
 ]

@@ -69,5 +69,9 @@ class VerifyError(KeymapError):
     """A tensor that the plan drops does not hold the values that make dropping it safe."""
 
 
+class WriteError(KeymapError):
+    """A file cannot be written: no folder, no permission, a full disk, a dtype that the container lacks."""
+
+
 class LoadError(KeymapError):
     """The operating system failed the load, for example out of memory. The message says what happened to the model."""

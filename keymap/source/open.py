@@ -40,6 +40,7 @@ class Source(NamedTuple):
         refusal: why no format matches.
         refused: a mapping refuses the file by name.
         alone: it is a tower without the prefix that its format has.
+        metadata: strings that the container holds beside the tensors.
     """
 
     known: Catalogue
@@ -52,6 +53,7 @@ class Source(NamedTuple):
     refusal: DetectionError | None = None
     refused: bool = False
     alone: bool = False
+    metadata: Mapping[str, str] = {}
 
 
 class Found(NamedTuple):
@@ -253,7 +255,17 @@ class _Reader:
         settings = Settings()
         if found is not None and self.checkpoint.container:
             settings = read_config(self.checkpoint.path, self.checkpoint.metadata, found.mapping, self.known.hub)
-        return Source(self.known, self.file, self.checkpoint.container, unwrapped, found, settings, self.notes)
+        checkpoint = self.checkpoint
+        return Source(
+            self.known,
+            self.file,
+            checkpoint.container,
+            unwrapped,
+            found,
+            settings,
+            self.notes,
+            metadata=checkpoint.metadata,
+        )
 
     def inner(self, unwrapped: Unwrapped, top: tuple[Source, ...], everywhere: bool) -> Found:
         """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""

@@ -267,7 +267,7 @@ def test_convert_to_openai_gives_the_dtypes_of_openais_files():
 
 
 def test_convert_names_the_fact_that_it_needs():
-    with pytest.raises(keymap.PlanError, match=r"cannot infer axes h and k: pass facts={'image.heads': ...}"):
+    with pytest.raises(keymap.PlanError, match=r"pass facts={'image.heads': ..., 'text.heads': ...}"):
         keymap.convert_state_dict(openclip.siglip().state_dict(), "big_vision_siglip")
 
 

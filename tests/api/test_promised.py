@@ -78,7 +78,7 @@ def test_the_first_five_arguments_are_those_of_open_clips_loader():
 
 def test_every_error_is_a_keymap_error():
     errors = [getattr(keymap, name) for name in keymap.__all__ if name.endswith("Error")]
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert all(issubclass(error, keymap.KeymapError) for error in errors)
 
 

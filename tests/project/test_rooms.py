@@ -24,7 +24,7 @@ FLOORS = (
     ("load",),
     ("write",),
     ("results",),
-    ("api", "convert"),
+    ("api", "convert", "save", "compare"),
     ("distributed",),
     ("__init__",),
     ("cli", "__main__"),

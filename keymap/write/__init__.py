@@ -1,0 +1,1 @@
+"""Write tensors to files: streamed, and put in place only when whole."""

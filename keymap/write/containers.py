@@ -1,0 +1,174 @@
+"""Write a state dict as .safetensors, .pt or .npz, one tensor after the other.
+
+The memory that is needed beside the source is that of one tensor. Layouts: safetensors, "Format" in its README; torch,
+``torch/serialization.py`` (a zip archive with a pickle and a member for each storage); numpy, NEP 1 (.npy in a zip).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import skip_data
+
+from keymap.errors import WriteError
+from keymap.read import open_checkpoint
+from keymap.read.lazy import Block
+from keymap.write.tensors import Item, raw_bytes
+
+__all__ = ["SUFFIXES", "write_container"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CRC_BLOCK = 1 << 24
+_SHOWN = 120  # characters of an error of torch
+Value = Callable[[str], torch.Tensor]
+
+
+def write_container(
+    path: Path,
+    kind: str,
+    items: Mapping[str, Item],
+    value: Value,
+    metadata: Mapping[str, str],
+    done: Callable[[int], None],
+) -> None:
+    """Write one file.
+
+    Args:
+        path: where to.
+        kind: the suffix of the destination, one of `SUFFIXES`.
+        items: what to write, by key.
+        value: the values of a tensor, contiguous on the CPU.
+        metadata: strings beside the tensors; only safetensors keeps them.
+        done: called with the bytes of each tensor that is written.
+
+    Raises:
+        WriteError: the container has no such dtype.
+    """
+    if kind == ".safetensors":
+        _write_safetensors(path, items, value, metadata, done)
+    elif kind == ".npz":
+        _write_npz(path, items, value, done)
+    else:
+        _write_torch(path, items, value, done)
+
+
+def _write_safetensors(
+    path: Path, items: Mapping[str, Item], value: Value, metadata: Mapping[str, str], done: Callable[[int], None]
+) -> None:
+    ordered = sorted(items, key=lambda key: (-items[key].dtype.itemsize, key))  # so every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for key in ordered:
+        item = items[key]
+        if item.dtype not in _NAMES:
+            raise WriteError(f"{key}: safetensors has no {item.dtype}; write .pt, or pass dtype=")
+        end = at + item.nbytes
+        header[key] = {"dtype": _NAMES[item.dtype], "shape": list(item.target.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in ordered:
+            file.write(raw_bytes(value(key)))
+            done(items[key].nbytes)
+
+
+def _write_npz(path: Path, items: Mapping[str, Item], value: Value, done: Callable[[int], None]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, item in items.items():
+            if item.dtype is torch.bfloat16 or (item.dtype.itemsize == 1 and item.dtype.is_floating_point):
+                raise WriteError(f"{key}: numpy has no {item.dtype}; pass dtype='float32'")
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, value(key).numpy(), allow_pickle=False)
+            done(item.nbytes)
+
+
+def _write_torch(path: Path, items: Mapping[str, Item], value: Value, done: Callable[[int], None]) -> None:
+    """torch writes the pickle and leaves room for the values; then the values are written into it.
+
+    Tensors that are made of the same elements in the same way share their storage, as in a model with tied tensors.
+    """
+    made: dict[object, torch.Tensor] = {}
+    empty = {
+        key: made.setdefault(
+            (item.target.layout.pieces, item.target.shape, item.dtype) if item.nbytes else key,
+            torch.empty(item.target.shape, dtype=item.dtype, device="cpu"),
+        )
+        for key, item in items.items()
+    }
+    try:
+        with skip_data():
+            torch.save(empty, path)
+    except RuntimeError as error:  # of torch's writer, where the system refuses to write
+        raise OSError(errno.EIO, f"torch.save failed: {str(error).splitlines()[0][:_SHOWN]}") from None
+    tree = open_checkpoint(path).tree
+    sums: dict[int, int] = {}
+    with path.open("r+b") as file:
+        for key, item in items.items():
+            block = tree[key].values
+            if not isinstance(block, Block) or block.start in sums:
+                continue
+            raw = raw_bytes(value(key))
+            file.seek(block.start)
+            file.write(raw)
+            sums[block.start] = _crc(raw)
+            done(item.nbytes)
+    _write_sums(path, sums)
+
+
+def _crc(raw: memoryview) -> int:
+    total = 0
+    for start in range(0, len(raw), _CRC_BLOCK):
+        total = zlib.crc32(raw[start : start + _CRC_BLOCK], total)
+    return total
+
+
+def _write_sums(path: Path, sums: Mapping[int, int]) -> None:
+    """Write the checksums of members into a zip archive, by where their values start."""
+    with zipfile.ZipFile(path) as archive, path.open("r+b") as file:
+        entry = archive.start_dir
+        for info in archive.infolist():
+            file.seek(info.header_offset)
+            local = file.read(30)
+            start = (
+                info.header_offset
+                + 30
+                + int.from_bytes(local[26:28], "little")
+                + int.from_bytes(local[28:30], "little")
+            )
+            file.seek(entry)
+            central = file.read(46)
+            if start in sums:
+                checksum = sums[start].to_bytes(4, "little")
+                if not int.from_bytes(local[6:8], "little") & 8:
+                    file.seek(info.header_offset + 14)
+                    file.write(checksum)
+                else:  # the checksum follows the values
+                    file.seek(start + info.compress_size + 4)
+                    file.write(checksum)
+                file.seek(entry + 16)
+                file.write(checksum)
+            entry += 46 + sum(int.from_bytes(central[at : at + 2], "little") for at in (28, 30, 32))
