@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import transformers
-from peers import hf, hf_text, openclip
-from peers.common import images, max_diff
+from open_clip.model import CustomTextCLIP
+from peers import hf, hf_text, openclip, timm_towers
+from peers.common import Size, images, max_diff
 from safetensors.torch import save_file
 from transformers.activations import ACT2CLS
 
@@ -146,6 +147,7 @@ PLACES = [  # a place, a configuration, and the value
     (FILTER, {"kind": "b", "pool": "q"}, "q"),  # unknown
     (FILTER, {"pool": None}, "null"),  # unknown
     (FILTER, {"kind": "b", "new": {}}, "the default"),
+    ("[{path: pool, words: {p: null}}, {path: kind}]", {"pool": "p", "kind": "a"}, None),
     (LAST, {"id": 4, "count": 5}, None),
     (LAST, {"id": 3, "count": 5}, "last but one"),
     (LAST, {"id": 8}, "last but one"),
@@ -207,3 +209,24 @@ def test_the_old_sections_of_transformers_override(section, tmp_path):
     config[f"{section}_config_dict"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert labels(load(openclip.clip(), tmp_path)[1]) == {f"eps of the {tower} tower's norms"}
+
+
+VIT = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 1, "num_heads": 3}
+
+
+@pytest.mark.parametrize("pool", ["", None])
+@pytest.mark.parametrize("theirs", ["token", "avg"])
+def test_a_pooling_that_is_left_to_timms_model_is_not_taken_as_an_average(pool, theirs, tmp_path):
+    vision = {
+        "timm_model_name": timm_towers.register("vit_relpos_medium_patch16_cls_224", global_pool=theirs, **VIT),
+        "timm_pool": pool,
+        "timm_proj": "linear",
+        "image_size": 28,
+    }
+    text = openclip._native_text(Size())
+    model = CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    configuration = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(configuration))
+    plan = keymap.plan_load(model, tmp_path)
+    assert plan.warnings == () and "pooling of the image tower" in plan.unverified
