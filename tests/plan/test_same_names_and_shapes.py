@@ -203,7 +203,7 @@ def test_the_own_file_of_a_model_with_adapters_or_scales_loads(name, assign, tmp
 def test_a_file_with_adapters_is_refused_by_a_model_without(name, strict, tmp_path):
     model = openclip.siglip(seed=2) if name == "scales" else openclip.clip(seed=2)
     before = bits(model)
-    with pytest.raises(keymap.DetectionError, match="LoRA adapter|are quantized"):
+    with pytest.raises(keymap.DetectionError, match=r"LoRA adapter|are quantized"):
         keymap.load_checkpoint(model, saved(tmp_path, REFUSED[name](1).state_dict()), strict=strict)
     assert_unchanged(model, before)
 
