@@ -86,7 +86,8 @@ def _checked(
         raise PlanError(f"the state dict holds values that are not tensors: {some(map(str, others))}; remove them")
     faults = [f"{key} {why}" for key, value in state_dict.items() if (why := _why_unreadable(value))]
     if faults:
-        raise PlanError(f"{len(faults)} tensors of the state dict cannot be converted", faults)
+        count = "1 tensor" if len(faults) == 1 else f"{len(faults)} tensors"
+        raise PlanError(f"{count} of the state dict cannot be converted", faults)
     return known, wanted, target
 
 
@@ -94,6 +95,8 @@ def _why_unreadable(value: torch.Tensor) -> str:
     """Why a tensor cannot be converted; empty where it can."""
     if is_lazy(value):
         return "has no shape yet: run the model once, or remove it"
+    if value.is_nested:
+        return "is nested: pass its parts as separate tensors"
     if value.is_quantized:
         return "is quantized: pass the state dict of the model before it was quantized, or dequantize() it"
     if value.layout is not torch.strided:

@@ -109,7 +109,7 @@ class Place(NamedTuple):
 
     Attributes:
         path: keys with dots between them.
-        words: the hub's words for its values; None for a value that says nothing.
+        words: the hub's words for its values; None for a value that says nothing, after which no place is read.
         unless: a path that the file must not have, or whose value must be false, null or empty.
         only_if: a path that the file must have, with another value than false, null or empty.
         outside: sections that the file must not have if this place is read.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +18,27 @@ from keymap.read import LazyTensor
 
 __all__ = ["assign_plan"]
 
-_Change = tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]  # holder, name, old, new
+
+class _Change(NamedTuple):
+    """A parameter or buffer of a module, and the tensor that replaces it."""
+
+    module: nn.Module
+    name: str
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def put(self, value: torch.Tensor) -> None:
+        """Set it as ``module.name = value`` does, which some modules override."""
+        if type(self.module).__setattr__ is nn.Module.__setattr__:
+            self.put_only(value)
+        else:
+            setattr(self.module, self.name, value)
+
+    def put_only(self, value: torch.Tensor) -> None:
+        held: dict[str, Any] = self.module._parameters
+        if self.name not in held:
+            held = self.module._buffers
+        held[self.name] = value
 
 
 def _to_device(device: torch.device, value: torch.Tensor) -> torch.Tensor:
@@ -60,7 +81,13 @@ def assign_plan(
         ) from error
     for file in files_of(tensors):
         file.check_unchanged()
-    _swap(_swaps(view, new, shared, device))
+    try:
+        _swap(_swaps(view, new, shared, device))
+    except Exception as error:  # of a module's own __setattr__
+        raise LoadError(
+            f"{plan.file}: a module of the model refuses a new tensor with {type(error).__name__} ({error}); nothing "
+            f"was changed"
+        ) from error
     return [entry.key for entry in others]
 
 
@@ -76,8 +103,8 @@ def _swaps(
         device: where new causal masks go.
     """
     swaps: list[_Change] = []
-    for holder in (held for module in view.modules.values() for held in (module._parameters, module._buffers)):
-        for name, old in holder.items():
+    for module in view.modules.values():
+        for name, old in (*module._parameters.items(), *module._buffers.items()):
             if old is not None and id(old) in shared and id(old) not in new:
                 leader = new[id(view.tensors[shared[id(old)]])]
                 new[id(old)] = leader.detach().view(old.shape)
@@ -86,21 +113,23 @@ def _swaps(
             value = new[id(old)]
             if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):  # once for tied parameters
                 value = new[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
-            swaps.append((holder, name, old, value))
+            swaps.append(_Change(module, name, old, value))
     for path, buffer in view.unsaved_meta_buffers.items():
         owner, _, name = path.rpartition(".")
-        swaps.append((view.modules[owner]._buffers, name, buffer, causal_mask(buffer, device)))
+        swaps.append(_Change(view.modules[owner], name, buffer, causal_mask(buffer, device)))
     return swaps
 
 
 def _swap(swaps: Sequence[_Change]) -> None:
-    """Put new tensors (holder, name, old, new) into modules: all of them, or none after an interrupt."""
+    """Put new tensors into modules: all of them, or none after an interrupt."""
     try:
-        for holder, name, _, new in swaps:
-            holder[name] = new
+        for change in swaps:
+            change.put(change.new)
     except BaseException:
-        for holder, name, old, _ in swaps:
-            holder[name] = old
+        for change in swaps:
+            with suppress(Exception):
+                change.put(change.old)
+            change.put_only(change.old)
         raise
 
 

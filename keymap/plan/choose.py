@@ -103,10 +103,13 @@ class _Trial:
         return plan, source
 
     def own(self) -> Fit | None:
-        """The state dict itself under the model's own names, whatever its format seems to be."""
+        """The state dict itself under the model's own names, whatever its format seems to be.
+
+        A model with adapters or scales has the names by which a mapping refuses a file; its own file is not refused.
+        """
         foreign = is_foreign(self.hub, self.model)
         source = own_reading(self.opened.top[0], self.model, foreign)
-        if source is None or self.opened.named or self.opened.top[0].refused:
+        if source is None or self.opened.named or (foreign and self.opened.top[0].refused):
             return None
         plan = self.plan(source, self.request)
         if isinstance(plan, KeymapError):

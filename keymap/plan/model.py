@@ -114,7 +114,10 @@ def _attribute(model: nn.Module, path: str) -> Any:
     value: Any = model
     for name in path.split("."):
         inner = value._modules.get(name) if isinstance(value, nn.Module) else None
-        value = getattr(value, name, _ABSENT) if inner is None else inner
+        try:
+            value = getattr(value, name, _ABSENT) if inner is None else inner
+        except Exception:  # of a property that keymap does not know
+            return _ABSENT
         if value is _ABSENT or value is None:
             return value
     return value

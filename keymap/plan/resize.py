@@ -167,10 +167,12 @@ def _source_grid(rows: int, source: Rows, target_prefix: int, target_grid: Grid)
             )
         return prefix, source.grid
     squares = _square_grids(rows, source.prefixes)
+    h, w = target_grid
     if len(squares) == 1:
         prefix, side = squares[0]
-        return prefix, (side, side)
-    h, w = target_grid
+        before = rows - h * w  # on the model's grid, the file may have the rows of tokens that the square leaves out
+        if h == w or before <= prefix or before not in source.prefixes:
+            return prefix, (side, side)
     raise MismatchError(
         f"cannot infer the grid of the file's {rows} positions (the model's is {h}x{w}): "
         f"pass source_grid=(h, w), one of {_choices(rows, source.prefixes, target_prefix)}"

@@ -19,6 +19,7 @@ _MAX_WORD = 200
 _MAX_NUMBER = 1 << 53
 _SHOWN = 40  # characters of a value that is too long for a message
 _ABSENT = object()
+_IGNORED = object()
 
 
 def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Settings:
@@ -148,8 +149,8 @@ def _first(data: Any, places: Iterable[Place]) -> tuple[Scalar, str] | None:
         value = _at(data, place.path)
         if value is not _ABSENT:
             word = _word(data, place, value)
-            if word is not None:
-                return word, f"{place.path} = {_shown(value)}"
+            if word is not _IGNORED:
+                return None if word is None else (word, f"{place.path} = {_shown(value)}")
     return None
 
 
@@ -162,8 +163,11 @@ def _applicable(data: Any, places: Iterable[Place]) -> Iterator[Place]:
             yield place
 
 
-def _word(data: Any, place: Place, value: Any) -> Scalar | None:
-    """The hub's word for a value; `Unknown` if there is none, and None if the value says nothing."""
+def _word(data: Any, place: Place, value: Any) -> Any:
+    """The hub's word for a value: `Unknown` if there is none, None if the value says nothing.
+
+    ``_IGNORED`` if the next place counts.
+    """
     known: Scalar | None = value if _is_comparable(value) else None
     if place.minus[0] and type(value) is int:
         subtracted = _at(data, place.minus[0])
@@ -173,7 +177,7 @@ def _word(data: Any, place: Place, value: Any) -> Scalar | None:
         if text in place.words:
             return place.words[text]
         if place.others == "ignore":
-            return None
+            return _IGNORED
         known = place.other_word if known is not None else None
     return Unknown(_shown(value)) if known is None else known
 

@@ -197,6 +197,7 @@ BAD = {
     "sparse": lambda value: value.to_sparse(),
     "on the meta device": lambda value: value.to("meta"),
     "a Wrapped": lambda value: Wrapped(value),
+    "nested": lambda value: torch.nested.nested_tensor([value, value[1:]]),
     "no shape yet": lambda value: nn.parameter.UninitializedParameter(),
 }
 
@@ -206,8 +207,9 @@ def test_tensors_without_plain_values_are_refused_by_name(what):
     state = dict(hf.disk_keys(hf.clip(seed=1)))
     key = "text_model.final_layer_norm.weight"
     state[key] = BAD[what](state[key])
-    with pytest.raises(keymap.PlanError, match=f"{key} .*{what}"):
+    with pytest.raises(keymap.PlanError, match=f"{key} .*{what}") as caught:
         keymap.convert_state_dict(state, "open_clip")
+    assert caught.value.summary == "1 tensor of the state dict cannot be converted"
 
 
 def test_distributed_tensors_are_refused_by_name():
@@ -294,3 +296,13 @@ def test_file_names_that_are_not_utf8_print(tmp_path):
     for result in (*results, caught.value):
         assert r"caf\udce9" in str(result).encode("utf-8").decode()
     assert os.fsencode(results[1].file).startswith(os.fsencode(folder))  # data keeps the name itself
+
+
+def test_a_property_that_fails_gives_no_setting(file):
+    model = openclip.clip(seed=2)
+    kind = type(model.visual)
+    broken = property(lambda self: [][0])
+    model.visual.__class__ = type("Visual", (kind,), {"pool_type": broken, "final_ln_after_pool": broken})
+    del model.visual.__dict__["pool_type"]
+    keymap.load_checkpoint(model, file)
+    assert_unchanged(model, bits(openclip.clip(seed=1)))

@@ -186,3 +186,130 @@ def test_a_model_with_its_own_load_state_dict_is_refused_by_name(path, kind):
     with pytest.raises(keymap.PlanError, match="has its own load_state_dict"):
         keymap.load_checkpoint(model, path)
     assert_unchanged(model, before)
+
+
+# --- a trial of a hook leaves the model as it was ---
+
+
+def writes_to_a_child(module, *_):
+    with torch.no_grad():
+        module.get_parameter("visual.proj").mul_(2)
+
+
+def writes_and_hides_it(module, *_):
+    try:
+        module.get_parameter("ln_final.bias").data.zero_()
+    except Exception:
+        return
+
+
+def swaps_a_child(module, *_):
+    module.visual.ln_post.weight = nn.Parameter(torch.zeros_like(module.visual.ln_post.weight))
+
+
+def swaps_the_data_of_a_child(module, *_):
+    module.visual.ln_post.weight.data = torch.zeros(48, device="cpu")
+
+
+def freezes_a_child(module, *_):
+    module.token_embedding.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "hook", [writes_to_a_child, writes_and_hides_it, swaps_a_child, swaps_the_data_of_a_child, freezes_a_child]
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_hook_that_changes_modules_within_is_refused_and_changes_nothing(path, hook, assign):
+    model = openclip.clip(seed=2)
+    model.register_load_state_dict_pre_hook(hook)
+    before, parameters = bits(model), list(map(id, model.parameters()))
+    with pytest.raises(keymap.PlanError, match=r"the model \(CLIP\) has a hook before loading"):
+        keymap.load_checkpoint(model, path, assign=assign)
+    assert_unchanged(model, before)
+    assert list(map(id, model.parameters())) == parameters
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Clearing(nn.Sequential):
+    def _load_from_state_dict(self, *arguments):
+        self[0].weight.data.zero_()
+        super()._load_from_state_dict(*arguments)
+
+
+class Remembering(nn.LayerNorm):
+    def _load_from_state_dict(self, *arguments):
+        self.loaded = True
+        super()._load_from_state_dict(*arguments)
+
+
+def test_a_way_of_loading_that_writes_to_modules_within_changes_nothing(tmp_path):
+    source, model = openclip.clip(seed=1), openclip.clip(seed=2)
+    source.head, model.head = Clearing(nn.Linear(3, 3)), Clearing(nn.Linear(3, 3))
+    file = tmp_path / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in source.state_dict().items()}, file)
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match=r"head \(Clearing\) has its own _load_from_state_dict, which writes"):
+        keymap.load_checkpoint(model, file)
+    assert_unchanged(model, before)
+
+
+def test_a_way_of_loading_that_sets_attributes_is_refused(path):
+    model = openclip.clip(seed=2)
+    model.ln_final.__class__ = Remembering
+    with pytest.raises(keymap.PlanError, match=r"ln_final \(Remembering\).* changes loaded"):
+        keymap.load_checkpoint(model, path)
+    assert "loaded" not in vars(model.ln_final)
+
+
+def test_a_way_of_loading_of_one_instance_is_refused(path):
+    model = openclip.clip(seed=2)
+    norm = model.transformer.resblocks[1].ln_1
+
+    def doubled(state, prefix, *arguments):
+        nn.LayerNorm._load_from_state_dict(norm, {k: v * 2 for k, v in state.items()}, prefix, *arguments)
+
+    norm._load_from_state_dict = doubled
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match=r"transformer\.resblocks\.1\.ln_1 \(LayerNorm\).* in this instance"):
+        keymap.load_checkpoint(model, path)
+    assert_unchanged(model, before)
+
+
+class Versioned(nn.LayerNorm):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *arguments):
+        if metadata.get("version", 1) < 2:  # as torch's own modules do
+            state[prefix + "weight"] = state[prefix + "weight"] + 1
+        super()._load_from_state_dict(state, prefix, metadata, *arguments)
+
+
+def converts_old_versions(module, state, prefix, metadata, *_):
+    if metadata.get("version") is None:
+        state[prefix + "bias"] = -state[prefix + "bias"]
+
+
+@pytest.mark.parametrize("kind", ["method", "hook"])
+def test_a_module_that_converts_files_without_a_version_is_refused(path, kind):
+    model = openclip.clip(seed=2)
+    if kind == "method":
+        model.visual.ln_pre.__class__ = Versioned
+    else:
+        model.visual.ln_pre.register_load_state_dict_pre_hook(converts_old_versions)
+    with pytest.raises(keymap.PlanError, match=r"visual\.ln_pre .*does not name the module's version"):
+        keymap.load_checkpoint(model, path)
+
+
+def test_hooks_after_loading_run_in_the_order_of_torch(path):
+    order = {}
+    for way in ("keymap", "torch"):
+        model, order[way] = openclip.clip(seed=2), []
+        model.again = model.visual.ln_pre  # one module under two names
+        for name in ("visual.ln_pre", "visual.ln_post", "visual", "transformer.resblocks.0", "ln_final", ""):
+            module = model.get_submodule(name)
+            module.register_load_state_dict_post_hook(lambda _, keys, name=name, way=way: order[way].append(name))
+        if way == "keymap":
+            keymap.load_checkpoint(model, path, allow_missing=("again.*",))
+        else:
+            model.load_state_dict(openclip.clip(seed=1).state_dict(), strict=False)
+    assert order["keymap"] == order["torch"] and order["torch"].count("visual.ln_pre") == 2

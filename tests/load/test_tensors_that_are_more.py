@@ -213,3 +213,50 @@ def test_distributed_tensors_are_refused_before_the_first_byte(distribute, assig
     after = model.state_dict(keep_vars=True)
     assert all(after[key] is value for key, value in held.items())
     assert all(same_bits(getattr(after[key], "_local_tensor", after[key]).detach(), v) for key, v in values.items())
+
+
+# --- modules that keep their tensors in a second place ---
+
+
+class Cached(nn.Linear):
+    """Keeps its weight in a list, as torch's recurrent layers do."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.flat = [self.weight]
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "weight" and "flat" in self.__dict__:
+            self.flat[0] = value
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.flat[0], self.bias)
+
+
+class Locked(nn.Linear):
+    def __setattr__(self, name, value):
+        if name == "bias" and "locked" in self.__dict__:
+            raise RuntimeError("no new bias")
+        super().__setattr__(name, value)
+
+
+def test_an_assigned_tensor_is_set_as_torch_sets_it(tmp_path):
+    source, model = FLAT(seed=1), FLAT(seed=2)
+    source.head, model.head = Cached(24, 5), Cached(24, 5)
+    path, _ = saved(tmp_path, source)
+    keymap.load_checkpoint(model, path, assign=True)
+    x = torch.randn(2, 24)
+    assert model.head.flat[0] is model.head.weight and torch.equal(model.head(x), source.head(x))
+
+
+def test_a_module_that_takes_no_new_tensor_leaves_the_model_as_it_was(tmp_path):
+    source, model = FLAT(seed=1), FLAT(seed=2)
+    source.head, model.head = Locked(24, 5), Locked(24, 5)
+    path, _ = saved(tmp_path, source)
+    model.head.locked = True
+    before, parameters = bits(model), list(map(id, model.parameters()))
+    with pytest.raises(keymap.LoadError, match=r"no new bias.*nothing was changed"):
+        keymap.load_checkpoint(model, path, assign=True)
+    assert_unchanged(model, before)
+    assert list(map(id, model.parameters())) == parameters

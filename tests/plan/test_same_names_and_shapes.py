@@ -7,7 +7,7 @@ import torch
 from open_clip.model import CLIP
 from open_clip.utils import freeze_batch_norm_2d as open_clip_freeze
 from peers import openclip, timm_towers
-from peers.common import Size, assert_unchanged, bits
+from peers.common import Size, assert_unchanged, bits, randomise
 from safetensors.torch import save_file
 from timm.utils.model import freeze_batch_norm_2d as timm_freeze
 from torch import nn
@@ -160,3 +160,71 @@ def test_a_lazy_layer_in_a_head_stops_no_load(layer, assign, tmp_path):
     assert {"head.weight", "head.bias"} <= set(result.missing_keys)
     keymap.load_checkpoint(model, path, towers=("image", "text", "scale"), assign=assign)
     assert torch.equal(model.visual.proj, openclip.clip(seed=1).visual.proj)
+
+
+# --- models that have the names by which files are refused ---
+
+
+def with_adapters(seed):
+    model = openclip.clip(seed=seed)
+    for block in model.transformer.resblocks:
+        block.attn.lora_A = nn.Parameter(torch.full((2, 32), float(seed)))
+        block.attn.lora_B = nn.Parameter(torch.full((32, 2), float(-seed)))
+    return model
+
+
+def with_scales(seed):
+    model = openclip.siglip(seed=seed)
+    for block in model.visual.trunk.blocks:
+        block.attn.qkv.register_buffer("weight_scale", torch.full((1,), float(seed)))
+    return model
+
+
+def with_an_adapter_of_peft(seed):
+    model = openclip.clip(seed=seed)
+    model.visual.lora_down = nn.ModuleDict({"default": randomise(nn.Linear(48, 2), seed)})
+    model.visual.lora_up = nn.ModuleDict({"default": randomise(nn.Linear(2, 48), seed)})
+    return model
+
+
+REFUSED = {"adapters": with_adapters, "scales": with_scales, "peft": with_an_adapter_of_peft}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_own_file_of_a_model_with_adapters_or_scales_loads(name, assign, tmp_path):
+    source, model = REFUSED[name](1), REFUSED[name](2)
+    keymap.load_checkpoint(model, saved(tmp_path, source.state_dict()), assign=assign)
+    assert_unchanged(model, bits(source))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_file_with_adapters_is_refused_by_a_model_without(name, strict, tmp_path):
+    model = openclip.siglip(seed=2) if name == "scales" else openclip.clip(seed=2)
+    before = bits(model)
+    with pytest.raises(keymap.DetectionError, match=r"LoRA adapter|are quantized"):
+        keymap.load_checkpoint(model, saved(tmp_path, REFUSED[name](1).state_dict()), strict=strict)
+    assert_unchanged(model, before)
+
+
+# --- rows that may be a square, or tokens and the model's grid ---
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (4, 2), (3, 5), (1, 3)], ids=str)
+@pytest.mark.parametrize("base", ["vit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_square_that_may_be_a_token_and_the_models_grid_needs_source_grid(base, grid, tmp_path):
+    height, width = 14 * grid[0], 14 * grid[1]
+    sizes = {**_VIT, "img_size": (height, width)}
+    source = timm_model(base, (height, width), "token", **sizes)(1)
+    model = timm_model(base, (height, width), "token", **sizes)(2)
+    key = "visual.trunk.pos_embed"
+    model.visual.trunk.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], 48))  # no row for the token
+    before = bits(model)
+    file = saved(tmp_path, source.state_dict())
+    with pytest.raises(keymap.PlanError, match=rf"{key}: cannot infer the grid .*source_grid"):
+        keymap.load_checkpoint(model, file)
+    assert_unchanged(model, before)
+    side = int((grid[0] * grid[1] + 1) ** 0.5)
+    result = keymap.load_checkpoint(model, file, source_grid=(side, side))
+    assert result.report.plan.resized[key].startswith(f"{side}x{side} to {grid[0]}x{grid[1]}")

@@ -380,6 +380,12 @@ TIMM: dict[str, Callable[[], Case]] = {
         "avg",
         56,
     ),
+    "SwinTransformerV2": lambda: of_timm(
+        "swinv2_tiny_window8_256",
+        {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)},
+        "avg",
+        64,
+    ),
 }
 CASES = {
     f"{owner}: {name}": make

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import transformers
-from peers import hf, hf_text, openclip
-from peers.common import images, max_diff
+from open_clip.model import CustomTextCLIP
+from peers import hf, hf_text, openclip, timm_towers
+from peers.common import Size, images, max_diff
 from safetensors.torch import save_file
 from transformers.activations import ACT2CLS
 
@@ -146,6 +147,7 @@ PLACES = [  # a place, a configuration, and the value
     (FILTER, {"kind": "b", "pool": "q"}, "q"),  # unknown
     (FILTER, {"pool": None}, "null"),  # unknown
     (FILTER, {"kind": "b", "new": {}}, "the default"),
+    ("[{path: pool, words: {p: null}}, {path: kind}]", {"pool": "p", "kind": "a"}, None),
     (LAST, {"id": 4, "count": 5}, None),
     (LAST, {"id": 3, "count": 5}, "last but one"),
     (LAST, {"id": 8}, "last but one"),
@@ -207,3 +209,46 @@ def test_the_old_sections_of_transformers_override(section, tmp_path):
     config[f"{section}_config_dict"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert labels(load(openclip.clip(), tmp_path)[1]) == {f"eps of the {tower} tower's norms"}
+
+
+VIT = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 1, "num_heads": 3}
+
+
+def timm_model_beside_its_configuration(folder, base, pool, size, **options):
+    """A model, with its file and its configuration in a folder."""
+    name = timm_towers.register(base, **options)
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size}
+    text = openclip._native_text(Size())
+    model = CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    configuration = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+    (folder / "open_clip_config.json").write_text(json.dumps(configuration))
+    return model
+
+
+@pytest.mark.parametrize("pool", ["", None])
+@pytest.mark.parametrize("theirs", ["token", "avg"])
+def test_a_pooling_that_is_left_to_timms_model_is_not_taken_as_an_average(pool, theirs, tmp_path):
+    base = "vit_relpos_medium_patch16_cls_224"
+    model = timm_model_beside_its_configuration(tmp_path, base, pool, 28, global_pool=theirs, **VIT)
+    plan = keymap.plan_load(model, tmp_path)
+    assert plan.warnings == () and "pooling of the image tower" in plan.unverified
+
+
+POOLED = {  # timm's classes, by where they keep their pooling
+    "ResNet": ("resnet10t", 64, {"channels": (8, 16, 24, 32), "layers": (1, 1, 1, 1)}),
+    "StarNet": ("starnet_s050", 64, {}),
+    "Hiera": ("hiera_tiny_224", 64, {"img_size": (64, 64), "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)}),
+    "ConvNeXt": ("convnext_atto", 64, {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_the_pooling_of_every_kind_of_timm_model_is_compared(name, tmp_path):
+    base, size, options = POOLED[name]
+    (tmp_path / "other").mkdir()
+    other = timm_model_beside_its_configuration(tmp_path / "other", base, "max", size, **options)
+    model = timm_model_beside_its_configuration(tmp_path, base, "avg", size, **options)
+    assert keymap.plan_load(model, tmp_path).warnings == keymap.plan_load(other, tmp_path / "other").warnings == ()
+    (warning,) = keymap.plan_load(other, tmp_path).warnings
+    assert "pooling of the image tower: avg in the source" in warning and "max in the model" in warning
