@@ -241,6 +241,8 @@ class _Trial:
         top = self.opened.top
         if len(top) > 1:
             return ambiguous([source.found for source in top if source.found is not None], self.request.file)
+        if top[0].found is None and not top[0].refused and self.opened.refusals:
+            return self.opened.refusals[0]
         if top[0].found is not None or top[0].refused or not self.opened.inner:
             found = self.plan(top[0], self.request)
             assert isinstance(found, KeymapError), "it was tried before"

@@ -116,7 +116,7 @@ def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes:
     lines += [fault.text for fault in faults if fault.foreign and fault.tower in loaded]
     lines += _nearly_empty_towers(sides.hub, matches, file_counts) + _nearly_empty_file(sides.translated, matches)
     if lines:
-        lines += [*_difference(sides), *(fault.text for fault in faults if not fault.fatal)]
+        lines = list(dict.fromkeys([*lines, *_difference(sides), *(f.text for f in faults if not f.fatal)]))
         raise PlanError(f"{name} does not fit the model, not even in part; nothing was changed", lines)
     return _with_forgiven(_with_leftovers(sides.translated, matches, faults), forgiven)
 
@@ -226,6 +226,8 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
     if matches.missing and present and absent and sides.request.towers is None:
         chosen = ", ".join(map(repr, present))
         return [f"the file has no {' or '.join(absent)} tower: load with towers=({chosen},)"]
+    if any(fault.foreign for fault in sides.translated.faults):
+        return []  # a part of another architecture is no answer
     pairs = _pairs(sides, matches)
     if pairs:
         return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from keymap.language.format import Config, Format, Place, Scalar
 from keymap.read.shards import leads_out
 from keymap.source.settings import Settings, Size, Unknown, config_text
 
-__all__ = ["model_type", "read_config"]
+__all__ = ["is_model_type", "model_type", "read_config"]
 
 _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
@@ -76,14 +77,16 @@ def _parse(data: Any, config: Config, origin: str) -> Settings | None:
 def _own_sections(data: Any, config: Config) -> Any:
     """The data; of another model's configuration only the sections that may be the format's."""
     kind = data.get("model_type") if isinstance(data, dict) else None
-    if not config.model_types or not isinstance(kind, str) or kind in config.model_types:
+    if not config.model_types or not isinstance(kind, str) or is_model_type(kind, config):
         return data
     paths = (place.path for places in config.facts.values() for place in places if "." in place.path)
     names = {path.partition(".")[0] for path in paths}
-    sections = {name: data[name] for name in names & data.keys() if isinstance(data[name], dict)}
-    return {
-        name: part for name, part in sections.items() if part.get("model_type", None) in (None, *config.model_types)
-    }
+    return {name: data[name] for name in names & data.keys() if isinstance(data[name], dict)}
+
+
+def is_model_type(kind: str, config: Config) -> bool:
+    """Whether a ``model_type`` is one of the format's names or patterns."""
+    return any(fnmatchcase(kind, pattern) for pattern in config.model_types)
 
 
 def model_type(file: Path, metadata: Mapping[str, str], config: Config) -> str:

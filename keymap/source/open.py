@@ -13,12 +13,12 @@ from keymap.errors import CheckpointError, DetectionError, MappingError
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
-from keymap.source.config import model_type, read_config
+from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
 from keymap.source.registry import Catalogue, path_text, registry
-from keymap.source.search import Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
+from keymap.source.search import REFUSED, Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
@@ -57,10 +57,11 @@ class Source(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search found: the state dict that was searched, and the readings of each state dict within it."""
+    """What a search found: the state dict that was searched, the readings of each within it, and what is refused."""
 
     searched: Unwrapped
     groups: tuple[tuple[Source, ...], ...]
+    refusals: Sequence[DetectionError] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Opened:
         A tower that was saved without its prefix is among them: it is a reading of the state dict itself.
         """
         return self._found.groups
+
+    @property
+    def refusals(self) -> Sequence[DetectionError]:
+        """State dicts within it that a mapping refuses by name."""
+        return self._found.refusals
 
     @property
     def searched(self) -> Mapping[str, LazyTensor]:
@@ -215,6 +221,7 @@ class _Reader:
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     facts: Mapping[str, int] = field(default_factory=dict)
+    refusals: list[DetectionError] = field(default_factory=list)
 
     @property
     def file(self) -> str:
@@ -247,7 +254,7 @@ class _Reader:
             detection
             for detection, config in configs
             if config is not None
-            and model_type(self.checkpoint.path, self.checkpoint.metadata, config) in config.model_types
+            and is_model_type(model_type(self.checkpoint.path, self.checkpoint.metadata, config), config)
         ]
         return named or found
 
@@ -309,17 +316,18 @@ class _Reader:
             if group:
                 groups.append(group)
                 owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
-        return Found(state_dict, tuple(groups))
+        return Found(state_dict, tuple(groups), self.refusals)
 
     def group(self, unwrapped: Unwrapped, to_try: set[Reading], alone_only: bool) -> tuple[Source, ...]:
         """The readings of a state dict: as whole models first, then as towers without their prefix."""
         layouts = layouts_of(unwrapped.tensors, unwrapped.start)
         try:
             check_refused(self.known, layouts, self.wanted, self.file)
-        except DetectionError:
+        except DetectionError as error:
+            self.refusals.append(error)
             return ()
         found: dict[str, Source] = {}
-        for name, root in sorted(to_try, key=lambda reading: reading[1]):
+        for name, root in sorted(to_try - {REFUSED}, key=lambda reading: reading[1]):
             if name in found or (alone_only and not root):
                 continue
             renamed = {root + key: layout for key, layout in layouts.items()} if root else layouts

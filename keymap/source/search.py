@@ -19,13 +19,23 @@ from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.source.detect import file_rules
 
-__all__ = ["Reading", "below", "is_tower", "owned_keys", "prefixes_to_try", "shared_starts", "tower_prefixes"]
+__all__ = [
+    "REFUSED",
+    "Reading",
+    "below",
+    "is_tower",
+    "owned_keys",
+    "prefixes_to_try",
+    "shared_starts",
+    "tower_prefixes",
+]
 
 _SEPARATOR = re.compile("[./]")
 _MAX_OTHER_RULES = 3  # of a tower, for keys without its prefix, such as a projection
 _MIN_KEYS = 8  # of the smallest tower
 _MAX_BEGINNINGS = 32  # of one clue, that its alternatives give
 
+REFUSED = ("", "")  # in place of a reading: a mapping may refuse what is there
 Reading = tuple[str, str]  # the name of a format, and the prefix to put before the keys: "" or that of a tower
 
 
@@ -62,6 +72,10 @@ def prefixes_to_try(known: Catalogue, keys: Iterable[str], wanted: str | None) -
         if wanted in (None, mapping.name):
             for start, literal, reading in _beginnings(mapping):
                 beginnings.setdefault(_SEPARATOR.split(start)[0], []).append((start, literal, reading))
+    for mapping in known.mappings.values():
+        for clue in (clue for refusal in mapping.refuse for clue in refusal.when.all):
+            for start, literal in _texts(clue.side):
+                beginnings.setdefault(_SEPARATOR.split(start)[0], []).append((start, literal, REFUSED))
     found: dict[str, set[Reading]] = {}
     explained: set[str] = set()  # a place and the name there, of which every beginning was found
     for key in keys:

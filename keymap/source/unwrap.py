@@ -104,7 +104,7 @@ def with_nested(
     """
     path = () if from_root else unwrapped.path
     tensors = flatten(_at(tree, path), containers, file)
-    if len(tensors) <= len(unwrapped.tensors):
+    if len(tensors) <= len(unwrapped.tensors if unwrapped.stored is None else unwrapped.stored):
         return unwrapped
     _check_keys(tensors, file)
     return _strip(Unwrapped(tensors, ".".join(path), (), (), (), "", path), containers, file)

@@ -18,6 +18,8 @@ from keymap.read import LazyTensor
 
 __all__ = ["normalised"]
 
+_SMALLEST = 1e-12  # norm that is divided by, as in torch.nn.functional.normalize
+
 
 def normalised(
     tensors: Mapping[str, LazyTensor], containers: Containers
@@ -69,5 +71,6 @@ def _weight(length: LazyTensor, direction: LazyTensor, axes: tuple[int, ...]) ->
         lengths = lengths.reshape((1,) * wide.dim())
     elif lengths.dim() == 1:
         lengths = lengths.reshape(-1, *(1,) * (wide.dim() - 1))
-    weight: torch.Tensor = wide * (lengths / torch.linalg.vector_norm(wide, dim=axes, keepdim=True))
+    norms = torch.linalg.vector_norm(wide, dim=axes, keepdim=True).clamp_min(_SMALLEST)  # a row of zeros stays zero
+    weight: torch.Tensor = wide * (lengths / norms)
     return weight.to(values.dtype)
