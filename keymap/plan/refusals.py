@@ -235,19 +235,21 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
     if not all(_is_head(sides.hub, key) for key in lacking):
         return []  # the body of a tower would not be whole
     if not matches.mismatched and not sides.translated.faults:
-        arguments = []
-        if matches.missing:
-            arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
-        if matches.unexpected:
-            arguments.append(f"allow_unexpected={patterns_for(matches.unexpected, sides.file_tensors)!r}")
-        if arguments:
-            keep = (
-                "the model keeps its own values for the missing keys"
-                if matches.missing
-                else "the file's keys are left out"
-            )
-            return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"]
+        return _allowing(sides, matches)
     return ["to load what fits and report the rest, pass strict=False"]
+
+
+def _allowing(sides: Sides, matches: Matches) -> list[str]:
+    """The arguments that allow the missing and unexpected keys, where these are heads or keys without a rule."""
+    if sides.format.kind != "hub" and any(key not in sides.translated.renamed for key in matches.unexpected):
+        return []  # weights of the format that the model does not use may change its embeddings
+    arguments = []
+    if matches.missing:
+        arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
+    if matches.unexpected:
+        arguments.append(f"allow_unexpected={patterns_for(matches.unexpected, sides.file_tensors)!r}")
+    keep = "the model keeps its own values for the missing keys" if matches.missing else "the file's keys are left out"
+    return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"] if arguments else []
 
 
 def _is_head(hub: Format, key: str) -> bool:
