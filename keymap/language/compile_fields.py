@@ -108,7 +108,7 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         tuple((one["length"], one["direction"], one["weight"]) for one in data.get("weight_norms", ())),
         tuple(side for side in compiled if side is not None),
         tuple(data.get("empty_beside", {}).items()),
-        texts("float8_scales"),
+        texts("float8_beside"),
         texts("float8_marks"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from keymap.plan.model import ModelView
 
 __all__ = ["allowed", "check_missing_patterns", "checked_patterns", "patterns_for"]
 
+_SPECIAL = re.compile(r"[*?[]")  # characters with a meaning in a pattern
 _MAX_NAME = 200  # characters of a pattern that are compared with the model's keys
 
 
@@ -58,12 +60,12 @@ def patterns_for(keys: Sequence[str], every: Iterable[str]) -> tuple[str, ...]:
     found: list[str] = []
     while wanted:
         key = next(key for key in keys if key in wanted)
-        chosen, matched = key, {key}
+        chosen, matched = _SPECIAL.sub(r"[\g<0>]", key), {key}
         for end in (at for at, character in enumerate(key) if character == "."):
             start = key[: end + 1]
             below = {other for other in wanted if other.startswith(start)}
             if len(below) > 1 and not any(other.startswith(start) for other in others):
-                chosen, matched = f"{start}*", below
+                chosen, matched = _SPECIAL.sub(r"[\g<0>]", start) + "*", below
                 break
         found.append(chosen)
         wanted -= matched

@@ -13,10 +13,9 @@ from keymap.errors import KeymapError, PlanError
 from keymap.plan.describe import describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
-from keymap.plan.own_names import own_reading
+from keymap.plan.own_names import is_foreign, own_reading, own_reading_below
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
-from keymap.plan.refusals import is_foreign
 from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
@@ -68,6 +67,7 @@ class _Trial:
     def __init__(self, opened: Opened, model: ModelView, request: Request) -> None:
         self.opened, self.model, self.request = opened, model, request
         self.hub = opened.known.hub
+        self.own_below: Source | None = None
         self._sources: dict[int, Source] = {}  # they live as long as their ids are used
         self._done: dict[tuple[object, ...], Plan | KeymapError] = {}
 
@@ -106,10 +106,15 @@ class _Trial:
         """The state dict itself under the model's own names, whatever its format seems to be.
 
         A model with adapters or scales has the names by which a mapping refuses a file; its own file is not refused.
+        A module of the model that was saved alone is found by its names, too.
         """
-        foreign = is_foreign(self.hub, self.model)
-        source = own_reading(self.opened.top[0], self.model, foreign)
-        if source is None or self.opened.named or (foreign and self.opened.top[0].refused):
+        top, foreign = self.opened.top[0], is_foreign(self.hub, self.model)
+        if self.opened.named or (foreign and top.refused):
+            return None
+        source = own_reading(top, self.model, foreign)
+        if source is None and not foreign and not top.refused and (top.found is None or top.found.mapping is self.hub):
+            source = self.own_below = own_reading_below(top, self.model)
+        if source is None:
             return None
         plan = self.plan(source, self.request)
         if isinstance(plan, KeymapError):
@@ -125,9 +130,13 @@ class _Trial:
         return self._first_that_fits(self.opened.top, self.request)
 
     def within(self) -> Fit | Chosen | None:
-        """What fits within the state dict: as strict first; in part only where no format matches the whole."""
+        """What fits within the state dict: as strict first; in part only where no format matches the whole.
+
+        Nothing is taken in part from a file of which a mapping refuses something: the rest of it would be a half.
+        """
         strict = self.request._replace(strict=True)
-        in_part = not self.request.strict and self.opened.top[0].found is None
+        top = self.opened.top[0]
+        in_part = not self.request.strict and top.found is None and not top.refused and not self.opened.refusals
         for request in (strict, self.request) if in_part else (strict,):
             found = self.only(self.fits(request)) or self.by_tower(request)
             if found is not None:
@@ -241,15 +250,15 @@ class _Trial:
         top = self.opened.top
         if len(top) > 1:
             return ambiguous([source.found for source in top if source.found is not None], self.request.file)
+        if top[0].found is None and self.own_below is not None and not self.opened.inner:
+            top = (self.own_below,)
         if top[0].found is None and not top[0].refused and self.opened.refusals:
             return self.opened.refusals[0]
         if top[0].found is not None or top[0].refused or not self.opened.inner:
             found = self.plan(top[0], self.request)
             assert isinstance(found, KeymapError), "it was tried before"
             return found
-        strict = self.request._replace(strict=True)
-        plans = [(self.plan(group[0], strict), group[0]) for group in self.opened.inner]
-        errors = [(found, source) for found, source in plans if isinstance(found, KeymapError)]
+        errors = self._errors_by_tower() or self._errors(self.request._replace(strict=True), self.opened.inner)
         if len(errors) == 1:
             return errors[0][0]
         faults = [
@@ -259,6 +268,21 @@ class _Trial:
         ]
         summary = f"{self.request.file}: none of the {len(errors)} state dicts in the file fits the model"
         return PlanError(summary, [*self._advice(), *faults])
+
+    def _errors(self, request: Request, groups: Iterable[_Group]) -> list[tuple[KeymapError, Source]]:
+        """Why state dicts do not fit; those that do are left out."""
+        plans = [(self.plan(group[0], request), group[0]) for group in groups]
+        return [(found, source) for found, source in plans if isinstance(found, KeymapError)]
+
+    def _errors_by_tower(self) -> list[tuple[KeymapError, Source]]:
+        """Why towers do not fit, where each lies in a state dict of its own; empty if that is not so."""
+        found: list[tuple[KeymapError, Source]] = []
+        for tower in self.towers:
+            groups = [group for group in self.opened.inner if self.towers_in(group[0]) == {tower}]
+            if tower in self.hub.layouts and len(groups) != 1:
+                return []
+            found += self._errors(self.request._replace(strict=True, towers=(tower,)), groups)
+        return found
 
     def _advice(self) -> list[str]:
         """Which towers to load, where no state dict of the file has one of the others."""

@@ -41,6 +41,7 @@ class Sides:
         config_grid: (h, w) in patches by the source's configuration, or None.
         model: its tensors and facts.
         request: what the caller asked for.
+        hub_applies: what the hub says of keys holds for the model; it does not for a model of another kind.
     """
 
     known: Catalogue
@@ -50,6 +51,15 @@ class Sides:
     config_grid: tuple[int, int] | None
     model: ModelView
     request: Request
+    hub_applies: bool = True
+
+    def ignored(self, key: str) -> tuple[str, str] | None:
+        """Why a key of the hub holds no weights; None if it does."""
+        return self.hub.ignored(key) if self.hub_applies else None
+
+    def absent_means(self, key: str) -> tuple[float | str, bool] | None:
+        """What the absence of a key of the hub means, and whether in every format."""
+        return self.hub.absent_means.get(key) if self.hub_applies else None
 
     @cached_property
     def hub(self) -> Format:
@@ -229,7 +239,7 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
         if key in loaded or key in mismatched:
             continue
         tower = sides.towers[key]
-        if sides.hub.ignored(key) is not None:
+        if sides.ignored(key) is not None:
             found.notes.append(f"{key}: computed by the model, left unchanged")
         elif tower in loaded_towers and _last_word(key) in sides.hub.optional_buffers:
             if target.is_meta:
@@ -259,9 +269,10 @@ def _filled(key: str, tower: str, target: torch.Tensor, value: float | str, owne
 
 def _may_fill(sides: Sides, key: str) -> bool:
     """True where the key's absence has a meaning, and the source's format has no such key."""
-    if key not in sides.hub.absent_means:
+    meaning = sides.absent_means(key)
+    if meaning is None:
         return False
-    _, always = sides.hub.absent_means[key]
+    _, always = meaning
     if always:
         return True
     name = key_before_bridges(sides, key)
@@ -282,12 +293,12 @@ def _match_file_only(sides: Sides) -> _FileOnly:
     for key, layout in sides.translated.tensors.items():
         if key in sides.targets:
             continue
-        ignored, meaning = sides.hub.ignored(key), sides.hub.absent_means.get(key)
+        ignored, meaning = sides.ignored(key), sides.absent_means(key)
         if ignored is not None:
             found.dropped.update(dict.fromkeys(layout.named(key), ignored[0]))
         elif _last_word(key) in sides.hub.optional_buffers:
             found.dropped.update(dict.fromkeys(layout.named(key), "the model does not keep it"))
-        elif meaning is not None:
+        elif meaning is not None and not _of_a_module_without_place(sides, key):
             value = _constant_name(meaning[0])
             why = f"the model has no {key}, which means {value}"
             found.checks.append(Check(", ".join(layout.named(key)), layout, meaning[0], why))
@@ -295,6 +306,15 @@ def _match_file_only(sides: Sides) -> _FileOnly:
         else:
             found.unexpected.update(dict.fromkeys(layout.named(key)))
     return found
+
+
+def _of_a_module_without_place(sides: Sides, key: str) -> bool:
+    """Whether the file has other tensors of a key's module, and the model has none: a head that it lacks as a whole."""
+    module = key[: key.rfind(".") + 1]
+    if not module:
+        return False
+    beside = [other for other in sides.translated.tensors if other != key and other.startswith(module)]
+    return bool(beside) and not any(other in sides.model.tensors for other in beside)
 
 
 def _last_word(key: str) -> str:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from keymap.errors import some
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request
 from keymap.plan.to_hub import Translated, tower_of
-from keymap.source.detect import Detection
+from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source, layouts_of
 
-__all__ = ["OWN", "own_reading", "take_own_names"]
+__all__ = ["OWN", "is_foreign", "own_names", "own_reading", "own_reading_below", "take_own_names"]
 
 OWN = Format("own", "format", "the model's own keys", "")
+_MIN_KEYS = 8  # of the smallest module that is recognised by its names
+
+
+def is_foreign(hub: Format, model: ModelView) -> bool:
+    """Whether a model has no tower in a layout that the hub knows."""
+    return all(tower_layout(hub, tower, model.tensors) is None for tower in hub.layouts)
 
 
 def own_reading(source: Source, model: ModelView, foreign: bool) -> Source | None:
@@ -24,21 +33,66 @@ def own_reading(source: Source, model: ModelView, foreign: bool) -> Source | Non
         model: the model; it may be any module.
         foreign: the model has no tower that the hub knows; then half of its keys are enough.
     """
-    unwrapped = source.unwrapped
-    if unwrapped.stored is not None:
-        unwrapped = unwrapped._replace(tensors=unwrapped.stored)
-    layouts = layouts_of(unwrapped.tensors, unwrapped.start)
+    layouts = _stored_layouts(source)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.tensors.items()}
     equal = sum(key in layouts and layouts[key].shape == wanted[key] for key in wanted)
     if not equal or 2 * equal < len(wanted) or (not foreign and (equal < len(wanted) or model.lazy)):
         return None
-    return source._replace(
-        unwrapped=unwrapped, found=Detection(OWN, layouts, ("every key of the model",), (), ()), refused=False
+    return _read_as_own(source, layouts, ("every key of the model",))
+
+
+def own_reading_below(source: Source, model: ModelView) -> Source | None:
+    """A state dict with the names and shapes of one module of the model, such as a trunk that was saved alone.
+
+    It has every key of the module, and those are at least half of its keys. None for another, and for one that has
+    the names of two modules.
+    """
+    layouts = _stored_layouts(source)
+    below: dict[str, list[str]] = {}
+    sizes: Counter[str] = Counter()
+    for key in model.tensors:
+        for at in (at for at, character in enumerate(key) if character == "."):
+            below.setdefault(key[at + 1 :], []).append(key[: at + 1])
+            sizes[key[: at + 1]] += 1
+    equal = Counter(
+        prefix
+        for key, layout in layouts.items()
+        for prefix in below.get(key, ())
+        if layout.shape == tuple(model.tensors[prefix + key].shape)
     )
+    (prefix, count), *others = [*equal.most_common(2), ("", 0)][:2]
+    if count < max(_MIN_KEYS, len(layouts) / 2, sizes[prefix]) or others[0][1] == count:
+        return None
+    renamed = {prefix + key: layout for key, layout in layouts.items()}
+    return _read_as_own(source, renamed, (f"the keys of the model's {prefix[:-1]}",))._replace(alone=True)
+
+
+def _stored_layouts(source: Source) -> dict[str, Layout]:
+    """The tensors of a state dict as the file stores them, none computed."""
+    unwrapped = source.unwrapped
+    return layouts_of(unwrapped.tensors if unwrapped.stored is None else unwrapped.stored, unwrapped.start)
+
+
+def _read_as_own(source: Source, layouts: Mapping[str, Layout], evidence: tuple[str, ...]) -> Source:
+    unwrapped = source.unwrapped
+    if unwrapped.stored is not None:
+        unwrapped = unwrapped._replace(tensors=unwrapped.stored, stored=None, computed=())
+    return source._replace(unwrapped=unwrapped, found=Detection(OWN, layouts, evidence, (), ()), refused=False)
+
+
+def own_names(found: Detection, model: ModelView) -> Translated:
+    """A state dict under the model's own names: the tensors that the model has, and the keys that it lacks."""
+    kept = {key: layout for key, layout in found.tensors.items() if key in model.tensors}
+    others = {key: layout for key, layout in found.tensors.items() if key not in model.tensors}
+    renamed = {source: key for key, layout in others.items() for source in layout.named(key)}
+    return Translated(kept, list(renamed), renamed, source_keys=found.tensors, unbridged=kept)
 
 
 def take_own_names(translated: Translated, model: ModelView, request: Request, hub: Format) -> tuple[str, ...]:
-    """Give keys without a rule to the model's keys of the same name and shape; returns a note on them for the report.
+    """Give keys without a rule to the model's keys of the same name; returns a note on them for the report.
+
+    A key of the hub is taken in the model's shape only: its tensor would be resized otherwise, and no rule says that
+    it may be. Another one in a wrong shape is taken, too: that is what the refusal then says.
 
     Args:
         translated: changed in place.
@@ -49,17 +103,14 @@ def take_own_names(translated: Translated, model: ModelView, request: Request, h
     taken: dict[str, Layout] = {}
     left: list[str] = []
     for source in translated.unowned:
-        key = translated.renamed.get(source, source)
-        layout, target = translated.source_keys.get(key), model.tensors.get(key)
-        without_rule = source in translated.renamed  # others had a rule, and no place
-        fits = target is not None and layout is not None and layout.shape == tuple(target.shape)
-        if (
-            layout is not None
-            and without_rule
-            and fits
-            and key not in translated.tensors
-            and request.includes(tower_of(hub, key))
-        ):
+        key = translated.renamed.get(source)  # a key that has a rule, and no place, has none
+        layout = translated.source_keys.get(key) if key is not None else None
+        target = model.tensors.get(key) if key is not None else None
+        if key is None or layout is None or target is None or key in translated.tensors:
+            left.append(source)
+            continue
+        tower = tower_of(hub, key)
+        if request.includes(tower) and (not tower or layout.shape == tuple(target.shape)):
             taken[key] = layout
         else:
             left.append(source)

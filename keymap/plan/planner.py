@@ -5,27 +5,22 @@ Everything is decided from names, shapes and dtypes; all faults are collected be
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
 
 from keymap.errors import DetectionError
 from keymap.language.format import Format
-from keymap.language.rules import Rule
 from keymap.plan.matching import Sides, match
 from keymap.plan.model import ModelView
-from keymap.plan.own_names import OWN, take_own_names
+from keymap.plan.own_names import OWN, is_foreign, own_names, take_own_names
 from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers, refuse_contradictions
-from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
+from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import tower_layout
 from keymap.source.open import Source
 from keymap.source.settings import differences, unverified
 
 __all__ = ["keep_towers", "make_plan"]
-
-_FIRST_WORD = re.compile(r"[^./]+[./]")
 
 
 def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
@@ -38,22 +33,27 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     known, found, unwrapped = source.known, source.found, source.unwrapped
     if found is None:
         raise source.refusal or DetectionError(f"{request.file}: no known format has these keys")
-    if found.mapping is not OWN:
+    own = found.mapping is OWN
+    if not own:
         refuse_other_model(known, model, request.file)
     refuse_contradictions(request, model, source.settings)
     request = request._replace(stripped="".join(unwrapped.prefixes))
     facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
-    translated = to_hub(found, facts)
+    translated = own_names(found, model) if own else to_hub(found, facts)
     tower_notes = keep_towers(translated, request, known.hub)
-    if found.mapping is not OWN:
+    if not own:
         refuse_empty(translated, request, found.mapping.name, hub_towers(known.hub))
     file_counts = _counts(translated, known.hub)
-    _bring_to_model(source, translated, model)
-    own_notes = take_own_names(translated, model, request, known.hub)
+    own_notes = tuple[str, ...]()
+    if not own:
+        _bring_to_model(source, translated, model)
+        own_notes = take_own_names(translated, model, request, known.hub)
+    hub_applies = not own or not is_foreign(known.hub, model)
     sides = Sides(
-        known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model=model, request=request
+        known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model, request, hub_applies
     )
-    matches = judge(sides, match(sides), file_counts, (*unwrapped.notes, *unwrapped.outside))
+    container_notes = (*unwrapped.notes, *unwrapped.computed, *unwrapped.outside)
+    matches = judge(sides, match(sides), file_counts, container_notes)
     towers = dict.fromkeys(entry.tower for entry in matches.entries if not entry.filled)
     return Plan(
         file=request.file,
@@ -75,8 +75,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
             *source.notes,
             *source.settings.notes,
             *tower_notes,
-            *unwrapped.notes,
-            *unwrapped.outside,
+            *container_notes,
             *own_notes,
             *matches.notes,
         ),
@@ -102,7 +101,7 @@ def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[
     ]
     translated.unowned = [
         key
-        for key, tower in _towers_of_unowned(translated).items()
+        for key, tower in towers_of_unowned(translated).items()
         if (request.includes(tower) if tower else not request.within_towers)
     ]
     others = before - len(kept) - len(translated.unowned)
@@ -123,24 +122,6 @@ def _bring_to_model(source: Source, translated: Translated, model: ModelView) ->
 def _counts(translated: Translated, hub: Format) -> Counter[str]:
     """How many tensors the file has of each tower, those under unknown names and of other architectures included."""
     counts = Counter(tower_of(hub, key) for key in translated.tensors)
-    counts.update(_towers_of_unowned(translated).values())
+    counts.update(towers_of_unowned(translated).values())
     counts.update(fault.tower for fault in translated.faults for _ in fault.sources if fault.foreign)
     return counts
-
-
-def _towers_by_word(rules: Sequence[Rule]) -> dict[str, str]:
-    """The tower whose source keys alone begin with a word; a key without a rule seems to belong to it."""
-    towers: dict[str, set[str]] = {}
-    for rule in rules:
-        for start in rule.source.starts:
-            first = _FIRST_WORD.match(start)
-            if first is not None:
-                towers.setdefault(first.group(), set()).add(rule.tower)
-    return {word: names.pop() for word, names in towers.items() if len(names) == 1}
-
-
-def _towers_of_unowned(translated: Translated) -> dict[str, str]:
-    """The tower that each source key without a rule seems to belong to, "" for none."""
-    towers = _towers_by_word(translated.rules)
-    words = {key: _FIRST_WORD.match(translated.renamed.get(key, key)) for key in translated.unowned}
-    return {key: towers.get(word.group(), "") if word is not None else "" for key, word in words.items()}

@@ -16,12 +16,13 @@ from keymap.plan.describe import describe, difference
 from keymap.plan.matching import Matches, Sides, key_before_bridges
 from keymap.plan.missing_view import Mismatch, MismatchGroup, grouped
 from keymap.plan.model import ModelView
+from keymap.plan.own_names import is_foreign
 from keymap.plan.request import Request, example_towers
 from keymap.plan.rule_faults import RuleFaults
-from keymap.plan.to_hub import Translated, tower_of
-from keymap.source.detect import claim, tower_layout, uses_aliases
+from keymap.plan.to_hub import Translated, tower_of, towers_of_unowned
+from keymap.source.detect import claim, uses_aliases
 
-__all__ = ["is_foreign", "judge", "refuse_empty", "refuse_other_model"]
+__all__ = ["judge", "refuse_empty", "refuse_other_model"]
 
 FLOOR = 0.1  # strict=False refuses when less than this share of a tower's tensors in the file would load
 _MAX_PAIRED = 60  # keys of each side that are compared by their names
@@ -55,11 +56,6 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
             f"{file}: the model's keys ({keys}) are not those of {title}; if the model is wrapped, pass the inner "
             f"model (model.module, model._orig_mod)"
         )
-
-
-def is_foreign(hub: Format, model: ModelView) -> bool:
-    """Whether a model has no tower in a layout that the hub knows."""
-    return all(tower_layout(hub, tower, model.tensors) is None for tower in hub.layouts)
 
 
 def refuse_empty(translated: Translated, request: Request, format_name: str, towers: Sequence[str]) -> None:
@@ -241,8 +237,8 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
 
 def _allowing(sides: Sides, matches: Matches) -> list[str]:
     """The arguments that allow the missing and unexpected keys, where these are heads or keys without a rule."""
-    if sides.format.kind != "hub" and any(key not in sides.translated.renamed for key in matches.unexpected):
-        return []  # weights of the format that the model does not use may change its embeddings
+    if _touches_a_tower(sides, matches.unexpected):
+        return ["the unexpected keys lie in a tower, and the model has no such layers: pass the model that they belong to"]
     arguments = []
     if matches.missing:
         arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
@@ -250,6 +246,16 @@ def _allowing(sides: Sides, matches: Matches) -> list[str]:
         arguments.append(f"allow_unexpected={patterns_for(matches.unexpected, sides.file_tensors)!r}")
     keep = "the model keeps its own values for the missing keys" if matches.missing else "the file's keys are left out"
     return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"] if arguments else []
+
+
+def _touches_a_tower(sides: Sides, keys: Sequence[str]) -> bool:
+    """Whether one of the file's keys is a weight of a tower's body, or seems to be one."""
+    translated, hub = sides.translated, sides.hub
+    apparent = towers_of_unowned(translated)
+    names: dict[str, str] = {}
+    for name, layout in translated.tensors.items():
+        names.update(dict.fromkeys(layout.named(name), name))
+    return any(not _is_head(hub, names[key]) if key in names else apparent.get(key) in hub.layouts for key in keys)
 
 
 def _is_head(hub: Format, key: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -14,7 +15,9 @@ from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, Step
 from keymap.source.detect import Detection, file_rules, tower_layout
 
-__all__ = ["Translated", "bring_to_layouts", "to_hub", "tower_of"]
+__all__ = ["Translated", "bring_to_layouts", "to_hub", "tower_of", "towers_of_unowned"]
+
+_FIRST_WORD = re.compile(r"[^./]+[./]")
 
 
 @dataclass
@@ -146,3 +149,21 @@ def tower_of(hub: Format, key: str) -> str:
     """The tower that a hub key belongs to; empty for a key that is not the hub's."""
     found = hub.table.find(key)
     return found[0].tower if found is not None else ""
+
+
+def _towers_by_word(rules: Sequence[Rule]) -> dict[str, str]:
+    """The tower whose source keys alone begin with a word; a key without a rule seems to belong to it."""
+    towers: dict[str, set[str]] = {}
+    for rule in rules:
+        for start in rule.source.starts:
+            first = _FIRST_WORD.match(start)
+            if first is not None:
+                towers.setdefault(first.group(), set()).add(rule.tower)
+    return {word: names.pop() for word, names in towers.items() if len(names) == 1}
+
+
+def towers_of_unowned(translated: Translated) -> dict[str, str]:
+    """The tower that each source key without a rule seems to belong to, "" for none."""
+    towers = _towers_by_word(translated.rules)
+    words = {key: _FIRST_WORD.match(translated.renamed.get(key, key)) for key in translated.unowned}
+    return {key: towers.get(word.group(), "") if word is not None else "" for key, word in words.items()}

@@ -6,8 +6,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
@@ -16,7 +14,6 @@ from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
 
-_FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8_")}
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
@@ -122,32 +119,12 @@ def check_refused(
     Raises:
         DetectionError: a mapping refuses it; the message is the mapping's reason.
     """
-    scaled = _scaled_float8(tensors, known) if any(t.dtype in _FLOAT8 for t in tensors.values()) else []
-    if scaled:
-        raise DetectionError(
-            f"{file}: its float8 weights are quantized, with the factors of their rows beside them; pass the "
-            f"original checkpoint, or multiply the weights by the factors and save them (scaled float8)",
-            [f"recognised by {', '.join(scaled)}"],
-        )
     names, keys = sorted(tensors), "\n".join(tensors)
     for mapping in known.mappings.values():
         for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
             found = _refused_keys(refusal, tensors, names, keys)
             if found is not None:
                 raise DetectionError(f"{file}: {refusal.why}", [f"recognised by {', '.join(found[:3])}"])
-
-
-def _scaled_float8(tensors: Mapping[str, Layout], known: Catalogue) -> list[str]:
-    """A float8 weight and its scale beside it, whatever the scale is called; or the file's mark. Empty for none."""
-    containers, scalars = known.containers, known.hub.scalars
-    marks = [key for key in tensors if key.rpartition(".")[2] in containers.float8_marks]
-    modules = {key.rpartition(".")[0]: key for key, layout in tensors.items() if layout.dtype in _FLOAT8}
-    for key in tensors:
-        module, _, name = key.rpartition(".")
-        beside = module in modules and key != modules[module] and name not in scalars
-        if beside and any(word in name for word in containers.float8_scales):
-            return [modules[module], key]
-    return marks[:1]
 
 
 def _may_match(block: Alias, names: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from keymap.errors import CheckpointError
 from keymap.language.format import Containers
 from keymap.read import LazyTensor
 
-__all__ = ["flatten", "resolve", "training"]
+__all__ = ["everything", "flatten", "resolve", "training"]
 
 _MAX_DEPTH = 16
 
@@ -45,6 +45,27 @@ def flatten(tree: Any, containers: Containers, file: str = "the file") -> dict[s
                 walk(value, f"{start}{name}.", depth + 1)
 
     walk(tree, "", 0)
+    return found
+
+
+def everything(tree: Any, containers: Containers) -> dict[str, Any]:
+    """All values of a tree by their dotted names, tensors and others, the ``segments`` of the table left out."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    left = [("", tree, 0)]
+    while left:
+        start, node, depth = left.pop()
+        if not isinstance(node, Mapping) or id(node) in seen or depth > _MAX_DEPTH:
+            continue
+        seen.add(id(node))
+        for name, value in node.items():
+            key = f"{start}{name}"
+            if isinstance(value, Mapping):
+                left.append((f"{key}.", value, depth + 1))
+            else:
+                found[key] = value
+    for segment in containers.segments:
+        found = {key.replace(segment, ""): value for key, value in found.items()}
     return found
 
 

@@ -15,8 +15,9 @@ from keymap.language.layout import Layout, whole
 from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
 from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
-from keymap.source.flatten import training
+from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
+from keymap.source.quantized import holds_float8, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.search import REFUSED, Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
@@ -238,12 +239,21 @@ class _Reader:
         layouts = layouts_of(unwrapped.tensors, unwrapped.start)
         refused = True
         try:
-            check_refused(self.known, layouts, self.wanted, self.file)
+            self.check(unwrapped, layouts)
             refused = False
             found = claims(self.known, layouts, self.wanted, self.facts, self.file)
         except DetectionError as error:
             return (self.source(unwrapped, None)._replace(refusal=error, refused=refused),)
         return tuple(self.source(unwrapped, detection) for detection in self.by_configuration(found))
+
+    def check(self, unwrapped: Unwrapped, layouts: Mapping[str, Layout]) -> None:
+        """Raise DetectionError if a mapping refuses the state dict, or if its weights are quantized."""
+        check_refused(self.known, layouts, self.wanted, self.file)
+        if holds_float8(layouts):
+            own = {id(tensor) for tensor in unwrapped.tensors.values()}
+            leaves = everything(self.checkpoint.tree, self.known.containers)
+            outside = {key: getattr(leaf, "shape", ()) for key, leaf in leaves.items() if id(leaf) not in own}
+            refuse_scaled_float8(self.known, layouts, outside, self.file)
 
     def by_configuration(self, found: list[Detection]) -> list[Detection]:
         """Of several formats those that the configuration names, if it names any."""
@@ -322,7 +332,7 @@ class _Reader:
         """The readings of a state dict: as whole models first, then as towers without their prefix."""
         layouts = layouts_of(unwrapped.tensors, unwrapped.start)
         try:
-            check_refused(self.known, layouts, self.wanted, self.file)
+            self.check(unwrapped, layouts)
         except DetectionError as error:
             self.refusals.append(error)
             return ()

@@ -38,6 +38,7 @@ class Unwrapped(NamedTuple):
         start: of a part of a state dict: what every key begins with, before the names that a format has.
         path: the dicts that lead to the state dict.
         stored: the tensors as the file stores them, if some of ``tensors`` are computed from them.
+        computed: a note on those of ``tensors`` that are computed.
         outside: of a part of a state dict: a note on the tensors outside it.
     """
 
@@ -50,6 +51,7 @@ class Unwrapped(NamedTuple):
     path: _Path = ()
     outside: tuple[str, ...] = ()
     stored: Mapping[str, LazyTensor] | None = None
+    computed: tuple[str, ...] = ()
 
 
 def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
@@ -274,9 +276,8 @@ def _strip(found: Unwrapped, containers: Containers, file: str, prefixes: tuple[
         segment = next((s for s in containers.segments if f".{s}" in keys), None)
         if segment is None:
             joined, computed = normalised(tensors, containers)
-            notes += computed
-            stored = tensors if computed else None
-            return found._replace(tensors=joined, prefixes=tuple(stripped), notes=tuple(notes), stored=stored)
+            found = found._replace(stored=tensors, computed=computed) if computed else found
+            return found._replace(tensors=joined, prefixes=tuple(stripped), notes=tuple(notes))
         old_keys: dict[str, str] = {}
         for key in tensors:
             name = _without(key, segment)

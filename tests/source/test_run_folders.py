@@ -243,16 +243,64 @@ def test_weight_normalisation_of_torch_in_both_forms(axis, tmp_path):
                 assert torch.allclose(module.weight, donor.get_submodule(key).weight, atol=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["scale_weight", "weight_scale", "weight_scale_inv", "w_scale", "scales"])
-@pytest.mark.parametrize("strict", [True, False])
-def test_scaled_float8_is_refused_under_any_name(name, strict, tmp_path):
-    tensors = hf.disk_keys(hf.clip(seed=1, tower="text_proj"))
+def with_one_float8_weight() -> tuple[str, dict[str, torch.Tensor]]:
+    """The key of the weight, and a text tower of which it is one."""
+    tensors = {key: value.contiguous() for key, value in hf.disk_keys(hf.clip(seed=1, tower="text_proj")).items()}
     key = next(key for key in tensors if key.endswith("fc1.weight"))
-    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
-    tensors[key.removesuffix("weight") + name] = torch.tensor(0.1)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "x.safetensors")
-    message = refused(tmp_path / "x.safetensors", strict=strict, towers=("text",))
-    assert "quantized" in message
+    return key, {**tensors, key: tensors[key].to(torch.float8_e4m3fn)}
+
+
+NAMES_OF_SCALES = (
+    "{module}.scale_weight",
+    "{module}.weight_scale",
+    "{module}.weight_scale_inv",
+    "{module}.w_scale",
+    "{module}.scales",
+    "{module}.ScaleWeight",
+    "{module}.weight_amax",
+    "{module}.weight_quantizer._scale",
+    "{key}.scale",
+    "{key}_scale_2",
+    "scales.{key}",
+    "scales.te.model.{module}",
+    "quantization/{module}/amax",
+    "SCALES.TE_{key}",
+)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("prefix", ["", "te."])
+@pytest.mark.parametrize("name", NAMES_OF_SCALES)
+def test_scaled_float8_is_refused_under_any_name(name, prefix, strict, tmp_path):
+    key, tensors = with_one_float8_weight()
+    file = {prefix + other: value for other, value in tensors.items()}
+    file[name.format(key=key, module=key.removesuffix(".weight"))] = torch.full((1,), 0.1)
+    save_file(file, tmp_path / "x.safetensors")
+    assert "quantized" in refused(tmp_path / "x.safetensors", strict=strict, towers=("text",))
+
+
+@pytest.mark.parametrize("allowed", [(), ("*",)])
+@pytest.mark.parametrize("entry", ["scaled_fp8", "model.diffusion_model.scaled_fp8"])
+def test_a_mark_of_scaled_float8_counts_wherever_it_stands(entry, allowed, tmp_path):
+    _, tensors = with_one_float8_weight()
+    save_file({**{f"te.{k}": v for k, v in tensors.items()}, entry: torch.zeros(0)}, tmp_path / "x.safetensors")
+    assert "quantized" in refused(tmp_path / "x.safetensors", towers=("text",), allow_unexpected=allowed)
+
+
+def test_scales_in_another_dict_of_a_pickle_are_seen(tmp_path):
+    key, tensors = with_one_float8_weight()
+    torch.save({"state_dict": tensors, "scales": {key: 0.1}}, tmp_path / "x.pt")
+    assert "quantized" in refused(tmp_path / "x.pt", towers=("text",))
+
+
+def test_the_same_weights_in_another_dtype_are_no_scales(tmp_path):
+    _, tensors = with_one_float8_weight()
+    teacher = {f"teacher.{key}": value.to(torch.float16) for key, value in tensors.items()}
+    student = {f"student.{key}": value for key, value in tensors.items()}
+    heads = {"classifier.weight": torch.ones(2, 2), "student.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    torch.save({**teacher, **student, **heads}, tmp_path / "x.pt")
+    model = openclip.clip(seed=2)
+    assert keymap.load_checkpoint(model, tmp_path / "x.pt", towers=("text",), wrapper="student").missing_keys == []
 
 
 def test_plain_float8_is_cast_and_reported(tmp_path):
