@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from keymap.errors import KeymapError, PlanError
 from keymap.plan.describe import describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
-from keymap.plan.own_names import is_foreign, own_reading, own_reading_below
+from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, read_as_own
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
 from keymap.plan.request import Request, hub_towers
@@ -138,7 +139,7 @@ class _Trial:
         top = self.opened.top[0]
         in_part = not self.request.strict and top.found is None and not top.refused and not self.opened.refusals
         for request in (strict, self.request) if in_part else (strict,):
-            found = self.only(self.fits(request)) or self.by_tower(request)
+            found = self.only(self.fits(request)) or self.by_tower(request) or self.with_own_beside(request)
             if found is not None:
                 return found
         return None
@@ -206,6 +207,27 @@ class _Trial:
                 return None  # half of one model and half of another
         return self.joined(parts)
 
+    def with_own_beside(self, request: Request) -> Chosen | None:
+        """What fits all towers of the model, where the model has further modules and their tensors lie beside it."""
+        if not self._own_shapes or not request.includes(""):
+            return None
+        fit = self.only(self.fits(request._replace(towers=tuple(self.towers))))
+        return self.joined(dict.fromkeys(self.towers, fit)) if fit is not None else None
+
+    @cached_property
+    def _own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's keys that belong to no tower."""
+        return {key: tuple(value.shape) for key, value in self.model.tensors.items() if not tower_of(self.hub, key)}
+
+    def _own_beside(self, starts: Sequence[str]) -> Fit | None:
+        """The plan for the model's keys of no tower, where the file has them beside state dicts."""
+        tensors = self.opened.beside_own(self._own_shapes, starts) if self._own_shapes else {}
+        if not tensors:
+            return None
+        source = read_as_own(self.opened.top[0], tensors, self._own_shapes)
+        plan = self.plan(source, self.request._replace(towers=("",)))
+        return (plan, source) if isinstance(plan, Plan) else None
+
     def towers_in(self, source: Source) -> set[str]:
         """The towers that a state dict has, whether they fit the model or not."""
         return set(describe(self.opened.known, to_hub(source.found, {}).tensors)) if source.found is not None else set()
@@ -223,16 +245,19 @@ class _Trial:
             PlanError: the model has further keys, which the file lacks.
         """
         sources = list({id(source): source for _, source in parts.values()}.values())
-        found = list(parts.values())
+        found = list({id(plan): (plan, source) for plan, source in parts.values()}.values())
+        starts = [source.unwrapped.start for source in sources]
         small = tuple(tower for tower in self.towers if tower not in parts and tower not in self.hub.layouts)
         if small:
             request = self.request._replace(towers=small)
-            beside = self.opened.beside(small, [source.unwrapped.start for source in sources])
+            beside = self.opened.beside(small, starts)
             for source in (*sources, *([beside] if beside is not None else [])):
                 plan = self.plan(source, request)
                 if isinstance(plan, Plan):
                     found.append((plan, source))
                     break
+        own = self._own_beside(starts) if self.request.includes("") else None
+        found += [own] if own is not None else []
         return join(self.hub, found, self.model, self.request, self.others(sources))
 
     def others(self, used: Iterable[Source]) -> list[str]:

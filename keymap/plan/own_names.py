@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from keymap.errors import some
 from keymap.language.format import Format
-from keymap.language.layout import Layout
+from keymap.language.layout import Layout, whole
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request
 from keymap.plan.to_hub import Translated, tower_of
+from keymap.read import LazyTensor
 from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source, layouts_of
 
-__all__ = ["OWN", "is_foreign", "own_names", "own_reading", "own_reading_below", "take_own_names"]
+__all__ = ["OWN", "is_foreign", "own_names", "own_reading", "own_reading_below", "read_as_own", "take_own_names"]
 
 OWN = Format("own", "format", "the model's own keys", "")
 _MIN_KEYS = 8  # of the smallest module that is recognised by its names
@@ -78,6 +79,19 @@ def _read_as_own(source: Source, layouts: Mapping[str, Layout], evidence: tuple[
     if unwrapped.stored is not None:
         unwrapped = unwrapped._replace(tensors=unwrapped.stored, stored=None, computed=())
     return source._replace(unwrapped=unwrapped, found=Detection(OWN, layouts, evidence, (), ()), refused=False)
+
+
+def read_as_own(source: Source, tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> Source:
+    """Tensors of the file as those of the model's keys.
+
+    Args:
+        source: any reading of the file.
+        tensors: by their keys in the file.
+        names: the key of the model for each of them, in the same order.
+    """
+    layouts = {name: whole(key, t.shape, t.dtype) for name, (key, t) in zip(names, tensors.items(), strict=True)}
+    unwrapped = source.unwrapped._replace(tensors=tensors, stored=None, computed=(), notes=(), outside=())
+    return _read_as_own(source._replace(unwrapped=unwrapped), layouts, tuple(tensors))
 
 
 def own_names(found: Detection, model: ModelView) -> Translated:

@@ -129,6 +129,20 @@ class Opened:
                 return self.top[0]._replace(unwrapped=unwrapped, found=found, settings=Settings(), refusal=None)
         return None
 
+    def beside_own(self, wanted: Mapping[str, tuple[int, ...]], prefixes: Sequence[str]) -> Mapping[str, LazyTensor]:
+        """Tensors of these names and shapes that lie beside state dicts or above them, by their keys in the file.
+
+        Args:
+            wanted: shapes by name; all of them must be there.
+            prefixes: of the state dicts, as for `beside`.
+        """
+        base = self.searched
+        for start in shared_starts(prefixes):
+            found = {start + name: base[start + name] for name in wanted if start + name in base}
+            if len(found) == len(wanted) and all(found[start + name].shape == wanted[name] for name in wanted):
+                return found
+        return {}
+
 
 def _tower(hub: Format, key: str) -> str:
     found = hub.table.find(key)

@@ -170,6 +170,90 @@ def test_a_head_that_the_file_lacks_or_has_in_another_shape_is_refused(tmp_path)
     refused(Extended(seed=2), written(source, tmp_path), "probe.0.bias")
 
 
+LIES_BESIDE = {  # the prefixes of both towers, of the scale and of the heads; "" for keys as they are
+    "the model below a prefix": (openclip.clip, "model.", "model.", "model.", ""),
+    "transformers' names below two prefixes": (hf.clip, "model.clip.", "model.clip.", "model.clip.", "model."),
+    "a prefix for each tower": (hf.clip, "image_encoder.", "text_encoder.", "", ""),
+}
+
+
+@pytest.mark.parametrize("name", LIES_BESIDE)
+def test_heads_beside_the_prefixes_of_the_towers_load(name, tmp_path):
+    build, image, text, scale, heads = LIES_BESIDE[name]
+    towers = state(build(seed=1)) if build is openclip.clip else hf.disk_keys(hf.clip(seed=1))
+    own = {key: value for key, value in state(Extended(seed=1)).items() if key.startswith(("probe", "adapters"))}
+    prefixes = {"vis": image, "logit": scale}
+    file = {next((p for s, p in prefixes.items() if key.startswith(s)), text) + key: v for key, v in towers.items()}
+    model = Extended(seed=2)
+    result = keymap.load_checkpoint(model, written(file | {heads + k: v for k, v in own.items()}, tmp_path))
+    assert all(same_bits(model.state_dict()[key], value) for key, value in own.items())
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    message = refused(Extended(seed=3), written(file, tmp_path), "probe.0.weight")
+    keymap.load_checkpoint(model, written(file, tmp_path), **advised(message))
+
+
+def advised(message):
+    """The arguments that a refusal suggests."""
+    return {name: eval(value) for name, value in re.findall(r"(allow_\w+)=(\([^()]*\))", message)}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "skresnet18", "regnety_002", "mixer_s32_224", "vit_tiny_patch16_224"])
+def test_a_trunk_that_was_saved_alone_loads_by_its_names(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    with_classifier = timm.create_model(name, num_classes=3)
+    for parameter in with_classifier.parameters():
+        nn.init.normal_(parameter)
+    model = openclip.custom(seed=2)
+    model.visual = nn.Module()
+    model.visual.trunk = timm.create_model(name, num_classes=0)
+    body = {key: with_classifier.state_dict()[key] for key in model.visual.trunk.state_dict()}
+    path = written(state(with_classifier), tmp_path)
+    refused(model, path, "load with towers=('image',)")
+    try:
+        keymap.load_checkpoint(model, path, towers=("image",))
+    except keymap.PlanError as error:  # the classifier may be a projection
+        keymap.load_checkpoint(model, path, towers=("image",), **advised(str(error)))
+    assert all(same_bits(value, body[key]) for key, value in model.visual.trunk.state_dict().items())
+    refused(model, written(without(body, r"\.weight$"), tmp_path), towers=("image",))
+
+
+INSIDE = {  # weights of the body of a tower, which CLIP does not have
+    "a block more": "visual.transformer.resblocks.2.ln_1.weight",
+    "register tokens": "visual.register_tokens",
+    "a layer scale": "visual.transformer.resblocks.0.ls_1.gamma",
+    "a layer of another model": "transformer.resblocks.0.message_fc.weight",
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_no_weight_of_a_tower_is_suggested_to_be_left_out(name, tmp_path):
+    tensors = state(openclip.clip(seed=1)) | {INSIDE[name]: torch.ones(4), "classifier.weight": torch.ones(2, 2)}
+    message = refused(openclip.clip(seed=2), written(tensors, tmp_path), INSIDE[name], "lie in a tower")
+    assert "allow_unexpected" not in message and "strict=False" not in message
+
+
+@pytest.mark.parametrize("key", ["heads[0].weight", "what?.weight", "a*b"])
+def test_a_suggested_pattern_is_the_key_itself(key, tmp_path):
+    tensors = state(openclip.clip(seed=1)) | {key: torch.ones(4)}
+    path = written(tensors, tmp_path)
+    result = keymap.load_checkpoint(openclip.clip(seed=2), path, **advised(refused(openclip.clip(seed=2), path)))
+    assert result.unexpected_keys == [key]
+
+
+def test_a_model_that_is_no_clip_lacks_no_key_for_its_name(tmp_path):
+    """The hub says of `attn_mask` that CLIP computes it; another model may have learned it."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+        model.register_buffer("attn_mask", torch.randn(3, 3))
+        return model
+
+    refused(build(2), written(without(state(build(1)), "attn_mask"), tmp_path), "attn_mask")
+    message = refused(build(2), written(state(build(1)) | {"0.weight": torch.ones(7, 5)}, tmp_path), "[7, 5]", "[4, 5]")
+    assert "missing" not in message and "unexpected" not in message
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_model_that_is_no_clip_loads_its_own_file(prefix, tmp_path):
     def build(seed):

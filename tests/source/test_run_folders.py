@@ -297,7 +297,10 @@ def test_the_same_weights_in_another_dtype_are_no_scales(tmp_path):
     _, tensors = with_one_float8_weight()
     teacher = {f"teacher.{key}": value.to(torch.float16) for key, value in tensors.items()}
     student = {f"student.{key}": value for key, value in tensors.items()}
-    heads = {"classifier.weight": torch.ones(2, 2), "student.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    heads = {
+        "classifier.weight": torch.ones(2, 2),
+        "student.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
     torch.save({**teacher, **student, **heads}, tmp_path / "x.pt")
     model = openclip.clip(seed=2)
     assert keymap.load_checkpoint(model, tmp_path / "x.pt", towers=("text",), wrapper="student").missing_keys == []

@@ -308,3 +308,23 @@ def test_facts_that_are_missing_are_one_fault():
         keymap.convert_state_dict(openclip.siglip(seed=1).state_dict(), "big_vision_siglip")
     (fault,) = caught.value.faults
     assert "pass facts={'image.heads': ..., 'text.heads': ...}" in fault
+
+
+REFUSED = {  # what a mapping refuses by name, in the image tower of a file
+    "an adapter": "{}.self_attn.q_proj.lora_A.weight",
+    "a scale": "{}.self_attn.q_proj.weight_scale",
+    "bitsandbytes": "{}.mlp.fc1.weight.absmax",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "a.b."])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_part_of_a_file_that_is_refused_by_name_does_not_load_in_part(name, prefix, tmp_path):
+    tensors = under(prefix, hf.disk_keys(hf.clip(seed=1)))
+    tensors[prefix + REFUSED[name].format("vision_model.encoder.layers.0")] = torch.ones(2, 2)
+    model = openclip.clip(seed=2)
+    before = bits(model)
+    for strict in (True, False):
+        with pytest.raises(keymap.DetectionError, match="merge|quantized"):
+            keymap.load_checkpoint(model, written(tensors | OTHER, tmp_path), strict=strict)
+    assert_unchanged(model, before)
