@@ -192,7 +192,7 @@ class Containers:
         counters: numbers that a training class keeps beside a model.
         training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
-        float8_beside, float8_marks: last words of keys beside a weight that are no scales, and names that mark such files.
+        float8_beside, float8_marks: last words of keys beside a weight that are no scales, and names of marks.
         empty_beside: entries beside a state dict that has no values, and what to do.
         weight_norms: ends of the keys (length, direction, weight) of weights that are stored as length and direction.
         training_files: names of files in a folder that hold no weights.

@@ -238,9 +238,7 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
 def _allowing(sides: Sides, matches: Matches) -> list[str]:
     """The arguments that allow the missing and unexpected keys, where these are heads or keys without a rule."""
     if _touches_a_tower(sides, matches.unexpected):
-        return [
-            "the unexpected keys lie in a tower, and the model has no such layers: pass the model that they belong to"
-        ]
+        return ["the unexpected keys lie in a tower, and the model has no such layers: pass the model that has them"]
     arguments = []
     if matches.missing:
         arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")

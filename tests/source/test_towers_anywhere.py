@@ -325,6 +325,6 @@ def test_a_part_of_a_file_that_is_refused_by_name_does_not_load_in_part(name, pr
     model = openclip.clip(seed=2)
     before = bits(model)
     for strict in (True, False):
-        with pytest.raises(keymap.DetectionError, match="merge|quantized"):
+        with pytest.raises(keymap.DetectionError, match=r"merge|quantized"):
             keymap.load_checkpoint(model, written(tensors | OTHER, tmp_path), strict=strict)
     assert_unchanged(model, before)
