@@ -20,6 +20,7 @@ from keymap.language.compile_fields import (
     compile_measures,
     compile_positions,
 )
+from keymap.language.compile_repository import compile_repository
 from keymap.language.compile_rules import Compiler, Library
 from keymap.language.cross_checks import cross_faults
 from keymap.language.format import Alias, Evidence, Format, Ignored, Refusal, Unsupported, Variant
@@ -121,6 +122,7 @@ def _compiled(compiler: Compiler) -> Format:
         shapes=tuple((side, tuple(shape)) for side, shape in compiler.by_pattern("shapes")),
         config=compile_config(compiler),
         fixed=data.get("fixed", {}),
+        repository=compile_repository(compiler),
         tower=next(iter(bridged), ""),
         between=tuple(next(iter(bridged.values()), ())),
         layout_evidence=evidence,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
@@ -13,6 +13,7 @@ from keymap.language.rules import Rule, RuleTable
 __all__ = [
     "Alias",
     "Clue",
+    "Computed",
     "Config",
     "Configuration",
     "Containers",
@@ -20,15 +21,26 @@ __all__ = [
     "Fact",
     "Format",
     "Ignored",
+    "Length",
     "Place",
     "Position",
     "Refusal",
+    "Repository",
     "Scalar",
+    "Template",
     "Unsupported",
     "Variant",
+    "config_text",
 ]
 
 Scalar = str | int | float | bool
+
+
+def config_text(value: object) -> str:
+    """A value as a configuration file writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Clue(NamedTuple):
@@ -146,6 +158,59 @@ class Config(NamedTuple):
     distinguishes: tuple[str, ...] = ()
 
 
+class Length(NamedTuple):
+    """A number that the tensors of a format show.
+
+    Attributes:
+        side: the key, or a pattern; None if it is wrong.
+        axis: the axis whose length it is; None for the number of keys that match.
+        exists: whether there is such a key, instead of a number.
+    """
+
+    side: Side | None
+    axis: int | None
+    exists: bool = False
+
+
+class Computed(NamedTuple):
+    """A value in a file of a folder, which keymap computes when it writes the folder.
+
+    Attributes:
+        fact: the hub's name of a setting; "" for a value that tensors show.
+        length: what tensors show.
+        words: the file's values by the hub's words.
+        others: what is taken if the fact is not known, or has no word.
+        minus, square, times: subtracted; whether the side of a square with so many elements is meant; multiplied by.
+        divide: a fact to divide by.
+    """
+
+    fact: str
+    length: Length | None
+    words: Mapping[str, Scalar | None] = {}
+    others: Computed | None = None
+    minus: int = 0
+    square: bool = False
+    times: Length | None = None
+    divide: str = ""
+
+
+Template = Any  # a dict of templates, a Computed, or a value that is written as it is
+
+
+class Repository(NamedTuple):
+    """A folder in a format's own layout.
+
+    Attributes:
+        weights: the name of the file with the weights.
+        files: JSON files by name.
+        requires: the values that settings must have, by the hub's names: the format's code allows no others.
+    """
+
+    weights: str
+    files: Mapping[str, Template]
+    requires: Mapping[str, tuple[Scalar, ...]] = {}
+
+
 class Fact(NamedTuple):
     """A setting that weights do not show, and where a model holds it.
 
@@ -243,6 +308,7 @@ class Format:
     shapes: tuple[tuple[Side, tuple[int, ...]], ...] = ()
     config: Config | None = None
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
+    repository: Repository | None = None
     tower: str = ""
     between: tuple[str, ...] = ()
     layout_evidence: Mapping[str, Mapping[str, Evidence]] = field(default_factory=dict)

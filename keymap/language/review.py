@@ -160,6 +160,25 @@ def _named_facts(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]
             yield (*path, "defaults", fact), fact, [value]
     for fact, value in data.get("fixed", {}).items():
         yield ("fixed", fact), fact, [value]
+    repository = data.get("repository", {})
+    for fact, value in repository.get("requires", {}).items():
+        yield ("repository", "requires", fact), fact, value if isinstance(value, list) else [value]
+    for name, template in repository.get("files", {}).items():
+        yield from _facts_of_template(template, ("repository", "files", name), lookups)
+
+
+def _facts_of_template(value: Any, where: Path, lookups: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]]]:
+    """The facts that computed values of a file name, with the words for them."""
+    if not isinstance(value, dict):
+        return
+    if isinstance(value.get("fact"), str):
+        words = value.get("words", {})
+        yield where, value["fact"], list((lookups.get(words, {}) if isinstance(words, str) else words).values())
+    if isinstance(value.get("divide"), str):
+        yield where, value["divide"], []
+    for name, inner in value.items():
+        if name != "words":
+            yield from _facts_of_template(inner, (*where, name), lookups)
 
 
 # --- what nothing uses ---

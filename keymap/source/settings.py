@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import isclose
 from typing import Any, NamedTuple
 
-from keymap.language.format import Fact, Format, Scalar
+from keymap.language.format import Fact, Format, Scalar, config_text
 
-__all__ = ["Settings", "Size", "Unknown", "config_text", "differences", "unverified"]
+__all__ = ["Settings", "Size", "Unknown", "config_text", "differences", "in_hub_words", "unverified"]
 
 Size = tuple[int, int]
 
@@ -51,13 +51,6 @@ class Settings(NamedTuple):
         return {**known_sizes, **{name: value for name, (value, _) in self.facts.items()}}
 
 
-def config_text(value: object) -> str:
-    """A value as a configuration file writes it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def differences(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """One text for each setting that differs between source and model; it says what to change."""
     found: dict[str, str] = {}
@@ -65,7 +58,7 @@ def differences(hub: Format, towers: Iterable[str], settings: Settings, model: M
         if name not in settings.facts:
             continue
         value, origin = settings.facts[name]
-        in_source, in_model = _translated(fact, value), _translated(fact, model[name])
+        in_source, in_model = in_hub_words(fact, value), in_hub_words(fact, model[name])
         if not _equal(in_source, in_model):
             theirs = f"{_source_text(fact, in_source)} in the source ({origin})"
             ours = f"{config_text(in_model)} in the model"
@@ -99,7 +92,7 @@ def _comparable(hub: Format, towers: Iterable[str], model: Mapping[str, Scalar])
             yield name, fact
 
 
-def _translated(fact: Fact, value: Scalar) -> Scalar:
+def in_hub_words(fact: Fact, value: Scalar) -> Scalar:
     """The value, or the fact's own word for it."""
     return value if isinstance(value, Unknown) else fact.words.get(config_text(value), value)
 
