@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ class Entry(NamedTuple):
     resize: Resize | None = None
     filled: str = ""
     casts: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensor."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Part(NamedTuple):
@@ -183,7 +189,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
         lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
-        return printable("\n".join(lines))
+        return "\n".join(map(printable, lines))
 
     def _source_lines(self) -> Iterator[str]:
         """What was unwrapped, stripped and converted."""
