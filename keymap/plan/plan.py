@@ -19,6 +19,7 @@ from keymap.errors import SHOWN, PlanError, printable, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
+from keymap.source.settings import Compared
 
 __all__ = ["Entry", "Part", "Plan", "dtype_name", "without_failed"]
 
@@ -89,6 +90,8 @@ class Plan:
         unverified: settings that the weights do not show, and that the source does not state either.
         steps: every application of a rule, for `explain`.
         parts: the state dicts that the towers come from; several where one file holds the towers apart.
+        settings: the settings that were compared, with the values of both sides; ``warnings`` and ``unverified`` are
+            made of them.
     """
 
     file: str
@@ -111,6 +114,7 @@ class Plan:
     unverified: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(repr=False, default=())
     parts: tuple[Part, ...] = ()
+    settings: tuple[Compared, ...] = ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -177,6 +181,7 @@ class Plan:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "unverified": list(self.unverified),
+            "settings": [row._asdict() for row in self.settings],
         }
 
     def __repr__(self) -> str:
