@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in found.faults:
         print(fault)
     number = len(found.faults)
-    print(f"{found.right_count} of {found.count} files are right, {number} fault{'' if number == 1 else 's'}")
+    print(f"{found.untouched} of {found.files} files are right, {number} fault{'' if number == 1 else 's'}")
     return 1 if found.faults else 0
 
 

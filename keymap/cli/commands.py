@@ -321,10 +321,10 @@ def check_command(files: Sequence[str]) -> Answer:
             screen.table(("right", "kind", "rules", "file"), rows)
         for fault in found.faults:
             screen.line(fault)
-        screen.line(f"{found.right_count} of {found.count} files are right, faults: {len(found.faults)}")
+        screen.line(f"{found.untouched} of {found.files} files are right, faults: {len(found.faults)}")
 
     right = [{"file": one.file, "name": one.name, "kind": one.kind, "rules": one.rules} for one in found.right]
-    result = {"right": right, "faults": list(found.faults), "files": found.count}
+    result = {"right": right, "faults": list(found.faults), "files": found.files}
     return Answer(result, show, 1 if found.faults else 0)
 
 

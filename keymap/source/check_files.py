@@ -44,14 +44,14 @@ class Checked(NamedTuple):
         right: the files without a fault.
         faults: ``file:line:column: what is wrong``, in the order of files and lines; the faults of files that the
             checked ones use are among them.
-        count: the number of files that were checked.
-        right_count: the number of files that no fault names.
+        files: the number of files that were checked.
+        untouched: the number of files that no fault names.
     """
 
     right: tuple[FileCheck, ...]
     faults: tuple[str, ...]
-    count: int
-    right_count: int
+    files: int
+    untouched: int
 
 
 def shipped_files() -> list[Path]:
