@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from keymap import __version__
+import keymap
 from keymap.cli.screen import Screen
 
 __all__ = ["REFUSED", "USAGE", "Answer", "answers", "document", "error_document"]
@@ -50,7 +50,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., int]:
 
 def document(command: str, result: Mapping[str, Any]) -> str:
     """The document of a command that was carried out."""
-    return _text({"command": command, "version": __version__, "result": result})
+    return _text({"command": command, "version": keymap.__version__, "result": result})
 
 
 def error_document(command: str, kind: str, message: str, faults: Iterable[str]) -> str:
@@ -63,7 +63,7 @@ def error_document(command: str, kind: str, message: str, faults: Iterable[str])
         faults: all faults.
     """
     error = {"type": kind, "message": message, "faults": list(faults)}
-    return _text({"command": command, "version": __version__, "error": error})
+    return _text({"command": command, "version": keymap.__version__, "error": error})
 
 
 def _text(data: Mapping[str, Any]) -> str:
