@@ -17,6 +17,7 @@ from keymap.load.assign import assign_plan
 from keymap.load.execute import load_plan
 from keymap.load.hooks import call_post_hooks, refuse_hooks
 from keymap.load.preflight import checked_device, refuse_unassignable, refuse_unwritable, verify_plan
+from keymap.load.progress import Progress
 from keymap.load.shared import sharing
 from keymap.plan.allowed import check_missing_patterns
 from keymap.plan.choose import choose, choose_for_towers
@@ -83,6 +84,7 @@ def load_checkpoint(
     facts: Mapping[str, int] | None = None,
     allow_missing: Sequence[str] | str = (),
     allow_unexpected: Sequence[str] | str = (),
+    progress: Progress | None = None,
 ) -> LoadResult:
     """Load a checkpoint of any known format into an OpenCLIP model.
 
@@ -110,6 +112,9 @@ def load_checkpoint(
             for example ``("text_projection",)``. They keep their values.
         allow_unexpected: keys of the file that may be unexpected under strict, or patterns, for example
             ``("classifier.*",)``.
+        progress: called in this thread with the bytes of the model's tensors that are done, and with their bytes in
+            all: first ``(0, total)``, last ``(total, total)``, never with fewer bytes than before. An exception that
+            it raises ends the load; after the first call the model may then be half loaded, and the error says so.
 
     Returns:
         The missing and unexpected keys, and ``.report``. It unpacks to the two lists.
@@ -141,9 +146,9 @@ def load_checkpoint(
         warnings.warn(printable(f"{plan.file}: {difference}"), ConfigurationWarning, stacklevel=3)  # past the decorator
     allocated: list[str] = []
     if assign:
-        allocated = assign_plan(plan, tensors, view, target_device, shared)
+        allocated = assign_plan(plan, tensors, view, target_device, shared, progress)
     else:
-        load_plan(plan, tensors, view.tensors)
+        load_plan(plan, tensors, view.tensors, progress)
     result = LoadResult(Report(plan, time.perf_counter() - start, tuple(allocated)))
     call_post_hooks(view, result.missing_keys, result.unexpected_keys, plan.file)
     return result

@@ -7,6 +7,7 @@ fails after that (no memory, another process writes to the file), the message sa
 from __future__ import annotations
 
 from collections.abc import Iterable
+from unicodedata import category
 
 _LISTED = 24  # faults that a message lists
 SHOWN = 8  # keys that a message lists
@@ -20,8 +21,13 @@ def some(keys: Iterable[str], count: int = SHOWN) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that every terminal prints: bytes of file names that are not UTF-8 as escapes, for example ``\\udcff``."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+    """A line that every terminal prints: characters of control, and bytes of file names that are not UTF-8, as escapes.
+
+    For example ``\\x1b`` and ``\\udcff``. So a file can neither move the cursor nor add a line to a message.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
 
 
 class KeymapError(Exception):
@@ -38,7 +44,7 @@ class KeymapError(Exception):
         lines = [summary, *(f"  - {fault}" for fault in self.faults[:_LISTED])]
         if len(self.faults) > _LISTED:
             lines.append(f"  and {len(self.faults) - _LISTED} more (in .faults)")
-        super().__init__(printable("\n".join(lines)))
+        super().__init__("\n".join(map(printable, lines)))
 
 
 class ConfigurationWarning(UserWarning):

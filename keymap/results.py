@@ -166,4 +166,4 @@ class Inspection:
         lines += [f"  setting: {name} = {value}" for name, value in self.config_hints.items() if value != ""]
         lines += [f"  note: {name}" for name, value in self.config_hints.items() if value == ""]
         lines += [f"  note: {note}" for note in self.notes]
-        return printable("\n".join(lines))
+        return "\n".join(map(printable, lines))

@@ -13,6 +13,7 @@ from torch import nn
 
 from keymap.errors import PlanError, VerifyError, WriteError, printable, some
 from keymap.load.preflight import failed_checks
+from keymap.load.progress import Counter, Progress
 from keymap.plan.export import Export, export, only_reading, target_format
 from keymap.plan.model import view_model
 from keymap.plan.request import check_model, checked_facts, checked_flag, checked_wrapper, request_for_towers
@@ -22,7 +23,7 @@ from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_place, whole_files
 from keymap.write.shards import index_text, shards_of
-from keymap.write.tensors import Item, Progress, items_of, parse_dtype, value_of_item
+from keymap.write.tensors import Item, items_of, parse_dtype, value_of_item
 
 __all__ = ["WriteResult", "convert_checkpoint", "save_checkpoint"]
 
@@ -64,7 +65,7 @@ class WriteResult(NamedTuple):
         for key, why in self.dropped.items():
             by_reason.setdefault(why, []).append(key)
         lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason.items()]
-        return printable("\n".join(lines))
+        return "\n".join(map(printable, lines))
 
 
 # long: signature and docstring; the body is the steps in order
@@ -97,7 +98,9 @@ def convert_checkpoint(
             transformers names them. None writes one file.
         overwrite: replace the files of an earlier set of shards.
         weights_only: as in `load_checkpoint`.
-        progress: called with the bytes that are done and the bytes in all.
+        progress: called in this thread with the bytes that are written and the bytes in all: first ``(0, total)``,
+            last ``(total, total)``, never with fewer bytes than before. An exception that it raises ends the
+            conversion, and nothing is written.
 
     Returns:
         The files and what they hold.
@@ -200,20 +203,18 @@ def _write(
     files = [*parts, *([index] if index is not None else [])]
     if index is not None and not overwrite and any(file.exists() for file in files):
         raise WriteError(f"{path.parent}: has shards of this name already; pass overwrite=True to replace them")
-    done, total = 0, sum(item.nbytes for item in items.values())
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
+    counter = Counter(progress, sum(item.nbytes for item in items.values()))
     metadata = planned.source.metadata if path.suffix == ".safetensors" else {}
     with whole_files(files) as written:
         for place, keys in zip(written, parts.values(), strict=False):
             some_items = {key: items[key] for key in keys}
             write_container(
-                place, path.suffix, some_items, lambda key: value_of_item(key, items[key], tensors), metadata, count
+                place,
+                path.suffix,
+                some_items,
+                lambda key: value_of_item(key, items[key], tensors),
+                metadata,
+                counter.add,
             )
         if index is not None:
             written[-1].write_text(index_text(parts, items), encoding="utf-8")
@@ -224,7 +225,7 @@ def _write(
         planned.source.file,
         found.mapping.name if found is not None else "",
         len(items),
-        total,
+        counter.total,
         _casts(items),
         planned.dropped,
     )

@@ -8,7 +8,8 @@ Fenced blocks of a document are run in order, in an empty folder:
     python     runs; all blocks of a document share one session
     text       what the block before it prints; times and the place of the repository may differ
     yaml       a mapping is written to a file of its name; a part of one must be found in the files of mappings/
-    console    lines that begin with $ run, and print the lines that follow
+    console    lines that begin with $ run, and print the lines that follow; the programs are python and keymap, and
+               `# exit N` after a command says with which status it ends
     mermaid    a drawing
 
 A python block that prints must be followed by a text block. A block of any other kind is an error.
@@ -33,10 +34,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keymap
+from keymap.cli.main import main as main_of_keymap
 from keymap.source import registry
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ("README.md", "CONTRIBUTING.md", "docs/api.md", "docs/how-it-works.md", "docs/rule-language.md")
+EXAMPLES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/api.md",
+    "docs/command.md",
+    "docs/how-it-works.md",
+    "docs/rule-language.md",
+)
 FOLDERS = ("tools", "tests", "mappings", "schemas", "keymap")  # that examples see beside their own files
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 TIME = re.compile(r"\s*\b[\d.]+ (ms|s)\b")
@@ -74,7 +83,7 @@ def prepare(text: str, store: Path, folder: Path) -> None:
     for name in FOLDERS:
         (folder / name).symlink_to(ROOT / name)
     for name, make in FILES.items():
-        if f'"{name}' in text:
+        if re.search(rf'["\s]{name}\b', text):
             if not (store / name).exists():
                 make(store / name)
             (folder / name).mkdir()
@@ -134,16 +143,29 @@ def _console(text: str, folder: Path) -> tuple[str, list[str]]:
     """A console block as it runs now, and what went wrong."""
     now, faults = [], []
     for run in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command = run.partition("\n")[0]
+        line = run.partition("\n")[0]
+        command, _, wanted = line.partition("  # exit ")
         words = shlex.split(command)
-        if words[0] != "python":
-            faults.append(f"{command}: only python runs here")
+        if words[0] == "keymap":
+            status, printed = _keymap(words[1:])
+        elif words[0] == "python":
+            done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False, cwd=folder)
+            status, printed = done.returncode, done.stdout + (done.stderr if done.returncode else "")
+        else:
+            faults.append(f"{command}: only python and keymap run here")
             continue
-        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False, cwd=folder)
-        now.append(f"$ {command}\n{plain(done.stdout, folder)}")
-        if done.returncode:
-            faults.append(f"{command}: exit status {done.returncode}: {done.stderr}")
+        now.append(f"$ {line}\n{plain(printed, folder)}")
+        if status != int(wanted or 0):
+            faults.append(f"{command}: exit status {status}: {printed}")
     return "".join(now), faults
+
+
+def _keymap(words: Sequence[str]) -> tuple[int, str]:
+    """The exit status of the command keymap, and what it prints on both streams."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = main_of_keymap(words)
+    return status, out.getvalue()
 
 
 def perform(document: str, name: str, folder: Path) -> Outcome:

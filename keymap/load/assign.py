@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from torch import nn
 
 from keymap.errors import LoadError
 from keymap.load.copying import Tensors, files_of, value_of
+from keymap.load.progress import Counter, Progress
 from keymap.plan.model import ModelView
 from keymap.plan.plan import Entry, Plan
 from keymap.read import LazyTensor
@@ -48,7 +49,12 @@ def _to_device(device: torch.device, value: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def assign_plan(
-    plan: Plan, tensors: Tensors, view: ModelView, device: torch.device, shared: Mapping[int, str]
+    plan: Plan,
+    tensors: Tensors,
+    view: ModelView,
+    device: torch.device,
+    shared: Mapping[int, str],
+    progress: Progress | None = None,
 ) -> list[str]:
     """Put the file's tensors into the model instead of copying into its memory.
 
@@ -60,6 +66,7 @@ def assign_plan(
         view: the model.
         device: where the tensors go.
         shared: tensors that get the memory of another one, see `sharing`.
+        progress: see `Counter`; the bytes are those of the model's tensors, without those of ``shared``.
 
     Returns:
         The keys of the tensors that were allocated.
@@ -71,10 +78,11 @@ def assign_plan(
     values = _unconverted(entries, tensors)
     others = sorted((e for e in entries if e.key not in values), key=lambda entry: _position(entry, tensors))
     try:
-        values |= {entry.key: value_of(entry, tensors) for entry in others}
-        new: dict[int, torch.Tensor] = {
-            id(view.tensors[key]): _to_device(device, value) for key, value in values.items()
-        }
+        counter = Counter(progress, sum(entry.nbytes for entry in entries))
+        new: dict[int, torch.Tensor] = {}
+        for key, value in _each_value(values, others, tensors):
+            new[id(view.tensors[key])] = _to_device(device, value)
+            counter.add(value.nbytes)
     except (RuntimeError, MemoryError) as error:
         raise LoadError(
             f"{plan.file}: the load failed with {type(error).__name__} ({error}); nothing was changed"
@@ -89,6 +97,15 @@ def assign_plan(
             f"was changed"
         ) from error
     return [entry.key for entry in others]
+
+
+def _each_value(
+    values: Mapping[str, torch.Tensor], others: Iterable[Entry], tensors: Tensors
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that need no operation, then the others; each of these is made when it is asked for."""
+    yield from values.items()
+    for entry in others:
+        yield entry.key, value_of(entry, tensors)
 
 
 def _swaps(

@@ -50,9 +50,11 @@ class Batch(NamedTuple):
     """Byte ranges that one call reads: from ``start`` on, into one buffer after the other.
 
     Attributes:
-        file, start, size: the bytes of the file.
+        file, start: the bytes of the file.
         buffers: the targets' memory.
         targets: kept alive until the batch is read.
+        size: bytes of the file that are read.
+        nbytes: those of them that are kept.
     """
 
     file: SourceFile
@@ -60,6 +62,7 @@ class Batch(NamedTuple):
     buffers: list[memoryview]
     targets: list[torch.Tensor]
     size: int
+    nbytes: int
 
 
 def can_read_into(target: torch.Tensor) -> bool:
@@ -91,18 +94,19 @@ def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:
     Each batch is made when it is asked for, while those before it are being read.
     """
     file: SourceFile | None = None
-    start, end = 0, 0
+    start, end, thrown_away = 0, 0, 0
     buffers, targets = list[memoryview](), list[torch.Tensor]()
     for one in sorted(ranges, key=lambda one: (id(one.file), one.start)):
         gap, at = one.start - end, 0
         if file is not None and (one.file is not file or not 0 <= gap <= _MAX_GAP or len(buffers) >= _MAX_BUFFERS):
-            yield Batch(file, start, buffers, targets, end - start)
+            yield Batch(file, start, buffers, targets, end - start, end - start - thrown_away)
             file = None
         if file is None:
-            file, start, end, buffers, targets = one.file, one.start, one.start, [], []
+            file, start, end, buffers, targets, thrown_away = one.file, one.start, one.start, [], [], 0
         elif gap:
             buffers.append(_thrown_away[:gap])
             end += gap
+            thrown_away += gap
         memory = one.memory
         targets.append(one.target)
         while at < one.size:
@@ -110,10 +114,10 @@ def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:
             buffers.append(part)
             at, end = at + len(part), end + len(part)
             if end - start >= _MAX_BATCH:
-                yield Batch(file, start, buffers, targets, end - start)
-                start, buffers, targets = end, [], [one.target]
+                yield Batch(file, start, buffers, targets, end - start, end - start - thrown_away)
+                start, buffers, targets, thrown_away = end, [], [one.target], 0
     if file is not None and buffers:
-        yield Batch(file, start, buffers, targets, end - start)
+        yield Batch(file, start, buffers, targets, end - start, end - start - thrown_away)
 
 
 def read_batch(batch: Batch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 from torch.autograd.graph import increment_version
@@ -13,7 +12,8 @@ from keymap.errors import KeymapError, LoadError
 from keymap.language.layout import Piece
 from keymap.load.copying import Tensors, copy_pieces, files_of, value_of
 from keymap.load.direct import ByteRange, batches, byte_range, read_batch
-from keymap.load.threads import Tasks, on_threads
+from keymap.load.progress import Counter, Progress
+from keymap.load.threads import Task, Tasks, on_threads
 from keymap.load.transposed import Scratch, Strip, copy_strip, strip_batches, strips_of
 from keymap.plan.model import has_memory
 from keymap.plan.plan import Entry, Plan
@@ -43,13 +43,45 @@ class _Schedule:
     temporary: list[Entry] = field(default_factory=list)
 
 
-def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor]) -> None:
+class _Running:
+    """Tasks in the order in which they were submitted; the calling thread counts the bytes of those that are done."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._tasks: list[tuple[Task, int]] = []
+        self._counted = 0
+
+    def add(self, task: Task, nbytes: int) -> None:
+        self._tasks.append((task, nbytes))
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until at most so many tasks are not done; raise what one of them raised."""
+        while len(self._tasks) - self._counted > most:
+            self._count()
+
+    def look(self) -> None:
+        """Count the tasks that are done, without waiting."""
+        while self._counted < len(self._tasks) and self._tasks[self._counted][0].done:
+            self._count()
+
+    def _count(self) -> None:
+        task, nbytes = self._tasks[self._counted]
+        task.result()
+        self._counted += 1
+        self._counter.add(nbytes)
+
+
+def load_plan(
+    plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor], progress: Progress | None = None
+) -> None:
     """Copy every piece into the model's memory, on all threads.
 
     Bytes that are the same in file and model are read directly into the model; rows whose elements change their order
     are read a few at a time. Torch copies the rest source by source in the order of the file: dtype conversions,
     deflated members, models on other devices. Only resized and computed tensors, and targets that are not contiguous,
     need a temporary: some megabytes of them before anything is written, the others one at a time.
+
+    ``progress`` is called as `Counter` says; the bytes are those of the model's tensors.
 
     Raises:
         LoadError: the load failed, for example out of memory; the text says whether the model is half loaded.
@@ -64,15 +96,17 @@ def load_plan(plan: Plan, tensors: Tensors, targets: Mapping[str, torch.Tensor])
         schedule = _schedule(plan, tensors, targets)
         made, room = dict[str, torch.Tensor](), _MADE_FIRST
         for entry in schedule.temporary:
-            room -= prod(entry.shape) * entry.dtype.itemsize
+            room -= entry.nbytes
             if room >= 0:
                 made[entry.key] = value_of(entry, tensors)
+        counter = Counter(progress, sum(entry.nbytes for entry in plan.entries))
         half = True
-        _copy_all(tensors, targets, schedule)
+        _copy_all(tensors, targets, schedule, counter)
         for entry in schedule.temporary:
             value = made.pop(entry.key) if entry.key in made else value_of(entry, tensors)
             with torch.no_grad():
                 targets[entry.key].copy_(value)
+            counter.add(entry.nbytes)
         for file in files:
             file.check_unchanged()
     except KeyboardInterrupt:
@@ -117,7 +151,7 @@ def _copies_in_place(entry: Entry, target: torch.Tensor) -> bool:
     return entry.resize is None and has_memory(target) and target.is_contiguous()
 
 
-def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _Schedule) -> None:
+def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _Schedule, counter: Counter) -> None:
     """Copy all that needs no temporary; no thread writes any more when this returns or raises."""
     inference = torch.is_inference_mode_enabled()
     scratch = Scratch()
@@ -131,11 +165,13 @@ def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _
     increment_version(written)  # autograd does not see these writes
 
     def copy(pool: Tasks) -> None:
-        tasks = [pool.submit(copy_strips, batch) for batch in strip_batches(schedule.strips)]
+        running = _Running(counter)
+        for strips in strip_batches(schedule.strips):
+            running.add(pool.submit(copy_strips, strips), sum(strip.written for strip in strips))
         for batch in batches(schedule.direct):
-            if len(tasks) >= _MAX_WAITING:  # the buffers of many tiny tensors take more memory than the tensors
-                tasks[-_MAX_WAITING].result()
-            tasks.append(pool.submit(read_batch, batch))
+            running.wait(most=_MAX_WAITING - 1)  # the buffers of many tiny tensors take more memory than the tensors
+            running.add(pool.submit(read_batch, batch), batch.nbytes)
+            running.look()
         for sources in _source_groups(schedule.by_source, tensors):
             for source in sources:
                 tensor = None if source is None else tensors[source].read()
@@ -143,8 +179,10 @@ def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _
                     for key, piece in schedule.by_source[source]:
                         copy_pieces([piece], tensor, targets[key].detach())
             _release_pages(sources, tensors)
-        for task in tasks:
-            task.result()
+            copied = [(targets[key], piece) for source in sources for key, piece in schedule.by_source[source]]
+            counter.add(sum(piece.numel * target.dtype.itemsize for target, piece in copied))
+            running.look()
+        running.wait()
 
     on_threads(copy)
 

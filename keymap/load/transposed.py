@@ -55,6 +55,12 @@ class Strip(NamedTuple):
     last: int
 
     @property
+    def written(self) -> int:
+        """Bytes of the target that are written."""
+        rows = self.last - self.first
+        return self.piece.numel // self.piece.shape[self.axis] * rows * self.target.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are read."""
         return (self.last - self.first) * self.piece.source_strides[self.axis] * self.dtype.itemsize

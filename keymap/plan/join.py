@@ -82,6 +82,7 @@ def join(hub: Format, parts: Sequence[Fit], model: ModelView, request: Request, 
         unverified=tuple(_each(text for plan in plans for text in plan.unverified)),
         steps=tuple(_each(step for plan in plans for step in plan.steps)),
         parts=tuple(part for plan in plans for part in plan.parts),
+        settings=tuple(_each(row for plan in plans for row in plan.settings)),
     )
     return Chosen(joined, tensors)
 

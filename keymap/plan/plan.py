@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from keymap.errors import SHOWN, PlanError, printable, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
+from keymap.source.settings import Compared
 
 __all__ = ["Entry", "Part", "Plan", "dtype_name", "without_failed"]
 
@@ -45,6 +47,11 @@ class Entry(NamedTuple):
     resize: Resize | None = None
     filled: str = ""
     casts: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensor."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Part(NamedTuple):
@@ -83,6 +90,8 @@ class Plan:
         unverified: settings that the weights do not show, and that the source does not state either.
         steps: every application of a rule, for `explain`.
         parts: the state dicts that the towers come from; several where one file holds the towers apart.
+        settings: the settings that were compared, with the values of both sides; ``warnings`` and ``unverified`` are
+            made of them.
     """
 
     file: str
@@ -105,6 +114,7 @@ class Plan:
     unverified: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(repr=False, default=())
     parts: tuple[Part, ...] = ()
+    settings: tuple[Compared, ...] = ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -171,6 +181,7 @@ class Plan:
             "notes": list(self.notes),
             "warnings": list(self.warnings),
             "unverified": list(self.unverified),
+            "settings": [row._asdict() for row in self.settings],
         }
 
     def __repr__(self) -> str:
@@ -183,7 +194,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.file}: format {self.format} ({self.container}), {self.title}"]
         lines += (f"  {line}" for line in (*self._source_lines(), *self._tensor_lines(), *self._remark_lines()))
-        return printable("\n".join(lines))
+        return "\n".join(map(printable, lines))
 
     def _source_lines(self) -> Iterator[str]:
         """What was unwrapped, stripped and converted."""

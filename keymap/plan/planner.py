@@ -18,7 +18,7 @@ from keymap.plan.request import Request, hub_towers, refuse_contradictions
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import tower_layout
 from keymap.source.open import Source
-from keymap.source.settings import differences, unverified
+from keymap.source.settings import compared, differences, unverified
 
 __all__ = ["keep_towers", "make_plan"]
 
@@ -82,6 +82,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         warnings=differences(known.hub, towers, source.settings, model.facts),
         unverified=unverified(known.hub, towers, source.settings, model.facts),
         steps=tuple(translated.steps),
+        settings=compared(known.hub, towers, source.settings, model.facts),
         parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
     )
 

@@ -14,7 +14,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.paths import data_folder
 from keymap.read.lazy import brief
 
-__all__ = ["Catalogue", "list_formats", "path_text", "register_mappings", "registry"]
+__all__ = ["Catalogue", "list_formats", "path_text", "register_mappings", "registry", "yaml_files"]
 
 
 def path_text(path: object, error: type[KeymapError], advice: str) -> str:
@@ -38,7 +38,7 @@ def path_text(path: object, error: type[KeymapError], advice: str) -> str:
     return os.path.expanduser(text)
 
 
-def _yaml_files(path: Path) -> list[Path]:
+def yaml_files(path: Path) -> list[Path]:
     """The file itself, or all ``*.yaml`` files of a folder; raises MappingError if there is none."""
     if os.path.isdir(path):  # for a name that is too long this is False, not an error
         files = sorted(path.glob("*.yaml"))
@@ -104,10 +104,10 @@ def registry() -> Catalogue:
     if not _known:
         new = Catalogue()
         own = data_folder("mappings")
-        new.add(_yaml_files(own), released=_released(own))
+        new.add(yaml_files(own), released=_released(own))
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             location = point.load()
-            new.add(_yaml_files(Path(location() if callable(location) else location)), check=_check_evidence)
+            new.add(yaml_files(Path(location() if callable(location) else location)), check=_check_evidence)
         _known.append(new)
     return _known[0]
 
@@ -128,7 +128,7 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
             Then no mapping is added.
     """
     text = path_text(path, MappingError, "pass the path of a YAML file, or of a folder of YAML files")
-    return [mapping.name for mapping in registry().add(_yaml_files(Path(text)), check=_check_fully)]
+    return [mapping.name for mapping in registry().add(yaml_files(Path(text)), check=_check_fully)]
 
 
 def list_formats() -> dict[str, str]:

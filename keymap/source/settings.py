@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from keymap.language.format import Fact, Format, Scalar, config_text
 
-__all__ = ["Settings", "Size", "Unknown", "config_text", "differences", "in_hub_words", "unverified"]
+__all__ = [
+    "Compared",
+    "Settings",
+    "Size",
+    "Unknown",
+    "compared",
+    "config_text",
+    "differences",
+    "in_hub_words",
+    "unverified",
+]
 
 Size = tuple[int, int]
 
@@ -51,6 +61,25 @@ class Settings(NamedTuple):
         return {**known_sizes, **{name: value for name, (value, _) in self.facts.items()}}
 
 
+class Compared(NamedTuple):
+    """A setting of both sides, in keymap's words.
+
+    Attributes:
+        name: the hub's, for example of a number of heads.
+        label: in words.
+        source, origin: of the source, and where it states it; None and empty if it does not.
+        model: of the model.
+        equal: None if the source does not state the setting.
+    """
+
+    name: str
+    label: str
+    source: Scalar | None
+    origin: str
+    model: Scalar
+    equal: bool | None
+
+
 def differences(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
     """One text for each setting that differs between source and model; it says what to change."""
     found: dict[str, str] = {}
@@ -66,6 +95,18 @@ def differences(hub: Format, towers: Iterable[str], settings: Settings, model: M
                 fact.label, f"{fact.label}: {theirs}, {ours}, so embeddings will differ; change {fact.change}"
             )
     return tuple(found.values())
+
+
+def compared(
+    hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]
+) -> tuple[Compared, ...]:
+    """Every setting that `differences` and `unverified` look at."""
+    rows = []
+    for name, fact in _comparable(hub, towers, model):
+        value, origin = settings.facts.get(name, (None, ""))
+        theirs, ours = None if value is None else in_hub_words(fact, value), in_hub_words(fact, model[name])
+        rows.append(Compared(name, fact.label, theirs, origin, ours, None if theirs is None else _equal(theirs, ours)))
+    return tuple(rows)
 
 
 def _source_text(fact: Fact, value: Scalar) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -13,9 +13,7 @@ from keymap.load.copying import materialise
 from keymap.plan.export import Export, Target
 from keymap.read import LazyTensor
 
-__all__ = ["Item", "Progress", "items_of", "parse_dtype", "raw_bytes", "value_of_item"]
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+__all__ = ["Item", "items_of", "parse_dtype", "raw_bytes", "value_of_item"]
 
 
 class Item(NamedTuple):

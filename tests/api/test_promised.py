@@ -238,8 +238,11 @@ def test_a_mapping_is_checked_whenever_it_is_read(tmp_path):
 
 
 def test_no_module_imports_open_clip():
+    """The command line alone builds models of OpenCLIP, where it is installed; what it needs itself is in its room."""
     imported = set()
     for file in (ROOT / "keymap").rglob("*.py"):
+        if file.parent.name == "cli":
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

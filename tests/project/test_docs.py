@@ -49,11 +49,11 @@ def test_examples_run_and_print_what_the_document_shows(name, tmp_path, store):
         assert shown == now, f"{name}, line {block.line}; `python tools/run_docs.py --write` updates it"
 
 
-def test_every_document_with_python_examples_is_run():
+def test_every_document_with_examples_is_run():
     with_examples = {
         file.relative_to(ROOT).as_posix()
         for file in DOCUMENTS
-        if any(block.language == "python" for block in run_docs.blocks(file.read_text(encoding="utf-8")))
+        if any(block.language in ("python", "console") for block in run_docs.blocks(file.read_text(encoding="utf-8")))
     }
     assert with_examples == set(run_docs.EXAMPLES)
 
@@ -65,6 +65,8 @@ BROKEN = {
     "a block that nothing checks": ("```bash\nls\n```\n", "a block of bash that nothing checks"),
     "a part of a mapping that no file has": ("```yaml\n    a.(x|y): b\n```\n", "no file of mappings/ has"),
     "a command that fails": ("```console\n$ python -c 'raise SystemExit(3)'\n```\n", "exit status 3"),
+    "a command that does not": ("```console\n$ keymap --version  # exit 1\n```\n", "exit status 0"),
+    "another program": ("```console\n$ ls\n```\n", "only python and keymap run here"),
 }
 
 

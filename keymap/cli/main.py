@@ -1,0 +1,73 @@
+"""The entry point: exit codes, and what is printed when a command is refused, misused or interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from keymap.cli.answer import REFUSED, USAGE, error_document
+from keymap.cli.commands import cli
+from keymap.errors import KeymapError, printable
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_LISTED = 24  # faults that are printed; --json has all
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words after the name of the program; None takes those of the process.
+
+    Returns:
+        The exit code: 0 right, 1 refused or different, 2 wrong usage, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its escape
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(words, as_json="--json" in words[: words.index("--") if "--" in words else None])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, for example `head`, has enough; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return REFUSED
+    return code
+
+
+def _run(words: list[str], as_json: bool) -> int:
+    """The exit code of a command; errors are printed."""
+    command = next((word for word in words if word in cli.commands), "")
+    try:
+        return int(cli.main(words, prog_name="keymap", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        if as_json:
+            click.echo(error_document(command, "UsageError", error.format_message(), ()))
+        else:
+            error.show()
+        return USAGE
+    except KeymapError as error:
+        if as_json:
+            click.echo(error_document(command, type(error).__name__, error.summary, error.faults))
+        else:
+            _print_refusal(error)
+        return REFUSED
+    except (KeyboardInterrupt, click.Abort):
+        if as_json:
+            click.echo(error_document(command, "Interrupted", "interrupted", ()))
+        else:
+            click.echo("keymap: interrupted", err=True)
+        return _INTERRUPTED
+
+
+def _print_refusal(error: KeymapError) -> None:
+    click.echo(f"keymap: {printable(error.summary)}", err=True)
+    for fault in error.faults[:_LISTED]:
+        click.echo(f"  - {printable(fault)}", err=True)
+    if len(error.faults) > _LISTED:
+        click.echo(f"  and {len(error.faults) - _LISTED} more; --json lists all", err=True)

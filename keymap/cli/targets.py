@@ -1,0 +1,100 @@
+"""Models to plan for and to load into: a configuration of OpenCLIP, or the names and shapes of another checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from keymap.errors import PlanError, printable
+from keymap.plan.export import only_reading
+from keymap.plan.to_hub import to_hub
+from keymap.source.open import open_source
+
+__all__ = ["like", "named"]
+
+_SHOWN = 200  # characters of an error of OpenCLIP
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries print about a model that has no weights."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def named(name: str) -> nn.Module:
+    """The model of an OpenCLIP configuration, on the meta device: names, shapes and settings, no memory.
+
+    Raises:
+        PlanError: OpenCLIP is not installed, has no such configuration, or cannot build it.
+    """
+    with _quiet():
+        try:
+            import open_clip
+        except ImportError as error:
+            raise PlanError(
+                f"--model {name}: OpenCLIP cannot be imported ({error}); install it with: pip install open_clip_torch"
+            ) from error
+        known: list[str] = open_clip.list_models()
+        if name not in known:
+            near = get_close_matches(name[:_SHOWN], known, 3, 0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists the names"
+            raise PlanError(f"--model {name}: OpenCLIP has no such configuration; {hint}")
+        try:
+            with torch.device("meta"):
+                model: nn.Module = open_clip.create_model(
+                    name, device="meta", load_weights=False, pretrained=None, pretrained_text=False
+                )
+        except Exception as error:  # of code that keymap does not know, or of a download
+            reason = printable(str(error))[:_SHOWN]
+            raise PlanError(
+                f"--model {name}: OpenCLIP cannot build it: {type(error).__name__}: {reason}; a text tower of "
+                f"transformers takes its configuration from the hub: download it first, or unset HF_HUB_OFFLINE"
+            ) from error
+    return model
+
+
+class _Described(nn.Module):
+    """A module that has a state dict and no settings."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self._tensors)
+
+
+def like(path: str, wrapper: str | None, facts: Mapping[str, int] | None, weights_only: bool) -> nn.Module:
+    """A module with the names and shapes that a checkpoint has after a translation to OpenCLIP's names.
+
+    Raises:
+        KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
+    """
+    source = only_reading(open_source(path, weights_only, None, wrapper))
+    assert source.found is not None, "a source without a format is refused before"
+    translated = to_hub(source.found, facts or {})
+    if translated.faults or translated.unowned:
+        faults = [fault.text for fault in translated.faults]
+        faults += [f"{key}: has no place in OpenCLIP's names" for key in translated.unowned]
+        raise PlanError(f"--like {source.file}: does not describe a model", faults)
+    return _Described(
+        {
+            key: torch.empty(layout.shape, dtype=layout.dtype, device="meta")
+            for key, layout in translated.tensors.items()
+        }
+    )

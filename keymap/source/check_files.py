@@ -1,0 +1,141 @@
+"""Check mapping files: everything that keymap finds wrong with them, without registering them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from keymap.errors import MappingError
+from keymap.language.catalogue import Catalogue
+from keymap.language.compile import compile_marked
+from keymap.language.format import Format
+from keymap.language.review import review
+from keymap.language.yaml_marks import Marked, read_yaml
+from keymap.paths import data_folder
+from keymap.source.registry import yaml_files
+from keymap.source.samples import evidence_faults
+
+__all__ = ["Checked", "FileCheck", "check_files", "shipped_files"]
+
+
+class FileCheck(NamedTuple):
+    """A mapping file that is right.
+
+    Attributes:
+        file: as messages show it.
+        name, kind: of the mapping.
+        rules: how many rules it has, tables written out.
+        milliseconds: the time that it took to compile.
+    """
+
+    file: str
+    name: str
+    kind: str
+    rules: int
+    milliseconds: float
+
+
+class Checked(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        right: the files without a fault.
+        faults: ``file:line:column: what is wrong``, in the order of files and lines; the faults of files that the
+            checked ones use are among them.
+        files: the number of files that were checked.
+        untouched: the number of files that no fault names.
+    """
+
+    right: tuple[FileCheck, ...]
+    faults: tuple[str, ...]
+    files: int
+    untouched: int
+
+
+def shipped_files() -> list[Path]:
+    """The mapping files that keymap ships."""
+    return sorted(data_folder("mappings").glob("*.yaml"))
+
+
+def check_files(paths: Sequence[Path]) -> Checked:
+    """Check mapping files, together with those that keymap ships.
+
+    Args:
+        paths: files, or folders with ``*.yaml`` files.
+
+    Raises:
+        MappingError: a path does not exist, or a folder has no ``.yaml`` file.
+    """
+    named = list(dict.fromkeys(file.resolve() for path in paths for file in yaml_files(path)))
+    marked, faults = _parsed(dict.fromkeys([*(file.resolve() for file in shipped_files()), *named]))
+    by_name = {str(one.data.get("format")): one for one in marked.values() if isinstance(one.data, dict)}
+    checks: dict[str, FileCheck] = {}  # by file
+    compiled: dict[str, Format] = {}
+    for file in list(marked):
+        start = time.perf_counter()
+        try:
+            mapping = compile_marked(marked[file], by_name.get, neighbours=by_name)
+        except MappingError as error:
+            faults += _faults_of(error)
+            del marked[file]
+            continue
+        spent = (time.perf_counter() - start) * 1000
+        compiled[mapping.name] = mapping
+        if file in named:
+            place = marked[file].file
+            checks[place] = FileCheck(place, mapping.name, mapping.kind, _count(mapping), spent)
+    try:
+        Catalogue().add(marked)
+    except MappingError as error:  # what only all files together show: names, layouts, paths of bridges
+        faults += _faults_of(error)
+    known = Catalogue(compiled, by_name)
+    names = [str(marked[file].data["format"]) for file in named if file in marked]
+    places = {_place_of(fault) for fault in faults}
+    for fault in (fault for name in names for fault in review(known, name)):
+        faults += [fault] if _place_of(fault) not in places else []
+    faults = sorted(faults, key=_order_of) or list(evidence_faults(known, names))
+    wrong = {_place_of(fault).split(":")[0] for fault in faults}
+    right = tuple(check for file, check in checks.items() if file not in wrong)
+    untouched = sum(not any(_shown(file) in fault for fault in faults) for file in named)
+    return Checked(right, tuple(faults), len(named), len(right) if not faults else untouched)
+
+
+def _shown(file: Path) -> str:
+    """A path as messages show it."""
+    folder = Path.cwd()
+    return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
+
+
+def _count(mapping: Format) -> int:
+    """The rules of a file, tables written out."""
+    aliases = sum(len(block.table.rules) for block in mapping.aliases)
+    return len(mapping.rules) + aliases + sum(len(variant.rules) for variant in mapping.variants)
+
+
+def _faults_of(error: MappingError) -> list[str]:
+    return list(error.faults or (error.summary,))
+
+
+def _parsed(files: Iterable[Path]) -> tuple[dict[Path, Marked], list[str]]:
+    """The files that are YAML, by path, and the faults of the others."""
+    marked: dict[Path, Marked] = {}
+    faults: list[str] = []
+    for file in files:
+        try:
+            marked[file] = read_yaml(file, _shown(file))
+        except MappingError as error:
+            faults += _faults_of(error)
+    return marked, faults
+
+
+def _order_of(fault: str) -> tuple[str, list[int]]:
+    """The file, line and column of a fault."""
+    file, *numbers = _place_of(fault).split(":")
+    return file, [int(number) for number in numbers if number.isdigit()]
+
+
+def _place_of(fault: str) -> str:
+    """The ``file:line:column`` of a fault."""
+    return fault.partition(": ")[0]
