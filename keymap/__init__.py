@@ -6,6 +6,8 @@ True
 """
 
 from keymap.api import inspect_checkpoint, load_checkpoint, plan_load
+from keymap.compare.compare import compare_checkpoints
+from keymap.compare.report import Comparison, Difference
 from keymap.convert import convert_state_dict
 from keymap.errors import (
     CheckpointError,
@@ -29,8 +31,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Comparison",
     "ConfigurationWarning",
     "DetectionError",
+    "Difference",
     "Inspection",
     "KeymapError",
     "LoadError",
@@ -44,6 +48,7 @@ __all__ = [
     "WriteError",
     "WriteResult",
     "__version__",
+    "compare_checkpoints",
     "convert_checkpoint",
     "convert_state_dict",
     "inspect_checkpoint",
