@@ -14,7 +14,7 @@ __all__ = ["Comparison", "Difference"]
 
 _SHOWN = 40  # lines of one tower
 _FOLDED = 2  # like lines from which on they are one
-_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])|(?<=_)\d+(?=[./])")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])|(?<=_)\d+(?=/)")  # of a layer
 _ONLY = {"missing_in_b": "-", "missing_in_a": "+"}
 
 
@@ -211,7 +211,8 @@ def _line(one: Difference, name: str, group: Sequence[Difference]) -> str:
     at = f" of {one.key}" if many else ""
     place = f" at {list(one.where)}" if one.where else ""
     some = f"all {total:,}" if count == total > 1 else f"{count:,} of {total:,}"
-    return f"~ {name} {list(one.shape_a or ())}{many}{unlike}: {some} values differ, at most by {one.max_abs:.3g}{place}{at} ({_number(one.value_a)} -> {_number(one.value_b)})"
+    gap = f"{one.max_abs:.3g}{place}{at} ({_number(one.value_a)} -> {_number(one.value_b)})"
+    return f"~ {name} {list(one.shape_a or ())}{many}{unlike}: {some} values differ, at most by {gap}"
 
 
 def _number(value: float | complex | None) -> str:
