@@ -21,6 +21,7 @@ from keymap.errors import (
     VerifyError,
     WriteError,
 )
+from keymap.names import map_key
 from keymap.paths import schema_path
 from keymap.plan.plan import Plan
 from keymap.results import Inspection, LoadResult, Report
@@ -54,6 +55,7 @@ __all__ = [
     "inspect_checkpoint",
     "list_formats",
     "load_checkpoint",
+    "map_key",
     "plan_load",
     "register_mappings",
     "save_checkpoint",

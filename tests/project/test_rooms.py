@@ -24,7 +24,7 @@ FLOORS = (
     ("load",),
     ("write",),
     ("results",),
-    ("api", "convert", "save", "compare"),
+    ("api", "convert", "save", "compare", "names"),
     ("distributed",),
     ("__init__",),
     ("cli", "__main__"),
