@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 
 import open_clip
@@ -121,6 +123,27 @@ def test_a_file_that_does_not_fit_is_refused_in_words(tiny, weights, tmp_path):
         open_clip.create_model("tiny", pretrained_image_path=str(weights[0]), jit=True)
     with installed():  # nothing of the call that failed remains
         assert factory.load_state_dict(str(weights[0])).keys() == hf.disk_keys(hf.clip(seed=1)).keys()
+
+
+def test_the_file_of_a_tower_that_does_not_fit_raises(tiny, tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "other.pt")
+    with installed(), pytest.raises(keymap.DetectionError, match="no known format has these keys"):
+        open_clip.create_model("tiny", pretrained_image_path=str(tmp_path / "other.pt"))
+    with installed():  # a path that is no file is OpenCLIP's to report
+        open_clip.create_model("tiny", pretrained_image_path=str(tmp_path / "nothing.pt"))
+
+
+def test_names_that_were_taken_before_stay_openclips(tiny, weights):
+    path, wanted = weights
+    with installed():
+        with pytest.raises(Exception, match=r"Missing key|size mismatch|Unexpected"):
+            OWN[1](openclip.clip(seed=2), str(path))
+        assert holds(OWN[0]("tiny", pretrained=str(path)), wanted)  # it calls the loader of its module
+
+
+def test_keymap_alone_does_not_import_openclip():
+    code = "import sys, keymap, keymap.integrations.open_clip; sys.exit('open_clip' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_to_install_twice_and_to_uninstall_once():
