@@ -85,6 +85,10 @@ def same_names(a: Source, b: Source, request: Request, facts: Mapping[str, int])
         VerifyError: a tensor that is not compared does not hold what makes it unnecessary.
     """
     if a.found is None or b.found is None:
+        if request.towers is not None:
+            raise PlanError(
+                f"{a.file} and {b.file}: no format matches both, so their towers are not known; leave towers out"
+            )
         return _own(a), _own(b), ""
     one, other = a.found.mapping, b.found.mapping
     known = a.known

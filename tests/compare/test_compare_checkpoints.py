@@ -255,6 +255,16 @@ def test_special_values(name, dtypes, tmp_path):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn", "bool", "uint8", "float64"])
+def test_values_of_every_kind_of_dtype(dtype, tmp_path):
+    value = torch.tensor([0.0, 1.0, 1.0]).to(getattr(torch, dtype))
+    other = torch.tensor([0.0, 1.0, 0.0]).to(getattr(torch, dtype))
+    one = saved({"w": value}, tmp_path / "a.pt")
+    assert keymap.compare_checkpoints(one, one).equal
+    found = only(keymap.compare_checkpoints(one, saved({"w": other}, tmp_path / "b.pt")))
+    assert (found.where, found.max_abs, found.differing) == ((2,), 1.0, 1)
+
+
 def test_nan_of_other_bits_is_the_same(tmp_path):
     bits = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32)
     saved({"w": bits[:1].view(torch.float32)}, tmp_path / "a.pt")
@@ -305,6 +315,8 @@ def test_files_that_no_format_knows_are_compared_under_their_own_names(tmp_path)
     assert (result.compared_as, result.format_a, result.format_b) == ("", "", "")
     assert [(each.key, each.kind) for each in result.differences] == [("b.w", "missing_in_b"), ("c.w", "missing_in_a")]
     assert "the files' own names" in str(result)
+    with pytest.raises(keymap.PlanError, match="leave towers out"):
+        keymap.compare_checkpoints(one, other, towers="image")
 
 
 def test_files_without_a_format_and_with_other_names_are_refused(tmp_path, pair):
