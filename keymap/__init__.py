@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from keymap.api import inspect_checkpoint, load_checkpoint, plan_load
+    from keymap.compare.compare import compare_checkpoints
+    from keymap.compare.report import Comparison, Difference
     from keymap.convert import convert_state_dict
     from keymap.errors import (
         CheckpointError,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         VerifyError,
         WriteError,
     )
+    from keymap.names import map_key
     from keymap.paths import schema_path
     from keymap.plan.plan import Plan
     from keymap.results import Inspection, LoadResult, Report
@@ -35,8 +38,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Comparison",
     "ConfigurationWarning",
     "DetectionError",
+    "Difference",
     "Inspection",
     "KeymapError",
     "LoadError",
@@ -50,11 +55,13 @@ __all__ = [
     "WriteError",
     "WriteResult",
     "__version__",
+    "compare_checkpoints",
     "convert_checkpoint",
     "convert_state_dict",
     "inspect_checkpoint",
     "list_formats",
     "load_checkpoint",
+    "map_key",
     "plan_load",
     "register_mappings",
     "save_checkpoint",
@@ -66,6 +73,11 @@ _PLACES = {  # the public names of each module: imported on first use, because t
         "inspect_checkpoint",
         "load_checkpoint",
         "plan_load",
+    ),
+    "compare.compare": ("compare_checkpoints",),
+    "compare.report": (
+        "Comparison",
+        "Difference",
     ),
     "convert": ("convert_state_dict",),
     "errors": (
@@ -80,6 +92,7 @@ _PLACES = {  # the public names of each module: imported on first use, because t
         "VerifyError",
         "WriteError",
     ),
+    "names": ("map_key",),
     "paths": ("schema_path",),
     "plan.plan": ("Plan",),
     "results": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +14,9 @@ from keymap.errors import PlanError, VerifyError, WriteError, printable, some
 from keymap.load.preflight import failed_checks
 from keymap.load.progress import Counter, Progress
 from keymap.plan.export import Export, export, only_reading, target_format
-from keymap.plan.model import view_model
+from keymap.plan.live import open_model
 from keymap.plan.request import check_model, checked_facts, checked_flag, checked_wrapper, request_for_towers
-from keymap.read import LazyTensor
-from keymap.source.open import PathLike, catalogue_with, open_source, open_tree
+from keymap.source.open import PathLike, catalogue_with, open_source
 from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_place, whole_files
@@ -141,23 +139,11 @@ def save_checkpoint(
     check_model(model)
     known, _ = catalogue_with(None)
     target, path = target_format(known, _text(to)), _destination(destination)
-    view = view_model(model, known.hub)
-    own = {name: value for name, value in view.facts.items() if type(value) is int}
-    held = model.state_dict(keep_vars=True)
-    lazy = {
-        key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, value))
-        for key, value in held.items()
-        if isinstance(value, torch.Tensor)
-    }
-    opened = open_tree(known, known.hub.name, lazy, None, own)
-    reading = only_reading(opened)._replace(file="the model")
+    opened, own = open_model(model, known)
+    reading = only_reading(opened)
     planned = export(reading, target, request_for_towers(towers, known.hub), own | dict(checked_facts(facts, known)))
     check_place(path, [])
     return _write(planned, path, dtype, max_shard_size, checked_flag("overwrite", overwrite), progress)
-
-
-def _values(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().to("cpu")
 
 
 def _text(to: object) -> str:

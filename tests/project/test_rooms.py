@@ -24,10 +24,10 @@ FLOORS = (
     ("load",),
     ("write",),
     ("results",),
-    ("api", "convert", "save", "compare"),
+    ("api", "convert", "save", "compare", "names"),
     ("distributed",),
     ("__init__",),
-    ("cli",),
+    ("cli", "integrations"),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

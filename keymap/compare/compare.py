@@ -1,0 +1,197 @@
+"""`compare_checkpoints`: two files of any formats, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite, prod
+
+import numpy as np
+from torch import nn
+
+from keymap.compare.names import Named, failed_of, readings, same_names
+from keymap.compare.report import Comparison, Difference
+from keymap.compare.values import Gap, Values, compare_values
+from keymap.errors import PlanError, some
+from keymap.language.layout import Layout
+from keymap.language.rules import Check
+from keymap.plan.live import open_model
+from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers
+from keymap.read.lazy import brief
+from keymap.source.open import Opened, PathLike, catalogue_with, open_source
+
+__all__ = ["compare_checkpoints"]
+
+
+# long: signature and docstring; the body is the steps in order
+def compare_checkpoints(
+    a: PathLike | nn.Module,
+    b: PathLike | nn.Module,
+    *,
+    tolerance: float = 0.0,
+    weights_only: bool = True,
+    towers: Sequence[str] | str | None = None,
+    wrapper_a: str | None = None,
+    wrapper_b: str | None = None,
+    mapping_a: PathLike | None = None,
+    mapping_b: PathLike | None = None,
+    facts: Mapping[str, int] | None = None,
+    check_dtype: bool = False,
+) -> Comparison:
+    """Compare the weights of two checkpoints, whatever their formats, containers and dtypes are.
+
+    Files of one format are compared key by key. Files of two formats are compared under the names of OpenCLIP, which
+    both are converted to while they are read. Files that no format matches are compared under their own names, if
+    they share them. Keys that hold no weights (index buffers, masks) are not compared, and the result says so.
+
+    Values of unlike dtypes are compared after an exact conversion to float64: a float16 copy of a float32 file differs
+    by its rounding. NaN equals NaN in the same place, whatever its bits, and 0.0 equals -0.0.
+
+    Args:
+        a, b: as ``checkpoint_path`` of `load_checkpoint`; or a model with OpenCLIP's keys.
+        tolerance: the largest |a - b| of a single element that is no difference. Integers and booleans must be the
+            same.
+        weights_only: as in `load_checkpoint`.
+        towers: compare only these, for example ``("image",)``.
+        wrapper_a, wrapper_b: which state dict of the file.
+        mapping_a, mapping_b: the format of the file, or the path of a YAML file; None detects it.
+        facts: settings that shapes do not show, where a conversion needs them, as in `convert_state_dict`.
+        check_dtype: an unlike dtype is a difference.
+
+    Returns:
+        The differences. The memory that is needed is that of the two largest tensors and some megabytes.
+
+    Raises:
+        KeymapError: a file cannot be read, its format is unknown or cannot be brought to the other's, or an argument
+            is wrong.
+    """
+    limit = _checked_tolerance(tolerance)
+    safe, strict_dtype = checked_flag("weights_only", weights_only), checked_flag("check_dtype", check_dtype)
+    one, own_a = _open("a", a, safe, mapping_a, wrapper_a)
+    other, own_b = _open("b", b, safe, mapping_b, wrapper_b)
+    asked = request_for_towers(towers, one.known.hub)
+    source_a, source_b = readings(one, other)
+    both = same_names(source_a, source_b, asked, own_a | own_b | dict(checked_facts(facts, one.known)))
+    if not both[0].tensors and not both[1].tensors:
+        raise PlanError(f"{source_a.file} and {source_b.file} have no tensors of towers={towers!r}")
+    return _compare(*both, limit, strict_dtype)
+
+
+def _checked_tolerance(tolerance: object) -> float:
+    number = tolerance if isinstance(tolerance, (int, float, np.floating)) and not isinstance(tolerance, bool) else -1
+    try:
+        value = float(number)
+    except OverflowError:
+        value = -1.0
+    if not isfinite(value) or value < 0:
+        raise PlanError(f"tolerance={brief(tolerance)}: expected a number that is zero or more, for example 1e-5")
+    return value
+
+
+def _open(
+    name: str, where: object, weights_only: bool, mapping: PathLike | None, wrapper: object
+) -> tuple[Opened, dict[str, int]]:
+    """A file or a model, opened, and the facts that a model states."""
+    if isinstance(where, nn.Module):
+        if mapping is not None or wrapper is not None:
+            raise PlanError(f"{name} is a model: leave mapping_{name} and wrapper_{name} out")
+        return open_model(where, catalogue_with(None)[0])
+    if not isinstance(where, (str, os.PathLike)):
+        raise PlanError(f"{name}={brief(where)}: pass the path of a checkpoint, or a model")
+    return open_source(where, weights_only, mapping, checked_wrapper(wrapper)), {}
+
+
+def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype: bool) -> Comparison:
+    notes = [f"{name}: {note}" for name, side in (("a", a), ("b", b)) for note in (*side.source.notes, *side.notes)]
+    found: list[Difference] = []
+    meant: dict[str, list[str]] = {}  # what only one file has, and why that is no difference
+    values = Values(a.source.unwrapped.tensors), Values(b.source.unwrapped.tensors)
+    dtypes: Counter[str] = Counter()
+    largest = 0.0
+    for key in dict.fromkeys((*a.tensors, *b.tensors)):
+        if key not in a.tensors or key not in b.tensors:
+            name, side = ("a", a) if key in a.tensors else ("b", b)
+            meaning = _meaning(side, key)
+            if meaning:
+                meant.setdefault(f"only in {name}, {meaning}", []).append(key)
+            else:
+                found.append(_difference(a, b, key, "missing_in_b" if name == "a" else "missing_in_a"))
+            continue
+        one, other = a.tensors[key], b.tensors[key]
+        if one.shape != other.shape and not (a.converted and prod(one.shape) == prod(other.shape) == 1):
+            found.append(_difference(a, b, key, "shape"))
+            continue
+        gap = compare_values((values[0], one), (values[1], other), tolerance)
+        largest = max(largest, gap.largest)
+        unlike = one.dtype != other.dtype
+        dtypes.update([f"{_word(one)}, {_word(other)}"] * unlike)
+        if gap.differing:
+            found.append(_difference(a, b, key, "value", gap))
+        elif check_dtype and unlike:
+            found.append(_difference(a, b, key, "dtype"))
+    notes += [f"{text}: {some(keys)}" for text, keys in meant.items()]
+    computed = [one.key for one in found if one.kind == "value" and _computes(a, b, one.key)]
+    if computed:
+        notes.append(f"values that the conversion computes may differ by rounding: {some(computed)}")
+    return Comparison(
+        a.source.file,
+        b.source.file,
+        _form(a),
+        _form(b),
+        compared_as,
+        len(a.tensors.keys() & b.tensors.keys()),
+        tuple(found),
+        dict(dtypes),
+        tolerance,
+        largest,
+        tuple(notes),
+    )
+
+
+def _form(side: Named) -> str:
+    return side.source.found.mapping.name if side.source.found is not None else ""
+
+
+def _meaning(side: Named, key: str) -> str:
+    """Why a key that one file lacks is no difference; "" where it is one."""
+    hub = side.source.known.hub
+    if not side.converted:
+        return ""
+    if key.rpartition(".")[2] in hub.optional_buffers:
+        return "a counter that a file may lack"
+    if key not in hub.absent_means:
+        return ""
+    value = hub.absent_means[key][0]
+    if failed_of(side.source, [Check(key, side.tensors[key], value, "")]):
+        return ""
+    return "and it holds what its absence means"
+
+
+def _difference(a: Named, b: Named, key: str, kind: str, gap: Gap | None = None) -> Difference:
+    one, other = a.tensors.get(key), b.tensors.get(key)
+    towers = a.towers if one is not None else b.towers
+    plain = Difference(
+        towers[key],
+        key,
+        kind,
+        one.shape if one is not None else None,
+        other.shape if other is not None else None,
+        _word(one) if one is not None else None,
+        _word(other) if other is not None else None,
+        one.named(key) if one is not None else (),
+        other.named(key) if other is not None else (),
+    )
+    if gap is None or one is None:
+        return plain
+    where = tuple(int(index) for index in np.unravel_index(gap.at, one.shape)) if one.shape else ()
+    return replace(plain, max_abs=gap.largest, where=where, value_a=gap.a, value_b=gap.b, differing=gap.differing)
+
+
+def _computes(a: Named, b: Named, key: str) -> bool:
+    return any(piece.computed for side in (a, b) for piece in side.tensors[key].pieces)
+
+
+def _word(layout: Layout) -> str:
+    return str(layout.dtype).removeprefix("torch.")

@@ -1,0 +1,45 @@
+"""A model in memory, read as a checkpoint is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from keymap.errors import PlanError
+from keymap.language.catalogue import Catalogue
+from keymap.plan.model import view_model
+from keymap.read import LazyTensor
+from keymap.source.open import Opened, open_tree
+
+__all__ = ["open_model"]
+
+_NAME = "the model"
+
+
+def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, dict[str, int]]:
+    """A model's state dict with the hub's names, and the facts that the model states, for example its head counts.
+
+    Args:
+        model: its tensors may be on any device; each is copied to the CPU when it is read.
+        known: all mappings.
+
+    Raises:
+        CheckpointError: it has no tensors.
+    """
+    facts = {name: value for name, value in view_model(model, known.hub).facts.items() if type(value) is int}
+    lazy = {
+        key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, key, value))
+        for key, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
+    }
+    opened = open_tree(known, known.hub.name, lazy, None, facts)
+    return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
+
+
+def _values(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        raise PlanError(f"{key} of the model is on the meta device and has no values: load the model first")
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu")
