@@ -23,7 +23,7 @@ FLOORS = (
     ("plan",),
     ("load",),
     ("write",),
-    ("results",),
+    ("results", "picture"),
     ("api", "convert", "save", "compare"),
     ("distributed",),
     ("__init__",),
