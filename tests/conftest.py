@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 HERE = Path(__file__).parent
-ROOMS = ("api", "formats", "language", "load", "plan", "project", "read", "refusals", "source", "write")
+ROOMS = ("api", "formats", "language", "load", "picture", "plan", "project", "read", "refusals", "source", "write")
 for folder in (HERE, *(HERE / room for room in ROOMS)):  # so that `from peers import openclip` works in every test
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

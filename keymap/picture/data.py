@@ -170,11 +170,17 @@ class _Draft:
             return
         casts = [f"cast from {pair}" for pair in entry.casts]
         resized = [f"resized from {entry.resize}"] if entry.resize is not None else []
-        for source in entry.layout.sources:
-            pieces = [piece for piece in entry.layout.pieces if piece.source == source]
-            kinds = tuple(_kinds(entry, source, pieces, self.stored.get(source)))
-            elements = sum(piece.numel for piece in pieces)
-            self.links.append(Link(self.source(source), number, kinds, rules, elements, "; ".join((*resized, *casts))))
+        pieces: dict[str, list[Piece]] = {}
+        for piece in entry.layout.pieces:
+            if piece.source is not None:
+                pieces.setdefault(piece.source, []).append(piece)
+        common = tuple(_kinds_of_all(entry))
+        for source, own in pieces.items():
+            kinds = (*common, *_kinds_of_one(entry, own, self.stored.get(source), "concat" in common))
+            elements = sum(piece.numel for piece in own)
+            name = "copy" if source == entry.key else "rename"
+            note = "; ".join((*resized, *casts))
+            self.links.append(Link(self.source(source), number, (*kinds, name), rules, elements, note))
 
     def section(self, title: str) -> Section:
         sources, targets, links = tuple(leaf for _, leaf in self.sources.values()), tuple(self.targets), self.links
@@ -189,26 +195,33 @@ class _Draft:
         )
 
 
-def _kinds(entry: Entry, source: str, pieces: Sequence[Piece], stored: Stored | None) -> Iterator[str]:
-    """The kinds of operation that lead from one source to a tensor, in the order of `KINDS`."""
-    layout, elements = entry.layout, sum(piece.numel for piece in pieces)
+def _kinds_of_all(entry: Entry) -> Iterator[str]:
+    """The kinds of operation that concern a tensor with all of its sources."""
     if entry.resize is not None:
         yield "resize"
-    if any(piece.computed for piece in layout.pieces if piece.source is not None):
+    if any(piece.computed for piece in entry.layout.pieces if piece.source is not None):
         yield "compute"
-    joined = {piece.source for piece in layout.pieces if not piece.add}
-    others = len(joined) > 1
-    if others:
+    if len({piece.source for piece in entry.layout.pieces if not piece.add}) > 1:
         yield "concat"
-    part = stored is not None and elements < prod(stored[0])
+
+
+def _kinds_of_one(entry: Entry, pieces: Sequence[Piece], stored: Stored | None, joined: bool) -> Iterator[str]:
+    """The kinds of operation that one source of a tensor goes through.
+
+    Args:
+        entry: the tensor.
+        pieces: those of the source.
+        stored: the source's shape.
+        joined: there are other sources.
+    """
+    part = stored is not None and sum(piece.numel for piece in pieces) < prod(stored[0])
+    moved = _reordered(pieces)
     if part:
         yield "split"
-    moved = _reordered(pieces)
     if moved:
         yield "transpose"
-    if stored is not None and not (others or part or moved) and stored[0] != layout.shape:
+    if stored is not None and not (joined or part or moved) and stored[0] != entry.layout.shape:
         yield "reshape"
-    yield "copy" if source == entry.key else "rename"
 
 
 def _reordered(pieces: Sequence[Piece]) -> bool:

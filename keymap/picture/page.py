@@ -12,6 +12,7 @@ from importlib.resources import files
 from keymap.errors import MappingError, PlanError
 from keymap.picture.data import Picture, picture_of, plain
 from keymap.picture.sample import picture_of_format
+from keymap.plan.collecting import without_gc
 from keymap.plan.plan import Plan
 from keymap.source.open import PathLike, catalogue_with
 from keymap.source.registry import path_text, registry
@@ -23,6 +24,7 @@ _FIELD = re.compile(r"\{\{(\w+)\}\}")
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
+@without_gc()
 def plan_page(plan: Plan) -> str:
     """A plan as one HTML page: the file's keys on the left, the model's on the right, a ribbon for each source.
 
@@ -40,6 +42,7 @@ def plan_page(plan: Plan) -> str:
     return render(picture_of(plan))
 
 
+@without_gc()
 def format_page(format: PathLike) -> str:
     """The rules of a format as the same page, without a checkpoint.
 

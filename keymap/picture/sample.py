@@ -37,8 +37,8 @@ def picture_of_format(mapping: Format, known: Catalogue) -> Picture:
         for section in sections_of(_plan(mapping, known, variant, found)):
             if section not in seen:
                 seen.append(section)
-                title = f"{section.title}, variant {variant}" if variant else section.title
-                drawn.append(without_shapes(replace(section, title=title)))
+                when = f" (variant {variant}: {_when(mapping, variant)})" if variant else ""
+                drawn.append(without_shapes(replace(section, title=section.title + when)))
     about = f"{mapping.file}: {mapping.title}"
     return Picture(mapping.name, about, True, tuple(drawn), tuple(_lists(mapping)))
 
@@ -52,6 +52,13 @@ def _by_variant(mapping: Format, known: Catalogue) -> dict[int, list[Sample]]:
     return found
 
 
+def _when(mapping: Format, variant: int) -> str:
+    """Which files a variant is for, in words."""
+    when = mapping.variants[variant - 1].when
+    parts = (("with", " and ", when.all), ("with", " or ", when.any), ("without", " and ", when.none))
+    return ", ".join(f"{word} {glue.join(map(str, clues))}" for word, glue, clues in parts if clues)
+
+
 def _plan(mapping: Format, known: Catalogue, variant: int, found: list[Sample]) -> Plan:
     """A plan for every key of some samples."""
     table = mapping.table
@@ -60,10 +67,12 @@ def _plan(mapping: Format, known: Catalogue, variant: int, found: list[Sample]) 
     shapes = {key: shape for sample in reversed(found) for key, shape in sample.shapes.items()}
     facts = {name: length for sample in reversed(found) for name, length in sample.facts.items()}
     applied = apply_rules(table, {key: whole(key, shape, torch.float32) for key, shape in shapes.items()}, facts)
+    order = {key: number for number, key in enumerate(shapes)}
+    made = sorted(applied.out.items(), key=lambda one: min((order[key] for key in one[1].sources), default=0))
     makers = {target: rule.tower for rule, _, target in applied.steps}
     entries = tuple(
         Entry(key, makers.get(key) or mapping.tower or tower_of(known.hub, key), layout, layout.shape, torch.float32)
-        for key, layout in applied.out.items()
+        for key, layout in made
     )
     used = {source for entry in entries for source in entry.layout.sources}
     return Plan(
