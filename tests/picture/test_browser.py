@@ -85,7 +85,7 @@ def test_search_shows_only_what_fits_and_opens_layers(page, tmp_path):
     assert "visual.trunk.blocks.0.attn.qkv.bias" not in right
     assert sum(label.startswith("vision_model.encoder.layers.1.self_attn") for label in left) == 6
     assert count.startswith("6 of ") and state.startswith("#search=blocks.1.%20qkv")
-    assert filled == ["visual.trunk.head.bias"] and by_file > 5 and everything > 20
+    assert filled == ["visual.trunk.head.bias"] and by_file > 0 and everything > 20
     assert none[0] == [] and none[1].endswith("nothing matches")
 
 
