@@ -78,7 +78,7 @@ def test_search_shows_only_what_fits_and_opens_layers(page, tmp_path):
       const found = [labels(0), labels(1), document.getElementById('count').textContent, location.hash];
       search('kind:fill'); const filled = labels(1);
       search('hf_clip.yaml'); const byFile = labels(1).length;
-      search('no such key'); const none = [labels(1), document.getElementById('count').textContent];
+      search('zzz'); const none = [labels(1), document.getElementById('count').textContent];
       search(''); return [...found, filled, byFile, none, labels(1).length];"""
     left, right, count, state, filled, by_file, none, everything = run(page, code, tmp_path)
     assert f"{LAYERS}.attn.qkv.bias" in right and "visual.trunk.blocks.1.attn.qkv.bias" in right
