@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +19,7 @@ from keymap.load.progress import Progress
 from keymap.load.shared import sharing
 from keymap.plan.allowed import check_missing_patterns
 from keymap.plan.choose import choose, choose_for_towers
+from keymap.plan.collecting import without_gc
 from keymap.plan.describe import Described, configurations_for, describe, found_towers
 from keymap.plan.join import Chosen
 from keymap.plan.model import ModelView, view_model
@@ -33,22 +32,6 @@ from keymap.source.open import Opened, PathLike, open_source
 from keymap.source.registry import registry
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
-
-
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """Disable cyclic garbage collection while the block runs.
-
-    A plan is thousands of small objects, and none of them is garbage. To visit every object of a process that has
-    imported torch takes longer than the load of a model.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _open(
@@ -68,7 +51,7 @@ def _choose(opened: Sequence[tuple[str, Opened]], model: ModelView, request: Req
 
 
 # long: signature and docstring; the body is the steps in order
-@_without_gc()
+@without_gc()
 def load_checkpoint(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -154,7 +137,7 @@ def load_checkpoint(
     return result
 
 
-@_without_gc()
+@without_gc()
 def plan_load(
     model: nn.Module,
     checkpoint_path: PathLike,
@@ -187,7 +170,7 @@ def plan_load(
     return _choose(opened, view_model(model, known.hub), request).plan
 
 
-@_without_gc()
+@without_gc()
 def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: str | None = None) -> Inspection:
     """What a checkpoint is: container, format, wrappers, keys. No weights are read.
 

@@ -18,6 +18,7 @@ ROOMS = (
     "formats",
     "language",
     "load",
+    "picture",
     "plan",
     "project",
     "read",

@@ -210,6 +210,9 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
         about.append(f"- uses tables of: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
     if mapping.config is not None:
         about.append(f"- configuration: {code(mapping.config.file)} beside the checkpoint, if it exists")
+    if mapping.rules:  # a command, not the pictures: 32 files, 1.6 MB, and all with the same template
+        command = f"keymap explain {mapping.name} --html {mapping.name}.html"
+        about.append(f"- picture: {code(command)} draws these rules as a page, from key to key")
     lines.extend([*about, ""])
     section("Notes", (f"- {note}" for note in data.get("notes", ())))
     if "detect" in data:
@@ -397,7 +400,9 @@ def index(mappings: Sequence[Format]) -> str:
         "# Formats",
         "",
         "One page for each file of `mappings/`. [How it works](../how-it-works.md) explains the words,",
-        "[The rule language](../rule-language.md) explains the rules.",
+        "[The rule language](../rule-language.md) explains the rules. To see the rules of a format as a picture, run",
+        "`keymap explain NAME --html NAME.html`, or write",
+        "[`keymap.picture.format_page(NAME)`](../api.md#draw) to a file.",
         "",
     ]
     for kind, title in KINDS.items():

@@ -83,6 +83,7 @@ def join(hub: Format, parts: Sequence[Fit], model: ModelView, request: Request, 
         steps=tuple(_each(step for plan in plans for step in plan.steps)),
         parts=tuple(part for plan in plans for part in plan.parts),
         settings=tuple(_each(row for plan in plans for row in plan.settings)),
+        sources={key: tensor for plan in plans for key, tensor in plan.sources.items()},
     )
     return Chosen(joined, tensors)
 
@@ -113,5 +114,6 @@ def _with_path(plan: Plan, source: Source) -> Fit:
         ),
         dropped={start + key: why for key, why in plan.dropped.items()},
         unexpected_keys=tuple(start + key for key in plan.unexpected_keys),
+        sources={start + key: tensor for key, tensor in plan.sources.items()},
     )
     return renamed_plan, source._replace(unwrapped=source.unwrapped._replace(tensors=tensors))

@@ -7,7 +7,7 @@ Keys, shapes and dtypes are decided here. After a plan is made, a load can fail 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import prod
@@ -21,7 +21,7 @@ from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
 from keymap.source.settings import Compared
 
-__all__ = ["Entry", "Part", "Plan", "dtype_name", "without_failed"]
+__all__ = ["Entry", "Part", "Plan", "dtype_name", "makers_of", "steps_to", "without_failed"]
 
 
 _MAX_NAME = 200  # characters of a key that are compared with the plan's keys
@@ -92,6 +92,7 @@ class Plan:
         parts: the state dicts that the towers come from; several where one file holds the towers apart.
         settings: the settings that were compared, with the values of both sides; ``warnings`` and ``unverified`` are
             made of them.
+        sources: shape and dtype of every tensor of those state dicts, by the key that the pieces name.
     """
 
     file: str
@@ -115,6 +116,7 @@ class Plan:
     steps: tuple[Step, ...] = field(repr=False, default=())
     parts: tuple[Part, ...] = ()
     settings: tuple[Compared, ...] = ()
+    sources: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False, default_factory=dict)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -153,9 +155,7 @@ class Plan:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             missing = f"; missing keys: {some(self.missing_keys, SHOWN)}" if self.missing_keys else ""
             raise PlanError(f"the plan does not fill {str(key)[:_MAX_NAME]!r}{hint}{missing}")
-        makers: dict[str, list[Step]] = {}
-        for step in self.steps:
-            makers.setdefault(step[2], []).append(step)
+        makers = makers_of(self.steps)
         return "\n".join(line for entry in chosen for line in _explained(entry, makers))
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,6 +248,25 @@ def without_failed(plan: Plan, failed: Iterable[Check]) -> Plan:
     )
 
 
+def makers_of(steps: Iterable[Step]) -> dict[str, list[Step]]:
+    """The steps by the key that they make."""
+    makers: dict[str, list[Step]] = {}
+    for step in steps:
+        makers.setdefault(step[2], []).append(step)
+    return makers
+
+
+def steps_to(key: str, makers: Mapping[str, Sequence[Step]]) -> Iterator[Step]:
+    """The applications of rules that lead to a key, the last one first; each once."""
+    waiting, seen = [key], set()
+    while waiting:
+        for step in makers.get(waiting.pop(), ()):
+            if step not in seen:
+                seen.add(step)
+                yield step
+                waiting += step[1]
+
+
 def _explained(entry: Entry, makers: Mapping[str, list[Step]]) -> Iterator[str]:
     """The lines of one entry; ``makers`` are the steps by the key that they make."""
     yield f"{entry.key} {list(entry.shape)} {dtype_name(entry.dtype)}"
@@ -259,14 +278,8 @@ def _explained(entry: Entry, makers: Mapping[str, list[Step]]) -> Iterator[str]:
         yield from (f"  {_piece_in_words(piece)}" for piece in entry.layout.pieces)
     if entry.resize is not None:
         yield f"  resized from {entry.resize}"
-    waiting, seen = [entry.key], set()
-    while waiting:
-        for step in makers.get(waiting.pop(), []):
-            if step not in seen:
-                seen.add(step)
-                rule, sources, _ = step
-                yield f"  by rule {rule.text} ({rule.place})"
-                waiting += sources
+    for rule, _, _ in steps_to(entry.key, makers):
+        yield f"  by rule {rule.text} ({rule.place})"
 
 
 def _piece_in_words(piece: Piece) -> str:

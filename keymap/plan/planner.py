@@ -84,6 +84,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         steps=tuple(translated.steps),
         settings=compared(known.hub, towers, source.settings, model.facts),
         parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
+        sources={key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()},
     )
 
 

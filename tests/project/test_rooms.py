@@ -23,7 +23,7 @@ FLOORS = (
     ("plan",),
     ("load",),
     ("write",),
-    ("results",),
+    ("results", "picture"),
     ("api", "convert", "save", "compare", "names"),
     ("distributed",),
     ("__init__",),
