@@ -18,7 +18,7 @@ from keymap.errors import PlanError, some
 from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.plan.live import open_model
-from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers
+from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
 from keymap.read.lazy import brief
 from keymap.source.open import Opened, PathLike, catalogue_with, open_source
 
@@ -73,7 +73,7 @@ def compare_checkpoints(
     other, own_b = _open("b", b, safe, mapping_b, wrapper_b)
     asked = request_for_towers(towers, one.known.hub)
     source_a, source_b = readings(one, other)
-    both = same_names(source_a, source_b, asked, own_a | own_b | dict(checked_facts(facts, one.known)))
+    both = same_names(source_a, source_b, asked, sizes_of({**own_a, **own_b}) | dict(checked_facts(facts, one.known)))
     if not both[0].tensors and not both[1].tensors:
         raise PlanError(f"{source_a.file} and {source_b.file} have no tensors of towers={towers!r}")
     return _compare(*both, limit, strict_dtype)

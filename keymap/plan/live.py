@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
+from keymap.language.format import Scalar
 from keymap.plan.model import view_model
 from keymap.read import LazyTensor
 from keymap.source.open import Opened, open_tree
@@ -19,7 +21,7 @@ __all__ = ["open_model"]
 _NAME = "the model"
 
 
-def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, dict[str, int]]:
+def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, Mapping[str, Scalar]]:
     """A model's state dict with the hub's names, and the facts that the model states, for example its head counts.
 
     Args:
@@ -29,13 +31,14 @@ def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, dict[str, in
     Raises:
         CheckpointError: it has no tensors.
     """
-    facts = {name: value for name, value in view_model(model, known.hub).facts.items() if type(value) is int}
+    facts = view_model(model, known.hub).facts
+    numbers = {name: value for name, value in facts.items() if type(value) is int}
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, key, value))
         for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }
-    opened = open_tree(known, known.hub.name, lazy, None, facts)
+    opened = open_tree(known, known.hub.name, lazy, None, numbers)
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from keymap.errors import CheckpointError, PlanError
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Format
+from keymap.language.format import Format, Scalar
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
 from keymap.source.settings import Settings, config_text
@@ -20,6 +20,7 @@ __all__ = [
     "check_model",
     "checked_facts",
     "checked_flag",
+    "checked_settings",
     "checked_wrapper",
     "checked_wrappers",
     "example_towers",
@@ -27,6 +28,7 @@ __all__ = [
     "make_request",
     "refuse_contradictions",
     "request_for_towers",
+    "sizes_of",
 ]
 
 _MAX_NAME = 100  # characters of a name that are compared with the known names
@@ -152,6 +154,27 @@ def _checked_towers(towers: object, hub: Format) -> tuple[str, ...] | None:
         what = f"unknown: {', '.join(map(repr, unknown))}" if unknown else "name at least one tower"
         raise PlanError(f"towers={chosen!r}: {what}; the towers are {', '.join(known)}")
     return chosen
+
+
+def sizes_of(facts: Mapping[str, Scalar]) -> dict[str, int]:
+    """The facts that are numbers: rules cut and join tensors by them."""
+    return {name: value for name, value in facts.items() if type(value) is int}
+
+
+def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
+    """The caller's facts for a folder with a configuration: numbers, and words such as the name of an activation.
+
+    Raises:
+        PlanError: as `checked_facts`.
+    """
+    others = {}
+    if isinstance(facts, Mapping):
+        hub_facts = known.hub.facts
+        others = {
+            n: v for n, v in facts.items() if type(v) in (str, float, bool) and isinstance(n, str) and n in hub_facts
+        }
+        facts = {name: value for name, value in facts.items() if name not in others}
+    return {**checked_facts(facts or None, known), **others}
 
 
 def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
