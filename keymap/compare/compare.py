@@ -15,6 +15,7 @@ from keymap.compare.names import Named, failed_of, readings, same_names
 from keymap.compare.report import Comparison, Difference
 from keymap.compare.values import Gap, Values, compare_values
 from keymap.errors import PlanError, some
+from keymap.language.format import Scalar
 from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.plan.live import open_model
@@ -92,7 +93,7 @@ def _checked_tolerance(tolerance: object) -> float:
 
 def _open(
     name: str, where: object, weights_only: bool, mapping: PathLike | None, wrapper: object
-) -> tuple[Opened, dict[str, int]]:
+) -> tuple[Opened, Mapping[str, Scalar]]:
     """A file or a model, opened, and the facts that a model states."""
     if isinstance(where, nn.Module):
         if mapping is not None or wrapper is not None:

@@ -14,13 +14,14 @@ __all__ = ["compile_repository"]
 
 
 def compile_repository(compiler: Compiler) -> Repository | None:
-    """The ``repository`` of a mapping file; None if it has none."""
-    data: Mapping[str, Any] | None = compiler.marked.data.get("repository")
+    """The ``repository`` of a mapping file; None if it and the files that it uses have none."""
+    data: Mapping[str, Any] | None = compiler.repository
     if data is None:
         return None
     files = {name: _template(compiler, value, ("repository", "files", name)) for name, value in data["files"].items()}
     requires = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in data.get("requires", {}).items()}
-    return Repository(data["weights"], files, requires)
+    when = compiler.evidence(data.get("when", {}), ("repository", "when"))
+    return Repository(data["weights"], files, requires, when, tuple(data.get("alike", ())))
 
 
 def _template(compiler: Compiler, value: Any, where: Where) -> Template:
@@ -47,6 +48,9 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
         bool(data.get("square")),
         _length(compiler, data["times"], where) if "times" in data else None,
         data.get("divide", ""),
+        _length(compiler, data["over"], where) if "over" in data else None,
+        data.get("absent"),
+        bool(data.get("optional")),
     )
 
 

@@ -111,6 +111,7 @@ class Compiler:
         self.sizes: dict[str, int | str] = dict(marked.data.get("sizes", {}))
         self.facts: dict[str, Any] = {}
         self.measures: dict[str, Any] = {}
+        self.repository: dict[str, Any] | None = None
         self.configs: dict[str, Any] = {}
         self.uses_are_wrong = marked.data.get("uses", []) != self.written.data.get("uses", [])
         self.expanded: set[str] = set()  # tables whose rules are compiled
@@ -137,6 +138,7 @@ class Compiler:
             self.lookup_files[name] = marked
         self.facts |= marked.data.get("facts", {})
         self.measures |= marked.data.get("measures", {})
+        self.repository = marked.data.get("repository", self.repository)
         self.configs |= marked.data.get("configs", {})
 
     def fault(self, marked: Marked, where: Where, what: str) -> None:

@@ -182,6 +182,9 @@ class Computed(NamedTuple):
         others: what is taken if the fact is not known, or has no word.
         minus, square, times: subtracted; whether the side of a square with so many elements is meant; multiplied by.
         divide: a fact to divide by.
+        over: what the number is divided by, as a fraction.
+        absent: the value if there is no such key; None leaves it out.
+        optional: left out if the fact is not known.
     """
 
     fact: str
@@ -192,6 +195,9 @@ class Computed(NamedTuple):
     square: bool = False
     times: Length | None = None
     divide: str = ""
+    over: Length | None = None
+    absent: Scalar | None = None
+    optional: bool = False
 
 
 Template = Any  # a dict of templates, a Computed, or a value that is written as it is
@@ -204,11 +210,15 @@ class Repository(NamedTuple):
         weights: the name of the file with the weights.
         files: JSON files by name.
         requires: the values that settings must have, by the hub's names: the format's code allows no others.
+        when: evidence on the keys that are written; without it there is no folder.
+        alike: facts that must be equal, because the files have one value for them.
     """
 
     weights: str
     files: Mapping[str, Template]
     requires: Mapping[str, tuple[Scalar, ...]] = {}
+    when: Evidence = Evidence()
+    alike: tuple[str, ...] = ()
 
 
 class Fact(NamedTuple):

@@ -115,7 +115,10 @@ def _attribute(model: nn.Module, path: str) -> Any:
     for name in path.split("."):
         inner = value._modules.get(name) if isinstance(value, nn.Module) else None
         try:
-            value = getattr(value, name, _ABSENT) if inner is None else inner
+            if inner is not None:
+                value = inner
+            else:
+                value = value.get(name, _ABSENT) if isinstance(value, dict) else getattr(value, name, _ABSENT)
         except Exception:  # of a property that keymap does not know
             return _ABSENT
         if value is _ABSENT or value is None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isqrt
+from math import inf, isqrt, nextafter
 from typing import Any
 
 from keymap.errors import PlanError
 from keymap.language.format import Computed, Format, Length, Repository, Scalar, Template, config_text
 from keymap.plan.export import Export, Target
+from keymap.source.detect import matching_keys
 from keymap.source.settings import Unknown, in_hub_words
 
 __all__ = ["repository_files"]
@@ -34,6 +35,12 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
         raise PlanError(
             f"{planned.target.name} has no layout of a folder; pass a file, for example one that ends with .safetensors"
         )
+    keys = {key: target.layout for key, target in planned.tensors.items()}
+    if matching_keys(repository.when, keys) is None:
+        raise PlanError(
+            f"{planned.target.name} has no layout of a folder for these towers; pass a file, for example one that ends "
+            f"with .safetensors"
+        )
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
     known = {name: in_hub_words(hub.facts[name], v) for name, v in {**source, **given}.items() if name in hub.facts}
@@ -41,11 +48,10 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
     data = {name: writer.section(template) for name, template in repository.files.items()}
     faults = [*_forbidden(repository, hub, known), *writer.faults]
     if writer.unknown:
-        example = {name: _example(hub, name) for name in writer.unknown}
         names = "; ".join(f"{name}: {hub.facts[name].label or name}" for name in writer.unknown)
         faults.append(
-            f"neither shapes nor a configuration show {names}; pass facts={example!r} with the right values, or put "
-            f"the source's configuration beside it"
+            f"neither shapes nor a configuration show {names}; pass them, for example "
+            f"facts={{{next(iter(writer.unknown))!r}: ...}}, or put the source's configuration beside it"
         )
     if faults:
         files = " and ".join(repository.files)
@@ -60,15 +66,17 @@ def _forbidden(repository: Repository, hub: Format, known: Mapping[str, Scalar])
         f"{' or '.join(map(config_text, allowed))}"
         for name, allowed in repository.requires.items()
         if name in known and known[name] not in allowed
+    ] + [
+        f"{' and '.join(repository.alike)} differ ({', '.join(map(config_text, values))}), and the format has one value"
+        for values in [dict.fromkeys(known[name] for name in repository.alike if name in known)]
+        if len(values) > 1
     ]
 
 
-def _example(hub: Format, name: str) -> Scalar:
-    """A value of a fact's kind, for a message."""
-    words = [word for word in hub.facts[name].words.values() if isinstance(word, str)]
-    if words:
-        return words[0]
-    return 1e-5 if name.endswith("eps") else 12
+def _fraction(number: int, by: int) -> float:
+    """A fraction of which the whole part of its product with ``by`` is ``number`` again."""
+    fraction = number / by
+    return fraction if int(by * fraction) == number else nextafter(fraction, inf)
 
 
 @dataclass
@@ -118,8 +126,10 @@ class _Writer:
             return self.setting(computed)
         assert computed.length is not None, "it is computed from a fact or from a length"
         number = self.number(computed.length)
-        if number is _ABSENT or computed.length.exists:
-            return number
+        if number is _ABSENT:
+            return number if computed.absent is None else computed.absent
+        if computed.length.exists:
+            return computed.words.get(config_text(number), number)
         number -= computed.minus
         if computed.square:
             side = isqrt(number)
@@ -134,7 +144,7 @@ class _Writer:
                 self.unknown[computed.divide] = None
                 return None
             number //= by
-        return number
+        return number if computed.over is None else _fraction(number, self.number(computed.over))
 
     def setting(self, computed: Computed) -> Any:
         """A setting in the format's own word."""
@@ -142,6 +152,8 @@ class _Writer:
         if value is None:
             if computed.others is not None and self.can(computed.others):
                 return self.value(computed.others)
+            if computed.optional:
+                return _ABSENT
             self.unknown[computed.fact] = None
             return None
         if not computed.words or config_text(value) in computed.words:

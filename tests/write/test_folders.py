@@ -1,0 +1,177 @@
+"""A folder as the destination: its owner's loader opens it, and nothing in its configuration is invented."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import torch
+import transformers
+from peers import hf, openclip
+from peers.common import images, max_diff, same_bits, tokens
+
+import keymap
+
+OWNERS = {  # the format, the model, and the class that opens the folder
+    "CLIP": ("hf_clip", openclip.clip, {}, transformers.CLIPModel),
+    "CLIP with quick_gelu": ("hf_clip", openclip.clip, {"quick_gelu": True}, transformers.CLIPModel),
+    "SigLIP": ("hf_siglip", openclip.siglip, {}, transformers.SiglipModel),
+}
+
+
+def features(peer, model):
+    """The largest differences of the image and the text embeddings."""
+    size = model.visual.image_size
+    image, ids = images(size[0] if isinstance(size, tuple) else size), tokens()
+    with torch.no_grad():
+        return (
+            max_diff(hf.image_features(peer, image), model.encode_image(image)),
+            max_diff(hf.text_features(peer, ids), model.encode_text(ids)),
+        )
+
+
+@pytest.mark.parametrize("name", OWNERS)
+def test_the_owners_loader_opens_the_folder_of_a_model(name, tmp_path):
+    form, build, options, owner = OWNERS[name]
+    model = build(seed=1, **options).eval()
+    result = keymap.save_checkpoint(model, tmp_path / "out", form)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert result.files == tuple(str(tmp_path / "out" / file) for file in ("model.safetensors", "config.json"))
+    peer, info = owner.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert max(features(peer.eval(), model)) < 1e-5
+    back = build(seed=2, **options)
+    plan = keymap.load_checkpoint(back, tmp_path / "out").report.plan
+    assert (plan.warnings, plan.unverified) == ((), ())
+    assert all(same_bits(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("tower", "owner"),
+    [
+        ("image", transformers.CLIPVisionModelWithProjection),
+        ("text", transformers.CLIPTextModelWithProjection),
+        ("image", transformers.CLIPVisionModel),
+    ],
+)
+def test_one_tower_is_a_folder_that_its_class_opens(tower, owner, tmp_path):
+    model = openclip.clip(seed=1).eval()
+    keymap.save_checkpoint(model, tmp_path / "out", "hf_clip", towers=(tower,))
+    assert list(json.loads((tmp_path / "out" / "config.json").read_text()).keys()) == [
+        "model_type",
+        "projection_dim",
+        "vision_config" if tower == "image" else "text_config",
+    ]
+    peer, info = owner.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert peer.config.num_hidden_layers == (2 if tower == "image" else 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"quick_gelu": True}, {"vision": {"pool_type": "avg"}}, {"image_mlp": 2.7}])
+def test_openclip_opens_its_folder(options, tmp_path):
+    model = openclip.clip(seed=1, **options).eval()
+    keymap.save_checkpoint(model, tmp_path / "out", "open_clip")
+    peer = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    image, ids = images(), tokens()
+    with torch.no_grad():
+        assert torch.equal(peer.encode_image(image), model.encode_image(image))
+        assert torch.equal(peer.encode_text(ids), model.encode_text(ids))
+
+
+def test_timm_opens_its_folder(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = openclip.custom(seed=1)
+    model.visual = torch.nn.Module()
+    model.visual.trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    keymap.save_checkpoint(model, tmp_path / "out", "timm", towers=("image",))
+    peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert all(same_bits(value, model.visual.trunk.state_dict()[key]) for key, value in peer.state_dict().items())
+
+
+# --- what is not known ---
+
+
+def test_settings_that_nothing_states_are_asked_for_by_name(tmp_path):
+    model = openclip.clip(seed=1, quick_gelu=True).eval()
+    keymap.save_checkpoint(model, tmp_path / "x.pt", "open_clip")
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "out", "hf_clip")
+    for name in ("image.heads", "text.heads", "image.activation", "text.activation", "image.eps", "text.pool"):
+        assert name in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    facts = {"image.heads": 3, "text.heads": 4, "image.eps": 1e-5, "text.eps": 1e-5, "text.pool": "argmax"}
+    facts |= {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}
+    keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "out", "hf_clip", facts=facts)
+    assert max(features(transformers.CLIPModel.from_pretrained(tmp_path / "out").eval(), model)) < 1e-5
+
+
+def test_the_sources_configuration_is_used(tmp_path):
+    peer = hf.clip(seed=1, quick_gelu=True).eval()
+    peer.config.text_config.eos_token_id = 98  # the last of its ids, as in OpenAI's vocabulary
+    peer.save_pretrained(tmp_path / "theirs")
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", "open_clip", facts={"image.head_width": 16})
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'ours'}").eval()
+    assert max(features(peer, model)) < 1e-5
+    keymap.convert_checkpoint(tmp_path / "ours", tmp_path / "back", "hf_clip", facts={"image.heads": 3})
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "back").eval()
+    assert max(features(again, model)) < 1e-5
+    assert all(same_bits(value, peer.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+REFUSED = {  # a model, the format of the folder, and what the error says
+    "an activation that the format lacks": (lambda: openclip.clip(quick_gelu=True), "hf_siglip", "cannot be written"),
+    "no causal mask": (lambda: openclip.clip(text={"no_causal_mask": True}), "hf_clip", "causal mask of the text tower"),
+    "pooling of the last token": (lambda: openclip.clip(text={"pool_type": "last"}), "hf_clip", "pooling of the text"),
+    "a format without a folder": (openclip.clip, "openai", "has no layout of a folder"),
+    "a tower that takes its sizes from a name": (openclip.siglip, "open_clip", "no layout of a folder for these towers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_folder_cannot_say_is_refused(name, tmp_path):
+    build, form, message = REFUSED[name]
+    with pytest.raises(keymap.KeymapError, match=message):
+        keymap.save_checkpoint(build(), tmp_path / "out", form)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what was there ---
+
+
+def test_a_folder_that_is_not_empty_is_refused_unless_it_may_be_overwritten(tmp_path):
+    model, folder = openclip.clip(seed=1), tmp_path / "out"
+    folder.mkdir()
+    keymap.save_checkpoint(openclip.clip(seed=3), folder, "hf_clip", max_shard_size="150KB")  # an empty one is taken
+    (folder / "README.md").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(keymap.WriteError, match=r"is not empty; .*overwrite=True"):
+        keymap.save_checkpoint(model, folder, "hf_clip")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    keymap.save_checkpoint(model, folder, "hf_clip", overwrite=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    back = openclip.clip(seed=2)
+    keymap.load_checkpoint(back, folder)
+    assert all(same_bits(value, model.state_dict()[key]) for key, value in back.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["a file", "a missing folder above", "the folder that is read"])
+def test_a_folder_in_a_wrong_place_is_refused(name, tmp_path):
+    model = openclip.clip(seed=1)
+    keymap.save_checkpoint(model, tmp_path / "source", "hf_clip")
+    (tmp_path / "file").write_text("mine")
+    places = {"a file": "file/", "a missing folder above": "no/such/out", "the folder that is read": "source"}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(keymap.WriteError, match="is a file|does not exist|holds the file that is read"):
+        keymap.convert_checkpoint(tmp_path / "source", f"{tmp_path}/{places[name]}", "hf_clip", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_error_on_the_way_leaves_no_folder(tmp_path):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "out", "hf_clip", progress=stop)
+    assert list(tmp_path.iterdir()) == []
