@@ -214,12 +214,12 @@ def convert_command(
     """Convert a checkpoint to another format.
 
     The suffix of DST gives the container: .safetensors, .pt (.pth, .bin) or .npz. A DST that exists is replaced when
-    the new file is whole.
+    the new file is whole. A DST without a suffix is a folder, with the configuration that the format's owner reads.
     """
     size: int | str | None = max_shard_size
     if max_shard_size is not None and max_shard_size.isdigit():
         size = int(max_shard_size)
-    numbers = options.pairs_of(facts)
+    settings = options.settings_of(facts)
     with progress_bar("convert") as progress:
         written = keymap.convert_checkpoint(
             source,
@@ -228,7 +228,7 @@ def convert_command(
             mapping=mapping,
             wrapper=wrapper,
             towers=towers or None,
-            facts=numbers,
+            facts=settings,
             dtype=dtype,
             max_shard_size=size,
             overwrite=overwrite,

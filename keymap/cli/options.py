@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -131,6 +132,21 @@ def load_arguments(
         "allow_unexpected": allow_unexpected,
         "weights_only": not unsafe_pickle,
     }
+
+
+def settings_of(facts: Sequence[str]) -> dict[str, int | float | str | bool] | None:
+    """The values of ``NAME=VALUE``: numbers, true and false, and words; None for none."""
+    found: dict[str, int | float | str | bool] = {}
+    for fact in facts:
+        name, equals, value = fact.partition("=")
+        if not (name and equals and value):
+            raise click.UsageError(f"--fact {fact}: expected NAME=VALUE")
+        try:
+            read = json.loads(value)
+        except ValueError:
+            read = value
+        found[name] = read if isinstance(read, (int, float, bool)) else value
+    return found or None
 
 
 def pairs_of(facts: Sequence[str]) -> dict[str, int] | None:

@@ -121,10 +121,18 @@ def test_the_sources_configuration_is_used(tmp_path):
 
 REFUSED = {  # a model, the format of the folder, and what the error says
     "an activation that the format lacks": (lambda: openclip.clip(quick_gelu=True), "hf_siglip", "cannot be written"),
-    "no causal mask": (lambda: openclip.clip(text={"no_causal_mask": True}), "hf_clip", "causal mask of the text tower"),
+    "no causal mask": (
+        lambda: openclip.clip(text={"no_causal_mask": True}),
+        "hf_clip",
+        "causal mask of the text tower",
+    ),
     "pooling of the last token": (lambda: openclip.clip(text={"pool_type": "last"}), "hf_clip", "pooling of the text"),
     "a format without a folder": (openclip.clip, "openai", "has no layout of a folder"),
-    "a tower that takes its sizes from a name": (openclip.siglip, "open_clip", "no layout of a folder for these towers"),
+    "a tower that takes its sizes from a name": (
+        openclip.siglip,
+        "open_clip",
+        "no layout of a folder for these towers",
+    ),
 }
 
 
