@@ -645,3 +645,10 @@ def test_no_thread_writes_after_several_interrupts(monkeypatch, tmp_path) -> Non
             time.sleep(0.01)
     assert under_way == 0
     assert 0 < len(begun) < 10  # the others were given up
+
+
+def test_characters_of_control_in_a_message_are_escapes():
+    """A name from a file neither moves the cursor nor adds a line to a message."""
+    error = keymap.PlanError("a\x1b[31m\nb", ["c\rd", "e\u202ef\x9b\udcff", "é\u3000ok"])
+    assert str(error).split("\n") == [r"a\x1b[31m\nb", r"  - c\rd", r"  - e\u202ef\x9b\udcff", "  - é\u3000ok"]
+    assert error.summary == "a\x1b[31m\nb"
