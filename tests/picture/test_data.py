@@ -118,6 +118,16 @@ def test_dropped_unexpected_and_missing_keys_have_their_kinds_and_reasons(plan, 
     assert [link.kinds for link in links_from(picture, "stray")] == [("unexpected",)]
 
 
+def test_sources_of_two_state_dicts_have_their_shapes(tmp_path):
+    keys = hf.disk_keys(hf.clip())
+    tower = {name: {k: v for k, v in keys.items() if k.startswith(start)} for name, start in (("a", "v"), ("b", "t"))}
+    torch.save(tower, tmp_path / "model.pt")
+    wrapper = {"image": "a", "text": "b"}
+    plan = keymap.plan_load(openclip.custom(), tmp_path / "model.pt", wrapper=wrapper, allow_missing="logit_scale")
+    assert len(plan.parts) > 1 and {piece.source for piece in plan.pieces if piece.source} <= set(plan.sources)
+    assert all(leaf.shape is not None for section in picture_of(plan).sections for leaf in section.sources)
+
+
 def test_missing_and_mismatched_keys_are_drawn_in_their_tower(tmp_path):
     keys = hf.disk_keys(hf.clip())
     del keys["vision_model.post_layernorm.bias"]
