@@ -110,6 +110,7 @@ def compile_containers(data: Mapping[str, Any], compiler: Compiler) -> Container
         tuple(data.get("empty_beside", {}).items()),
         texts("float8_beside"),
         texts("float8_marks"),
+        texts("float8_words"),
     )
 
 

@@ -268,6 +268,7 @@ class Containers:
         training_state: names that show a training state without weights.
         files: in a folder, the names of checkpoints, the preferred first, each with what it is.
         float8_beside, float8_marks: last words of keys beside a weight that are no scales, and names of marks.
+        float8_words: texts in names near the top of a file that speak of scales for float8 weights.
         empty_beside: entries beside a state dict that has no values, and what to do.
         weight_norms: ends of the keys (length, direction, weight) of weights that are stored as length and direction.
         training_files: names of files in a folder that hold no weights.
@@ -286,6 +287,7 @@ class Containers:
     empty_beside: tuple[tuple[str, str], ...] = ()
     float8_beside: tuple[str, ...] = ()
     float8_marks: tuple[str, ...] = ()
+    float8_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

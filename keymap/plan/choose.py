@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import cached_property
 
 from keymap.errors import KeymapError, PlanError
-from keymap.plan.describe import describe
+from keymap.language.layout import Layout
+from keymap.plan.describe import Described, describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
 from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, read_as_own
@@ -54,7 +55,7 @@ def choose_for_towers(opened: Mapping[str, Opened], model: ModelView, request: R
     """
     parts: dict[str, Fit] = {}
     for tower, one in opened.items():
-        trial = _Trial(one, model, request._replace(towers=(tower,)))
+        trial = _Trial(one, model, request._replace(towers=(tower,), within_towers=True))
         found = trial.top() or trial.only(trial.fits(trial.request))
         if found is None:
             raise trial.error()
@@ -70,6 +71,7 @@ class _Trial:
         self.hub = opened.known.hub
         self.own_below: Source | None = None
         self._sources: dict[int, Source] = {}  # they live as long as their ids are used
+        self._towers: dict[int, tuple[Mapping[str, Layout], Described]] = {}
         self._done: dict[tuple[object, ...], Plan | KeymapError] = {}
 
     def plan(self, source: Source, request: Request) -> Plan | KeymapError:
@@ -85,8 +87,16 @@ class _Trial:
 
     def top(self) -> Fit | None:
         """The one reading of the state dict itself that fits; None if none does."""
-        plans = [(self.plan(source, self.request), source) for source in self.opened.top]
-        found = [(plan, source) for plan, source in plans if isinstance(plan, Plan)]
+        return self._one_reading(self.opened.top, self.request)
+
+    def _one_reading(self, sources: _Group, request: Request) -> Fit | None:
+        """The one of several readings of the same keys that fits; with a warning if other formats have these keys."""
+        plans = [(self.plan(source, request), source) for source in sources]
+        found = [
+            (plan, source)
+            for plan, source in plans
+            if isinstance(plan, Plan) and not (request is not self.request and self._leaves_out(plan, source))
+        ]
         if len(found) > 1:
             names = ", ".join(repr(plan.format) for plan, _ in found)
             raise PlanError(
@@ -96,7 +106,7 @@ class _Trial:
         if not found:
             return None
         plan, source = found[0]
-        others = [one.found.mapping.name for one in self.opened.top if one is not source and one.found is not None]
+        others = [one.found.mapping.name for one in sources if one is not source and one.found is not None]
         if others:
             text = f"the keys are those of {plan.format} and of {', '.join(others)}; only {plan.format} fits the model"
             warning = f"format: {text}; if the file is another one, embeddings will differ; pass mapping= to choose"
@@ -113,8 +123,11 @@ class _Trial:
         if self.opened.named or (foreign and top.refused):
             return None
         source = own_reading(top, self.model, foreign)
-        if source is None and not foreign and not top.refused and (top.found is None or top.found.mapping is self.hub):
-            source = self.own_below = own_reading_below(top, self.model)
+        if source is None and not foreign and not top.refused and not self._has_keys_of_the_model(top):
+            below = own_reading_below(top, self.model)
+            if below is not None and below.found is not None:
+                towers = {tower_of(self.hub, key) for key in below.found.tensors}
+                source = self.own_below = below if any(map(self.request.includes, towers)) else None
         if source is None:
             return None
         plan = self.plan(source, self.request)
@@ -122,7 +135,13 @@ class _Trial:
             if foreign:
                 raise plan
             return None
-        return (plan, source) if foreign or not plan.unexpected_keys else None
+        return (plan, source) if foreign or source is self.own_below or not plan.unexpected_keys else None
+
+    def _has_keys_of_the_model(self, source: Source) -> bool:
+        """Whether a reading under a format's names is one that may fit the model."""
+        if source.found is None:
+            return False
+        return source.found.mapping is not self.hub or any(key in self.model.tensors for key in source.found.tensors)
 
     def chosen_whole(self) -> Fit | None:
         """The state dict that the caller chose, where only other state dicts within it keep it from fitting."""
@@ -137,11 +156,15 @@ class _Trial:
         """
         strict = self.request._replace(strict=True)
         top = self.opened.top[0]
-        in_part = not self.request.strict and top.found is None and not top.refused and not self.opened.refusals
+        in_part = not self.request.strict and top.found is None and not top.refused and not self.opened.refused
         for request in (strict, self.request) if in_part else (strict,):
-            found = self.only(self.fits(request)) or self.by_tower(request) or self.with_own_beside(request)
+            found = self.only(self.fits(request))
             if found is not None:
+                self._refuse_rivals(dict.fromkeys(self.towers, found[1]))
                 return found
+            joined = self.by_tower(request) or self.with_own_beside(request)
+            if joined is not None:
+                return joined
         return None
 
     @property
@@ -167,11 +190,13 @@ class _Trial:
         start = group[0].unwrapped.start
         inner = (other[0].unwrapped.start for other in self.opened.inner)
         elsewhere = tuple(dict.fromkeys(other for other in inner if other != start and other.startswith(start)))
-        for source in group:
-            plan = self.plan(source, request._replace(elsewhere=elsewhere))
+        request = request._replace(elsewhere=elsewhere)
+        fit = self._one_reading([source for source in group if not source.alone], request)
+        for source in (source for source in group if source.alone and fit is None):
+            plan = self.plan(source, request)
             if isinstance(plan, Plan) and not self._leaves_out(plan, source):
-                return plan, source
-        return None
+                fit = plan, source
+        return fit
 
     def _leaves_out(self, plan: Plan, source: Source) -> bool:
         """Whether a load in part would leave out what the file seems to hold."""
@@ -205,7 +230,52 @@ class _Trial:
         for tower, (_, source) in parts.items():
             if any(other != tower and parts[other][1] is not source for other in self.towers_in(source) & parts.keys()):
                 return None  # half of one model and half of another
+        self._refuse_rivals({tower: source for tower, (_, source) in parts.items()})
         return self.joined(parts)
+
+    def _refuse_rivals(self, chosen: Mapping[str, Source]) -> None:
+        """Refuse to choose between towers of the same sizes, of which only one fits: a tuned one may have a new head.
+
+        Args:
+            chosen: for each tower the state dict that it would come from.
+
+        Raises:
+            PlanError: there is another one in the file; the message names both, and why the other does not fit.
+        """
+        for tower in self.hub.layouts:
+            source = chosen.get(tower)
+            own = self._described(source).get(tower) if source is not None else None
+            if source is None or own is None:
+                continue
+            used = self._tensors_of(source, tower)
+            for rival, refusal in (*((g[0], None) for g in self.groups), *self.opened.refused):
+                other = self._described(rival).get(tower)
+                if other is None or not other.same_sizes(own) or used & self._tensors_of(rival, tower):
+                    continue
+                plan = self.plan(rival, self.request._replace(strict=True, towers=(tower,)))
+                error = refusal or (plan if isinstance(plan, KeymapError) else None)
+                faults = (error.faults or (error.summary,))[:1] if error is not None else ()
+                name = rival.unwrapped.wrapper
+                raise PlanError(
+                    f"{self.request.file}: 2 state dicts in the file have an {tower} tower of the model's sizes; "
+                    f"choose one with wrapper=: {source.unwrapped.wrapper!r}, {name!r}",
+                    [f"wrapper={name!r} does not fit: {fault}" for fault in faults],
+                )
+
+    def _described(self, source: Source) -> Described:
+        """The towers of a state dict."""
+        if id(source) not in self._towers:
+            self._sources[id(source)] = source
+            hub_keys = to_hub(source.found, {}).tensors if source.found is not None else {}
+            self._towers[id(source)] = hub_keys, describe(self.opened.known, hub_keys)
+        return self._towers[id(source)][1]
+
+    def _tensors_of(self, source: Source, tower: str) -> set[int]:
+        """The ids of the tensors that make up a tower."""
+        self._described(source)
+        layouts = self._towers[id(source)][0]
+        tensors = source.unwrapped.tensors
+        return {id(tensors[n]) for k, lay in layouts.items() if tower_of(self.hub, k) == tower for n in lay.sources}
 
     def with_own_beside(self, request: Request) -> Chosen | None:
         """What fits all towers of the model, where the model has further modules and their tensors lie beside it."""
@@ -230,7 +300,7 @@ class _Trial:
 
     def towers_in(self, source: Source) -> set[str]:
         """The towers that a state dict has, whether they fit the model or not."""
-        return set(describe(self.opened.known, to_hub(source.found, {}).tensors)) if source.found is not None else set()
+        return set(self._described(source))
 
     @property
     def towers(self) -> list[str]:
@@ -275,10 +345,10 @@ class _Trial:
         top = self.opened.top
         if len(top) > 1:
             return ambiguous([source.found for source in top if source.found is not None], self.request.file)
-        if top[0].found is None and self.own_below is not None and not self.opened.inner:
+        if self.own_below is not None:
             top = (self.own_below,)
-        if top[0].found is None and not top[0].refused and self.opened.refusals:
-            return self.opened.refusals[0]
+        if top[0].found is None and not top[0].refused and self.opened.refused:
+            return self.opened.refused[0][1]
         if top[0].found is not None or top[0].refused or not self.opened.inner:
             found = self.plan(top[0], self.request)
             assert isinstance(found, KeymapError), "it was tried before"

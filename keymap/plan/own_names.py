@@ -14,6 +14,7 @@ from keymap.plan.to_hub import Translated, tower_of
 from keymap.read import LazyTensor
 from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source, layouts_of
+from keymap.source.quantized import holds_float8
 
 __all__ = ["OWN", "is_foreign", "own_names", "own_reading", "own_reading_below", "read_as_own", "take_own_names"]
 
@@ -39,7 +40,18 @@ def own_reading(source: Source, model: ModelView, foreign: bool) -> Source | Non
     equal = sum(key in layouts and layouts[key].shape == wanted[key] for key in wanted)
     if not equal or 2 * equal < len(wanted) or (not foreign and (equal < len(wanted) or model.lazy)):
         return None
+    if source.refused and not _is_all_of_the_models(layouts, model):
+        return None
     return _read_as_own(source, layouts, ("every key of the model",))
+
+
+def _is_all_of_the_models(layouts: Mapping[str, Layout], model: ModelView) -> bool:
+    """Whether a file with names by which mappings refuse it is the model's own: no other key, no dtype to decode."""
+    tensors = model.tensors
+    return all(
+        key in tensors and (not holds_float8({key: layout}) or layout.dtype == tensors[key].dtype)
+        for key, layout in layouts.items()
+    )
 
 
 def own_reading_below(source: Source, model: ModelView) -> Source | None:

@@ -202,7 +202,8 @@ class Plan:
             yield f"wrapper: {self.wrapper}"
         for part in self.parts if len(self.parts) > 1 else ():
             place = f"under {part.prefix!r}" if part.prefix else "at the top level"
-            yield f"{' and '.join(part.towers)}: {part.format}, {place}"
+            names = " and ".join(tower or "further modules" for tower in part.towers)
+            yield f"{names}: {part.format}, {place}"
         if self.other_wrappers:
             yield f"not loaded: {', '.join(map(repr, self.other_wrappers))} (choose with wrapper=)"
         if self.prefixes:

@@ -103,7 +103,7 @@ def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[
     ]
     translated.unowned = [
         key
-        for key, tower in towers_of_unowned(translated).items()
+        for key, tower in towers_of_unowned(translated, hub).items()
         if (request.includes(tower) if tower else not request.within_towers)
     ]
     others = before - len(kept) - len(translated.unowned)
@@ -124,6 +124,6 @@ def _bring_to_model(source: Source, translated: Translated, model: ModelView) ->
 def _counts(translated: Translated, hub: Format) -> Counter[str]:
     """How many tensors the file has of each tower, those under unknown names and of other architectures included."""
     counts = Counter(tower_of(hub, key) for key in translated.tensors)
-    counts.update(towers_of_unowned(translated).values())
+    counts.update(towers_of_unowned(translated, hub).values())
     counts.update(fault.tower for fault in translated.faults for _ in fault.sources if fault.foreign)
     return counts

@@ -251,11 +251,15 @@ def _allowing(sides: Sides, matches: Matches) -> list[str]:
 def _touches_a_tower(sides: Sides, keys: Sequence[str]) -> bool:
     """Whether one of the file's keys is a weight of a tower's body, or seems to be one."""
     translated, hub = sides.translated, sides.hub
-    apparent = towers_of_unowned(translated)
+    apparent = towers_of_unowned(translated, hub)
     names: dict[str, str] = {}
     for name, layout in translated.tensors.items():
         names.update(dict.fromkeys(layout.named(name), name))
-    return any(not _is_head(hub, names[key]) if key in names else apparent.get(key) in hub.layouts for key in keys)
+    return any(
+        (key in names or apparent.get(key) in hub.layouts)
+        and not _is_head(hub, names.get(key) or translated.renamed.get(key, key))
+        for key in keys
+    )
 
 
 def _is_head(hub: Format, key: str) -> bool:

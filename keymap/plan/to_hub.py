@@ -162,8 +162,8 @@ def _towers_by_word(rules: Sequence[Rule]) -> dict[str, str]:
     return {word: names.pop() for word, names in towers.items() if len(names) == 1}
 
 
-def towers_of_unowned(translated: Translated) -> dict[str, str]:
+def towers_of_unowned(translated: Translated, hub: Format) -> dict[str, str]:
     """The tower that each source key without a rule seems to belong to, "" for none."""
-    towers = _towers_by_word(translated.rules)
+    towers = _towers_by_word(translated.rules or hub.rules)
     words = {key: _FIRST_WORD.match(translated.renamed.get(key, key)) for key in translated.unowned}
     return {key: towers.get(word.group(), "") if word is not None else "" for key, word in words.items()}

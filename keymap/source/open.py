@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
     searched: Unwrapped
     groups: tuple[tuple[Source, ...], ...]
-    refusals: Sequence[DetectionError] = ()
+    refused: Sequence[tuple[Source, DetectionError]] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Opened:
         return self._found.groups
 
     @property
-    def refusals(self) -> Sequence[DetectionError]:
-        """State dicts within it that a mapping refuses by name."""
-        return self._found.refusals
+    def refused(self) -> Sequence[tuple[Source, DetectionError]]:
+        """State dicts within it that a mapping refuses by name, read as if it did not."""
+        return self._found.refused
 
     @property
     def searched(self) -> Mapping[str, LazyTensor]:
@@ -236,7 +236,7 @@ class _Reader:
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     facts: Mapping[str, int] = field(default_factory=dict)
-    refusals: list[DetectionError] = field(default_factory=list)
+    refused: list[tuple[Source, DetectionError]] = field(default_factory=list)
 
     @property
     def file(self) -> str:
@@ -267,6 +267,7 @@ class _Reader:
             own = {id(tensor) for tensor in unwrapped.tensors.values()}
             leaves = everything(self.checkpoint.tree, self.known.containers)
             outside = {key: getattr(leaf, "shape", ()) for key, leaf in leaves.items() if id(leaf) not in own}
+            outside |= dict.fromkeys(self.checkpoint.metadata, ())
             refuse_scaled_float8(self.known, layouts, outside, self.file)
 
     def by_configuration(self, found: list[Detection]) -> list[Detection]:
@@ -301,7 +302,9 @@ class _Reader:
     def inner(self, unwrapped: Unwrapped, top: tuple[Source, ...], everywhere: bool) -> Found:
         """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""
         containers = self.known.containers
-        state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False)
+        state_dict = unwrapped  # a part of a state dict is searched alone: the caller chose it
+        if not unwrapped.start:
+            state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False)
         found = self.search(state_dict, top, tried=state_dict is unwrapped)
         if not found.groups and everywhere:
             everything = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=True)
@@ -340,16 +343,22 @@ class _Reader:
             if group:
                 groups.append(group)
                 owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
-        return Found(state_dict, tuple(groups), self.refusals)
+        return Found(state_dict, tuple(groups), self.refused)
 
     def group(self, unwrapped: Unwrapped, to_try: set[Reading], alone_only: bool) -> tuple[Source, ...]:
         """The readings of a state dict: as whole models first, then as towers without their prefix."""
         layouts = layouts_of(unwrapped.tensors, unwrapped.start)
+        readings = self.group_of(unwrapped, layouts, to_try, alone_only)
         try:
             self.check(unwrapped, layouts)
         except DetectionError as error:
-            self.refusals.append(error)
+            self.refused.append((readings[0] if readings else self.source(unwrapped, None), error))
             return ()
+        return readings
+
+    def group_of(
+        self, unwrapped: Unwrapped, layouts: Mapping[str, Layout], to_try: set[Reading], alone_only: bool
+    ) -> tuple[Source, ...]:
         found: dict[str, Source] = {}
         for name, root in sorted(to_try - {REFUSED}, key=lambda reading: reading[1]):
             if name in found or (alone_only and not root):

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 _OF_SCALES = getattr(torch, "float8_e8m0fnu", None)  # powers of two: no weight has this dtype
 _FLOAT8 = {dtype for name, dtype in vars(torch).items() if name.startswith("float8_")} - {_OF_SCALES}
 _WORD = re.compile(r"[^./_:-]+")
-_FEWEST = 8  # elements of a weight that share one scale
+_FEWEST = 2  # elements of a weight that share one scale
 _MOST_WORDS = 40  # of a key that is looked at
 
 
@@ -63,11 +63,13 @@ def _evidence(
     marks = known.containers.float8_marks
     yield from ((key,) for key in (*tensors, *outside) if re.split("[./]", key)[-1] in marks)
     weights = {key: layout for key, layout in tensors.items() if layout.dtype in _FLOAT8 and len(layout.shape) > 1}
-    names = {_plain(key): key for key in weights if "." in key or "/" in key}
-    modules = {_plain(key[: -len("weight")]): key for key in weights if key.endswith((".weight", "/weight"))}
+    names = {_plain(key): key for key in weights}
+    modules = {_plain(key[: -len("weight")]): key for key in weights if key.endswith((".weight", "/weight", "_weight"))}
     shapes = {key: layout.shape for key, layout in tensors.items()}
     for key, shape in ((k, s) for keys in (shapes, outside) for k, s in keys.items() if k not in weights):
         weight, rest = _named(key, names, modules)
+        if not weight and weights and _is_general(known, key):
+            yield next(iter(weights)), key
         if not weight or prod(shape) * _FEWEST > prod(shapes[weight]) or _is_beside(known, rest):
             continue
         twin = rest != key and rest in shapes  # of another state dict; there it is a weight only in the weight's shape
@@ -77,13 +79,20 @@ def _evidence(
 
 def _is_beside(known: Catalogue, key: str) -> bool:
     """Whether a key ends as one that a module has beside its weight, such as ``bias``."""
-    return re.split("[./]", key)[-1] in known.containers.float8_beside
+    return key.endswith(known.containers.float8_beside)
+
+
+def _is_general(known: Catalogue, key: str) -> bool:
+    """Whether a name near the top of the file speaks of scales, and is not the key of a format."""
+    words = re.split("[./]", key)
+    spoken = any(text in word.lower() for word in words for text in known.containers.float8_words)
+    return len(words) < 3 and spoken and not any(_knows(mapping, words[-1]) for mapping in known.formats)
 
 
 def _knows(mapping: Format, key: str) -> bool:
     """Whether a format names a key, and not only what it begins with."""
     found = mapping.table.find(key)
-    if found is not None and not found[0].rest:
+    if found is not None and not found[0].rest and all(slot.kind != "rest" for slot in found[0].source.slots):
         return True
     exact = (entry.side for entry in mapping.ignore if all(slot.kind != "rest" for slot in entry.side.slots))
     return any(side.match(key) is not None for side in exact)
@@ -101,9 +110,7 @@ def _named(key: str, names: Mapping[str, str], modules: Mapping[str, str]) -> tu
     for count in range(len(words), 0, -1):
         for first in range(len(words) - count + 1):
             text = ".".join(texts[first : first + count])
-            weight = names.get(text)
-            if weight is None and (count > 1 or first == 0):
-                weight = modules.get(text)
+            weight = names.get(text, modules.get(text)) if count > 1 or first == 0 else None
             if weight is not None:
                 return weight, key[words[first].start() :]
     return "", key

@@ -311,3 +311,47 @@ def test_plain_float8_is_cast_and_reported(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     result = keymap.load_checkpoint(openclip.clip(seed=2), tmp_path / "x.safetensors")
     assert "float8_e5m2 to float32" in str(result)
+
+
+OWN_NAMES = {  # scales of float8 weights in files with the model's own names
+    "in another dict": lambda key, w: {"state_dict": w, "scales": {key: torch.tensor(0.1)}},
+    "a mark in another place": lambda key, w: {"state_dict": w, "scaled_fp8": torch.zeros(0)},
+    "beside": lambda key, w: {**w, f"{key.removesuffix('weight')}_scale": torch.tensor(0.1)},
+    "after the key": lambda key, w: {"model": w, "extra": {f"{key}_scale": torch.tensor(0.1)}},
+    "a list": lambda key, w: {"state_dict": w, "fp8_scales": [torch.tensor(0.1)]},
+    "a number": lambda key, w: {"state_dict": w, "weight_scale": 0.1},
+}
+FLOAT8_KEYS = (
+    "transformer.resblocks.0.mlp.c_fc.weight",
+    "text_projection",
+    "transformer.resblocks.0.attn.in_proj_weight",
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"allow_unexpected": ("*",)}, {"towers": ("text",)}])
+@pytest.mark.parametrize("key", FLOAT8_KEYS)
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_scaled_float8_under_the_models_own_names_is_refused(name, key, options, tmp_path):
+    tensors = {k: v.detach().clone() for k, v in openclip.clip(seed=1).state_dict().items()}
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    torch.save(OWN_NAMES[name](key, tensors), tmp_path / "x.pt")
+    assert "quantized" in refused(tmp_path / "x.pt", **options)
+
+
+@pytest.mark.parametrize("entry", ["scales", "_quantization_metadata"])
+def test_scales_in_the_metadata_are_seen(entry, tmp_path):
+    _, tensors = with_one_float8_weight()
+    save_file(tensors, tmp_path / "x.safetensors", metadata={entry: "{}"})
+    assert "quantized" in refused(tmp_path / "x.safetensors", towers=("text",))
+
+
+REFUSED_BESIDE = ("c_fc.lora_A.weight", "c_fc.weight_scale", "c_fc.qweight", "c_fc.weight_orig", "VPT", "ls_1.gamma")
+
+
+@pytest.mark.parametrize("name", REFUSED_BESIDE)
+def test_towers_do_not_get_around_a_refusal(name, tmp_path):
+    """The file has all keys of the model, and one more that matters."""
+    tensors = state() | {f"visual.transformer.resblocks.0.mlp.{name}": torch.randn(4, 48)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    messages = [refused(tmp_path / "x.safetensors", towers=towers) for towers in (None, ("image",), ("image", "text"))]
+    assert len(messages) == 3

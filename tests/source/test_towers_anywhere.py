@@ -328,3 +328,54 @@ def test_a_part_of_a_file_that_is_refused_by_name_does_not_load_in_part(name, pr
         with pytest.raises(keymap.DetectionError, match=r"merge|quantized"):
             keymap.load_checkpoint(model, written(tensors | OTHER, tmp_path), strict=strict)
     assert_unchanged(model, before)
+
+
+TRIFLES = {  # why the tuned tower does not fit as it is
+    "a key more": {"visual.transformer.resblocks.0.VPT": torch.ones(3, 48)},
+    "an adapter": {"visual.transformer.resblocks.0.mlp.c_fc.lora_A.weight": torch.ones(4, 48)},
+    "a head": {"visual.head.weight": torch.ones(3, 24)},
+    "no projection": {"visual.proj": None},
+}
+
+
+@pytest.mark.parametrize("where", ["student.", "student.clip.", "image_encoder."])
+@pytest.mark.parametrize("name", TRIFLES)
+def test_a_teacher_is_not_taken_because_the_student_does_not_fit(name, where, tmp_path):
+    student = {key: value for key, value in (state(openclip.clip(seed=1)) | TRIFLES[name]).items() if value is not None}
+    if where == "image_encoder.":
+        student = {key: value for key, value in student.items() if key.startswith("visual.")}
+    path = written(under(where, student) | under("teacher.", state(openclip.clip(seed=3))), tmp_path)
+    for options in ({}, {"towers": ("image",)}, {"strict": False}):
+        model = openclip.clip(seed=2)
+        before = bits(model)
+        with pytest.raises(keymap.KeymapError, match=r"wrapper=: |adapter|unexpected"):
+            keymap.load_checkpoint(model, path, **options)
+        assert_unchanged(model, before)
+    keymap.load_checkpoint(model, path, wrapper="teacher")
+    assert same_bits(model.visual.conv1.weight, openclip.clip(seed=3).visual.conv1.weight)
+
+
+@pytest.mark.parametrize("wrapper", ["student", {"image": "student", "text": "teacher"}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_state_dict_that_the_caller_names_is_not_left_for_another(wrapper, nested, tmp_path):
+    student = state(openclip.clip(seed=1)) | {"visual.transformer.resblocks.0.VPT": torch.ones(3, 48)}
+    both = {"student": student, "teacher": state(openclip.clip(seed=3))}
+    torch.save(
+        {"model": both} if nested else {f"{n}.{k}": v for n, d in both.items() for k, v in d.items()}, tmp_path / "x.pt"
+    )
+    model = openclip.clip(seed=2)
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match="VPT"):
+        keymap.load_checkpoint(model, tmp_path / "x.pt", wrapper=wrapper)
+    assert_unchanged(model, before)
+
+
+def test_a_tuned_tower_beside_the_frozen_model_is_asked_for(tmp_path):
+    tuned, frozen = state(openclip.clip(seed=1)), state(openclip.clip(seed=3))
+    visual = {key: value for key, value in tuned.items() if key.startswith("visual.")}
+    path, model = written(visual | under("clip_model.", frozen), tmp_path), openclip.clip(seed=2)
+    with pytest.raises(keymap.PlanError, match="'clip_model', ''"):
+        keymap.load_checkpoint(model, path)
+    keymap.load_checkpoint(model, path, wrapper={"image": "", "text": "clip_model"})
+    assert same_bits(model.visual.conv1.weight, tuned["visual.conv1.weight"])
+    assert same_bits(model.text_projection, frozen["text_projection"])

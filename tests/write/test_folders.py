@@ -170,7 +170,7 @@ def test_a_folder_in_a_wrong_place_is_refused(name, tmp_path):
     (tmp_path / "file").write_text("mine")
     places = {"a file": "file/", "a missing folder above": "no/such/out", "the folder that is read": "source"}
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(keymap.WriteError, match="is a file|does not exist|holds the file that is read"):
+    with pytest.raises(keymap.WriteError, match=r"is a file|does not exist|holds the file that is read"):
         keymap.convert_checkpoint(tmp_path / "source", f"{tmp_path}/{places[name]}", "hf_clip", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
