@@ -123,11 +123,8 @@ class _Trial:
         if self.opened.named or (foreign and top.refused):
             return None
         source = own_reading(top, self.model, foreign)
-        if source is None and not foreign and not top.refused and not self._has_keys_of_the_model(top):
-            below = own_reading_below(top, self.model)
-            if below is not None and below.found is not None:
-                towers = {tower_of(self.hub, key) for key in below.found.tensors}
-                source = self.own_below = below if any(map(self.request.includes, towers)) else None
+        if source is None and not foreign:
+            source = self.own_below = self._below(top)
         if source is None:
             return None
         plan = self.plan(source, self.request)
@@ -136,6 +133,16 @@ class _Trial:
                 raise plan
             return None
         return (plan, source) if foreign or source is self.own_below or not plan.unexpected_keys else None
+
+    def _below(self, source: Source) -> Source | None:
+        """The state dict as a module of the model that was saved alone; None if it is not, or is not asked for."""
+        if source.refused or self._has_keys_of_the_model(source):
+            return None
+        below = own_reading_below(source, self.model)
+        if below is None or below.found is None:
+            return None
+        towers = {tower_of(self.hub, key) for key in below.found.tensors}
+        return below if any(map(self.request.includes, towers)) else None
 
     def _has_keys_of_the_model(self, source: Source) -> bool:
         """Whether a reading under a format's names is one that may fit the model."""

@@ -16,7 +16,7 @@ from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers, refuse_contradictions
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
-from keymap.source.detect import tower_layout
+from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source
 from keymap.source.settings import compared, differences, unverified
 
@@ -38,16 +38,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         refuse_other_model(known, model, request.file)
     refuse_contradictions(request, model, source.settings)
     request = request._replace(stripped="".join(unwrapped.prefixes))
-    facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
-    translated = own_names(found, model) if own else to_hub(found, facts)
-    tower_notes = keep_towers(translated, request, known.hub)
-    if not own:
-        refuse_empty(translated, request, found.mapping.name, hub_towers(known.hub))
-    file_counts = _counts(translated, known.hub)
-    own_notes = tuple[str, ...]()
-    if not own:
-        _bring_to_model(source, translated, model)
-        own_notes = take_own_names(translated, model, request, known.hub)
+    translated, file_counts, tower_notes = _translate(source, found, model, request)
     hub_applies = not own or not is_foreign(known.hub, model)
     sides = Sides(
         known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model, request, hub_applies
@@ -76,7 +67,6 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
             *source.settings.notes,
             *tower_notes,
             *container_notes,
-            *own_notes,
             *matches.notes,
         ),
         warnings=differences(known.hub, towers, source.settings, model.facts),
@@ -86,6 +76,24 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
         sources={key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()},
     )
+
+
+def _translate(
+    source: Source, found: Detection, model: ModelView, request: Request
+) -> tuple[Translated, Counter[str], tuple[str, ...]]:
+    """The file's tensors under the model's names, how many it has of each tower, and notes for the report."""
+    hub = source.known.hub
+    if found.mapping is OWN:
+        translated = own_names(found, model)
+        notes = keep_towers(translated, request, hub)
+        return translated, _counts(translated, hub), notes
+    facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
+    translated = to_hub(found, facts)
+    notes = keep_towers(translated, request, hub)
+    refuse_empty(translated, request, found.mapping.name, hub_towers(hub))
+    counts = _counts(translated, hub)
+    _bring_to_model(source, translated, model)
+    return translated, counts, (*notes, *take_own_names(translated, model, request, hub))
 
 
 def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[str, ...]:

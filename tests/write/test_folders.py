@@ -16,6 +16,12 @@ import keymap
 OWNERS = {  # the format, the model, and the class that opens the folder
     "CLIP": ("hf_clip", openclip.clip, {}, transformers.CLIPModel),
     "CLIP with quick_gelu": ("hf_clip", openclip.clip, {"quick_gelu": True}, transformers.CLIPModel),
+    "Chinese-CLIP": (
+        "hf_chinese_clip",
+        openclip.hf_text,
+        {"family": "bert", "pooler": "cls_last_hidden_state_pooler", "proj": "linear", "quick_gelu": True},
+        transformers.ChineseCLIPModel,
+    ),
     "SigLIP": ("hf_siglip", openclip.siglip, {}, transformers.SiglipModel),
 }
 
@@ -25,10 +31,12 @@ def features(peer, model):
     size = model.visual.image_size
     image, ids = images(size[0] if isinstance(size, tuple) else size), tokens()
     with torch.no_grad():
-        return (
-            max_diff(hf.image_features(peer, image), model.encode_image(image)),
-            max_diff(hf.text_features(peer, ids), model.encode_text(ids)),
-        )
+        if isinstance(peer, transformers.ChineseCLIPModel):  # OpenCLIP masks the padding
+            text = peer.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
+        else:
+            text = hf.text_features(peer, ids)
+        image_difference = max_diff(hf.image_features(peer, image), model.encode_image(image))
+        return image_difference, max_diff(text, model.encode_text(ids))
 
 
 @pytest.mark.parametrize("name", OWNERS)
