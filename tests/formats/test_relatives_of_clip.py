@@ -197,6 +197,16 @@ def test_a_dual_encoder_with_its_pooler_computes_what_transformers_does(family, 
     proves("parity", result.report.plan)
 
 
+def test_a_dual_encoder_below_a_prefix_is_warned_of(tmp_path):
+    """Without its configuration it has the keys of ChineseCLIPModel, which has no use for the pooler."""
+    peer, model = dual_encoder(tmp_path, "cls_last_hidden_state_pooler")
+    tensors = {f"clip.{key}": value.contiguous() for key, value in peer.state_dict().items()}
+    (tmp_path / "config.json").unlink()
+    path = written({**tensors, "classifier.weight": torch.ones(2, 2)}, tmp_path)
+    with pytest.warns(keymap.ConfigurationWarning, match="keys are those of hf_chinese_clip and of"):
+        keymap.load_checkpoint(model, path)
+
+
 @pytest.mark.parametrize("pooler", ["cls_last_hidden_state_pooler", "mean_pooler", "max_pooler"])
 @pytest.mark.parametrize("configuration", [True, False])
 def test_a_dual_encoder_without_its_pooler_is_refused_or_warned_of(pooler, configuration, tmp_path):

@@ -113,6 +113,15 @@ def test_bench_runs_on_tiny_models():
 
 
 @pytest.mark.slow
+def test_bench_of_files_runs_on_a_tiny_model():
+    command = [sys.executable, str(ROOT / "tools" / "bench_files.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("keymap.convert_checkpoint", "x cp", "one sequential read", "open_clip.load_checkpoint"):
+        assert word in done.stdout
+
+
+@pytest.mark.slow
 def test_the_demo_runs_with_tiny_models(tool, capsys):
     demo = tool("demo")
     assert demo.main(["--tiny"]) == 0

@@ -1,0 +1,194 @@
+"""Compare conversions with `cp` of the same file, and loads of files that are not in the page cache with their read.
+
+    python tools/bench_files.py             some minutes, 10 GB of free disk
+    python tools/bench_files.py --write     the same, and docs/benchmarks-files.md
+    python tools/bench_files.py --quick     a tiny model, to check that it runs
+
+Ratios compare times of one run: rounds are interleaved. Each line shows the median, the minimum and the maximum. Before
+a cold round the file's pages are dropped with `posix_fadvise(DONTNEED)`; the storage of the machine may still cache
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import open_clip
+import torch
+from peers import hf, openclip
+from safetensors.torch import load_file, save_file
+
+import keymap
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks-files.md"
+LARGE: Mapping[str, Any] = {
+    "image_size": 224,
+    "image_width": 1024,
+    "image_heads": 16,
+    "image_depth": 24,
+    "image_mlp": 4,
+    "patch": 14,
+    "context_length": 77,
+    "vocab": 49408,
+    "text_width": 768,
+    "text_heads": 12,
+    "text_depth": 12,
+    "text_mlp": 4,
+    "embed_dim": 768,
+}
+BLOCK = 1 << 23
+Run = Callable[[], object]
+
+
+def evict(path: Path) -> None:
+    """Drop a file's pages from the page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_once(path: Path) -> None:
+    """Read a file from its beginning to its end."""
+    with path.open("rb", buffering=0) as file:
+        block = bytearray(BLOCK)
+        while file.readinto(block):
+            pass
+
+
+def read_in_parallel(path: Path, threads: int) -> None:
+    """Read equal parts of a file at the same time."""
+    size = path.stat().st_size
+    step = -(-size // threads)
+
+    def part(start: int) -> None:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            left = min(step, size - start)
+            block = memoryview(bytearray(BLOCK))
+            while left > 0 and (count := file.readinto(block[: min(BLOCK, left)])):
+                left -= count
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, range(0, size, step)))
+
+
+def by_hand(source: Path, destination: Path) -> None:
+    """What a script does: load all tensors, convert the state dict, save it."""
+    tensors = load_file(source) if source.suffix == ".safetensors" else torch.load(source, weights_only=True)
+    converted = keymap.convert_state_dict(tensors, to="open_clip")
+    save_file({key: value.contiguous() for key, value in converted.items()}, destination)
+
+
+def compare(title: str, cases: Mapping[str, Run], base: str, rounds: int, before: Run = lambda: None) -> list[str]:
+    """Time the cases in turn; one line each, with its ratio to ``base``."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            before()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    middle = statistics.median(times[base])
+    lines = [title]
+    for name, all_of in times.items():
+        own = statistics.median(all_of)
+        spread = f"({min(all_of):.2f} - {max(all_of):.2f})"
+        lines.append(f"  {name:<44} {own:6.2f} s  {spread:<16} {own / middle:5.2f} x {base}")
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
+    """transformers' layout to OpenCLIP's, from a folder and from a .pt file, and a folder of transformers."""
+    source, pt, out = folder / "hf" / "model.safetensors", folder / "hf.pt", folder / "out.safetensors"
+    keymap.save_checkpoint(model, folder / "hf", "hf_clip")
+    torch.save(load_file(source), pt)
+
+    def through_transformers() -> None:
+        from transformers import CLIPModel
+
+        CLIPModel.from_pretrained(folder / "hf").save_pretrained(folder / "hf2")
+
+    cases: dict[str, Run] = {
+        "cp": lambda: subprocess.run(["cp", source, out], check=True),
+        "keymap.convert_checkpoint": lambda: keymap.convert_checkpoint(source, out, "open_clip"),
+        "load, convert and save by hand": lambda: by_hand(source, out),
+        "transformers: from_pretrained, save_pretrained": through_transformers,
+    }
+    lines = compare(f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB", cases, "cp", rounds)
+    shutil.rmtree(folder / "hf2")
+    cases = {
+        "cp": lambda: subprocess.run(["cp", pt, folder / "copy.pt"], check=True),
+        "keymap.convert_checkpoint": lambda: keymap.convert_checkpoint(pt, out, "open_clip"),
+        "load, convert and save by hand": lambda: by_hand(pt, out),
+    }
+    lines += compare(f"convert .pt of {pt.stat().st_size / 1e6:.0f} MB to .safetensors", cases, "cp", rounds)
+    (folder / "copy.pt").unlink()
+    out.unlink()
+    return lines
+
+
+def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
+    """OpenCLIP's own layout into a model that is there, the file dropped from the page cache before each round."""
+    lines: list[str] = []
+    for suffix in (".safetensors", ".pt"):
+        path = folder / f"own{suffix}"
+        keymap.save_checkpoint(model, path, "open_clip_flat")
+        cases: dict[str, Run] = {
+            "fastest parallel read": partial(read_in_parallel, path, 4),
+            "one sequential read": partial(read_once, path),
+            "keymap.load_checkpoint": partial(keymap.load_checkpoint, model, path),
+            "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
+        }
+        title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
+        lines += compare(title, cases, "fastest parallel read", rounds, partial(evict, path))
+        path.unlink()
+    return lines
+
+
+def main() -> int:
+    """Run the cases; with --write also write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks-files.md")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
+    parser.add_argument("--folder", type=Path, help="where files are written")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    hf.clip()  # imports transformers before the first round
+    rounds = 1 if options.quick else 5
+    model = openclip.clip(seed=1) if options.quick else openclip.clip(seed=1, quick_gelu=True, **LARGE)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        lines = [*conversions(Path(name), model, rounds), *cold_loads(Path(name), model, rounds)]
+    if options.write:
+        text = "\n".join(lines)
+        PAGE.write_text(
+            "<!-- Written by tools/bench_files.py --write. -->\n# Conversions and cold loads\n\n"
+            f"ViT-L-14, measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores. Each line shows the median,\n"
+            "then the minimum and the maximum of interleaved rounds, and the ratio in this run. Files are written\n"
+            "without fsync.\n\n"
+            f"```text\n{text}\n```\n",
+            encoding="utf-8",
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
