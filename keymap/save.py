@@ -182,7 +182,9 @@ class _Place(NamedTuple):
 def _destination(destination: object) -> _Place:
     text = path_text(destination, WriteError, "pass the path of the file or of the folder to write")
     path = Path(text)
-    is_folder = text.endswith(("/", os.sep)) or path.is_dir() or (not path.suffix and not path.is_file())
+    is_folder = text.endswith(("/", os.sep)) or (
+        path.suffix not in SUFFIXES and (path.is_dir() or not (path.suffix or path.is_file()))
+    )
     if not is_folder and path.suffix not in SUFFIXES:
         raise WriteError(
             f"{path}: its suffix shows no container that keymap writes; use one of {', '.join(SUFFIXES)}, or a name "

@@ -24,6 +24,7 @@ from keymap.language.compile_repository import compile_repository
 from keymap.language.compile_rules import Compiler, Library
 from keymap.language.cross_checks import cross_faults
 from keymap.language.format import Alias, Evidence, Format, Ignored, Refusal, Unsupported, Variant
+from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
 from keymap.language.schema import schema_faults, without_faults
 from keymap.language.yaml_marks import Marked, parse_yaml
@@ -128,7 +129,8 @@ def _compiled(compiler: Compiler) -> Format:
         layout_evidence=evidence,
         written_as=data.get("written_as", {}),
         scalars=frozenset(data.get("scalars", ())),
-        heads=tuple(side for key in data.get("heads", ()) if (side := compiler.side(key, ("heads",))) is not None),
+        heads=_sides(compiler, "heads"),
+        classifiers=_sides(compiler, "classifiers"),
         optional_buffers=frozenset(data.get("optional_buffers", ())),
         absent_means=compile_absences(compiler),
         file_only=frozenset(data.get("file_only", ())),
@@ -139,6 +141,12 @@ def _compiled(compiler: Compiler) -> Format:
         configurations=compile_configurations(data),
         containers=compile_containers(data, compiler),
     )
+
+
+def _sides(compiler: Compiler, field: str) -> tuple[Side, ...]:
+    """The patterns of a field."""
+    sides = (compiler.side(key, (field,)) for key in compiler.marked.data.get(field, ()))
+    return tuple(side for side in sides if side is not None)
 
 
 def _ignored(compiler: Compiler) -> Iterator[Ignored]:

@@ -299,6 +299,7 @@ class Format:
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
         layout_evidence: (hub) the evidence of each layout of a tower.
         heads: (hub) keys that a tower can lack and still be whole.
+        classifiers: (hub) keys that a file can have beside a tower, and without which the tower is the same.
         tower, between: (bridge) the tower, and the two layouts that the rules join.
     """
 
@@ -327,6 +328,7 @@ class Format:
     written_as: Mapping[str, str] = field(default_factory=dict)
     scalars: frozenset[str] = frozenset()
     heads: tuple[Side, ...] = ()
+    classifiers: tuple[Side, ...] = ()
     optional_buffers: frozenset[str] = frozenset()
     absent_means: Mapping[str, tuple[float | str, bool]] = field(default_factory=dict)
     file_only: frozenset[str] = frozenset()

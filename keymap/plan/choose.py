@@ -193,17 +193,21 @@ class _Trial:
         return list(by_tensors.values())
 
     def _first_that_fits(self, group: _Group, request: Request) -> Fit | None:
-        """Other state dicts within a state dict are not unexpected there."""
-        start = group[0].unwrapped.start
-        inner = (other[0].unwrapped.start for other in self.opened.inner)
-        elsewhere = tuple(dict.fromkeys(other for other in inner if other != start and other.startswith(start)))
-        request = request._replace(elsewhere=elsewhere)
+        """The first reading of a state dict that fits."""
+        request = self._within(group, request)
         fit = self._one_reading([source for source in group if not source.alone], request)
         for source in (source for source in group if source.alone and fit is None):
             plan = self.plan(source, request)
             if isinstance(plan, Plan) and not self._leaves_out(plan, source):
                 fit = plan, source
         return fit
+
+    def _within(self, group: _Group, request: Request) -> Request:
+        """The request for a state dict: others within it are not unexpected there."""
+        start = group[0].unwrapped.start
+        inner = (other[0].unwrapped.start for other in self.opened.inner)
+        elsewhere = tuple(dict.fromkeys(other for other in inner if other != start and other.startswith(start)))
+        return request._replace(elsewhere=elsewhere)
 
     def _leaves_out(self, plan: Plan, source: Source) -> bool:
         """Whether a load in part would leave out what the file seems to hold."""
@@ -373,16 +377,21 @@ class _Trial:
 
     def _errors(self, request: Request, groups: Iterable[_Group]) -> list[tuple[KeymapError, Source]]:
         """Why state dicts do not fit; those that do are left out."""
-        plans = [(self.plan(group[0], request), group[0]) for group in groups]
+        plans = [(self.plan(group[0], self._within(group, request)), group[0]) for group in groups]
         return [(found, source) for found, source in plans if isinstance(found, KeymapError)]
 
     def _errors_by_tower(self) -> list[tuple[KeymapError, Source]]:
         """Why towers do not fit, where each lies in a state dict of its own; empty if that is not so."""
         found: list[tuple[KeymapError, Source]] = []
+        starts: list[str] = []
         for tower in self.towers:
             groups = [group for group in self.opened.inner if self.towers_in(group[0]) == {tower}]
             if tower in self.hub.layouts and len(groups) != 1:
                 return []
+            start = groups[0][0].unwrapped.start if groups else ""
+            if any(start.startswith(other) or other.startswith(start) for other in starts if groups):
+                return []
+            starts += [start] if groups else []
             found += self._errors(self.request._replace(strict=True, towers=(tower,)), groups)
         return found
 

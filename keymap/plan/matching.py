@@ -309,12 +309,16 @@ def _match_file_only(sides: Sides) -> _FileOnly:
 
 
 def _of_a_module_without_place(sides: Sides, key: str) -> bool:
-    """Whether the file has other tensors of a key's module, and the model has none: a head that it lacks as a whole."""
+    """Whether the file has other tensors of a key's module, and the model has none: a head that it lacks as a whole.
+
+    A module of which every tensor has a meaning where it is absent is judged by its values.
+    """
     module = key[: key.rfind(".") + 1]
     if not module:
         return False
     beside = [other for other in sides.translated.tensors if other != key and other.startswith(module)]
-    return bool(beside) and not any(other in sides.model.tensors for other in beside)
+    known = all(sides.absent_means(other) is not None for other in beside)
+    return not known and not any(other in sides.model.tensors for other in beside)
 
 
 def _last_word(key: str) -> str:

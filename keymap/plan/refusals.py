@@ -238,7 +238,7 @@ def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> l
 def _allowing(sides: Sides, matches: Matches) -> list[str]:
     """The arguments that allow the missing and unexpected keys, where these are heads or keys without a rule."""
     if _touches_a_tower(sides, matches.unexpected):
-        return ["the unexpected keys lie in a tower, and the model has no such layers: pass the model that has them"]
+        return ["the unexpected keys lie in a tower, and the model lacks them: pass the model that has them"]
     arguments = []
     if matches.missing:
         arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
@@ -257,9 +257,14 @@ def _touches_a_tower(sides: Sides, keys: Sequence[str]) -> bool:
         names.update(dict.fromkeys(layout.named(name), name))
     return any(
         (key in names or apparent.get(key) in hub.layouts)
-        and not _is_head(hub, names.get(key) or translated.renamed.get(key, key))
+        and not _is_classifier(hub, names.get(key) or translated.renamed.get(key, key))
         for key in keys
     )
+
+
+def _is_classifier(hub: Format, key: str) -> bool:
+    """Whether a key is that of a small tower, or of a classifier on a tower, without which the tower is the same."""
+    return tower_of(hub, key) not in hub.layouts or any(side.match(key) is not None for side in hub.classifiers)
 
 
 def _is_head(hub: Format, key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -49,7 +50,10 @@ def installed(tmp_path_factory):
 
 
 def run(command, *arguments, folder, code=0):
-    done = subprocess.run([command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 

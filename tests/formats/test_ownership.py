@@ -341,13 +341,16 @@ def test_narrow_evidence_is_registered(tmp_path):
 
 # Parts of keys that are also words of the code, for what they mean in English or in torch.
 ENGLISH = {
+    "bias",
     "block",
     "blocks",
     "dense",
+    "embedding",
     "embeddings",
     "head",
     "identity",
     "key",
+    "layers",
     "model",
     "module",
     "out",
@@ -390,7 +393,9 @@ def words_of(code: str):
 @pytest.mark.parametrize("file", sorted((ROOT / "keymap").rglob("*.py")), ids=lambda file: file.name)
 def test_no_module_knows_a_format_by_name(file):
     names, parts = known_words()
-    found = [(line, word) for line, word in words_of(file.read_text(encoding="utf-8")) if word in names | parts]
+    library = {"open_clip"} if file.name in ("targets.py", "open_clip.py") else set()  # they call the package
+    words = (names | parts) - library
+    found = [(line, word) for line, word in words_of(file.read_text(encoding="utf-8")) if word in words]
     assert found == [], f"{file.name} knows {found}: that belongs into a mapping"
 
 
