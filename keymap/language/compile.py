@@ -175,7 +175,7 @@ def _variants(compiler: Compiler) -> Iterator[Variant]:
 def _refusals(compiler: Compiler) -> Iterator[Refusal]:
     for i, item in enumerate(compiler.marked.data.get("refuse", [])):
         when: Evidence = compiler.evidence(item.get("when", {}), ("refuse", i, "when"))
-        yield Refusal(item["why"], when, tuple(item.get("contains", ())))
+        yield Refusal(item["why"], when, tuple(item.get("contains", ())), item.get("elsewhere", False))
 
 
 def _unsupported(compiler: Compiler) -> Iterator[Unsupported]:

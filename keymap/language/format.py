@@ -83,11 +83,15 @@ class Unsupported(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Evidence of a file that cannot be loaded, and what it is; ``contains`` are substrings of keys, one is enough."""
+    """Evidence of a file that cannot be loaded, and what it is; ``contains`` are substrings of keys, one is enough.
+
+    With ``elsewhere`` such a key counts in other parts of the file, too, if it names a weight that is loaded.
+    """
 
     why: str
     when: Evidence
     contains: tuple[str, ...] = ()
+    elsewhere: bool = False
 
 
 class Variant(NamedTuple):

@@ -15,7 +15,7 @@ from keymap.language.layout import Layout
 from keymap.plan.describe import Described, describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
-from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, read_as_own
+from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, read_as_own, with_own_parts
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
 from keymap.plan.request import Request, hub_towers
@@ -67,7 +67,8 @@ class _Trial:
     """Plans for the state dicts of a file. Each is made once."""
 
     def __init__(self, opened: Opened, model: ModelView, request: Request) -> None:
-        self.opened, self.model, self.request = opened, model, request
+        top = tuple(with_own_parts(source, model) for source in opened.top)
+        self.opened, self.model, self.request = replace(opened, top=top), model, request
         self.hub = opened.known.hub
         self.own_below: Source | None = None
         self._sources: dict[int, Source] = {}  # they live as long as their ids are used

@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from keymap.errors import some
+from keymap.errors import DetectionError, some
+from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.plan.model import ModelView
 from keymap.plan.request import Request
 from keymap.plan.to_hub import Translated, tower_of
 from keymap.read import LazyTensor
-from keymap.source.detect import Detection, tower_layout
+from keymap.source.detect import Detection, check_refused, tower_layout
 from keymap.source.open import Source, layouts_of
 from keymap.source.quantized import holds_float8
 
-__all__ = ["OWN", "is_foreign", "own_names", "own_reading", "own_reading_below", "read_as_own", "take_own_names"]
+__all__ = [
+    "OWN",
+    "is_foreign",
+    "own_names",
+    "own_reading",
+    "own_reading_below",
+    "read_as_own",
+    "take_own_names",
+    "with_own_parts",
+]
 
 OWN = Format("own", "format", "the model's own keys", "")
 _MIN_KEYS = 8  # of the smallest module that is recognised by its names
@@ -40,14 +50,20 @@ def own_reading(source: Source, model: ModelView, foreign: bool) -> Source | Non
     equal = sum(key in layouts and layouts[key].shape == wanted[key] for key in wanted)
     if not equal or 2 * equal < len(wanted) or (not foreign and (equal < len(wanted) or model.lazy)):
         return None
-    if source.refused and not _is_all_of_the_models(layouts, model):
+    if source.refused and not _is_all_of_the_models(layouts, model, source.known):
         return None
     return _read_as_own(source, layouts, ("every key of the model",))
 
 
-def _is_all_of_the_models(layouts: Mapping[str, Layout], model: ModelView) -> bool:
+def _is_all_of_the_models(layouts: Mapping[str, Layout], model: ModelView, known: Catalogue) -> bool:
     """Whether a file with names by which mappings refuse it is the model's own: no other key, no dtype to decode."""
     tensors = model.tensors
+    try:
+        check_refused(known, model.layouts())
+    except DetectionError:
+        pass  # the model itself has such names
+    else:
+        return False
     return all(
         key in tensors and (not holds_float8({key: layout}) or layout.dtype == tensors[key].dtype)
         for key, layout in layouts.items()
@@ -104,6 +120,30 @@ def read_as_own(source: Source, tensors: Mapping[str, LazyTensor], names: Iterab
     layouts = {name: whole(key, t.shape, t.dtype) for name, (key, t) in zip(names, tensors.items(), strict=True)}
     unwrapped = source.unwrapped._replace(tensors=tensors, stored=None, computed=(), notes=(), outside=())
     return _read_as_own(source._replace(unwrapped=unwrapped), layouts, tuple(tensors))
+
+
+def with_own_parts(source: Source, model: ModelView) -> Source:
+    """A reading in which weights that are computed from two tensors are these tensors, where the model has them.
+
+    A head with weight normalisation has its length and its direction in the model, too.
+    """
+    unwrapped, found = source.unwrapped, source.found
+    if unwrapped.stored is None or found is None:
+        return source
+    start = unwrapped.start
+    parts = {
+        k: t for k, t in unwrapped.stored.items() if k not in unwrapped.tensors and k[len(start) :] in model.tensors
+    }
+    if not parts:
+        return source
+    stems = {key.rpartition(".")[0].removesuffix(".parametrizations.weight") for key in parts}
+    made = {key for key in unwrapped.tensors if key not in unwrapped.stored and key.rpartition(".")[0] in stems}
+    tensors = {key: tensor for key, tensor in unwrapped.tensors.items() if key not in made} | parts
+    layouts = {k: lay for k, lay in found.tensors.items() if not made.intersection(lay.sources)}
+    layouts |= layouts_of(parts, start)
+    computed = unwrapped.computed if tensors.keys() - unwrapped.stored.keys() else ()
+    unwrapped = unwrapped._replace(tensors=tensors, computed=computed)
+    return source._replace(unwrapped=unwrapped, found=found._replace(tensors=layouts))
 
 
 def own_names(found: Detection, model: ModelView) -> Translated:

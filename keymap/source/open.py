@@ -17,7 +17,7 @@ from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
-from keymap.source.quantized import holds_float8, refuse_scaled_float8
+from keymap.source.quantized import holds_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.search import REFUSED, Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
@@ -260,13 +260,30 @@ class _Reader:
             return (self.source(unwrapped, None)._replace(refusal=error, refused=refused),)
         return tuple(self.source(unwrapped, detection) for detection in self.by_configuration(found))
 
+    @cached_property
+    def leaves(self) -> Mapping[str, Any]:
+        """All values of the file by dotted names."""
+        return everything(self.checkpoint.tree, self.known.containers)
+
+    @cached_property
+    def adapters(self) -> Mapping[str, str]:
+        """The keys of the file by which a mapping refuses it even if they lie elsewhere, and why."""
+        found: dict[str, str] = {}
+        text = "\n".join(self.leaves)
+        for mapping in self.known.mappings.values():
+            for refusal in (refusal for refusal in mapping.refuse if refusal.elsewhere):
+                for fragment in (fragment for fragment in refusal.contains if fragment in text):
+                    found |= {key: refusal.why for key in self.leaves if fragment in key}
+        return found
+
     def check(self, unwrapped: Unwrapped, layouts: Mapping[str, Layout]) -> None:
         """Raise DetectionError if a mapping refuses the state dict, or if its weights are quantized."""
         check_refused(self.known, layouts, self.wanted, self.file)
+        if self.adapters:
+            refuse_adapters(layouts, self.adapters, self.leaves.keys(), self.file)
         if holds_float8(layouts):
             own = {id(tensor) for tensor in unwrapped.tensors.values()}
-            leaves = everything(self.checkpoint.tree, self.known.containers)
-            outside = {key: getattr(leaf, "shape", ()) for key, leaf in leaves.items() if id(leaf) not in own}
+            outside = {key: getattr(leaf, "shape", ()) for key, leaf in self.leaves.items() if id(leaf) not in own}
             outside |= dict.fromkeys(self.checkpoint.metadata, ())
             refuse_scaled_float8(self.known, layouts, outside, self.file)
 

@@ -1,9 +1,12 @@
-"""Find the scales of float8 weights: a file that has them stores quantized values, which load as wrong ones."""
+"""Find what belongs to weights and lies elsewhere in the file: scales of float8 weights, and adapters.
+
+Without them the weights are other ones.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 
 import torch
@@ -13,7 +16,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 
-__all__ = ["holds_float8", "refuse_scaled_float8"]
+__all__ = ["holds_float8", "refuse_adapters", "refuse_scaled_float8"]
 
 Shape = tuple[int, ...]
 
@@ -56,6 +59,34 @@ def refuse_scaled_float8(
         )
 
 
+def refuse_adapters(
+    tensors: Mapping[str, Layout], adapters: Mapping[str, str], every: Collection[str], file: str
+) -> None:
+    """Check that the file has no adapter for the weights of a state dict, in another dict or below another prefix.
+
+    Args:
+        tensors: of the state dict.
+        adapters: keys elsewhere in the file by which a mapping refuses a state dict, and why.
+        every: all keys of the file; an adapter beside a weight of another state dict belongs to that one.
+        file: for the message.
+
+    Raises:
+        DetectionError: there is one; the message names it.
+    """
+    weights = [key for key, layout in tensors.items() if len(layout.shape) > 1]
+    names, modules = {_plain(key): key for key in weights}, _modules(weights)
+    for key, why in adapters.items():
+        weight, rest = _named(key, names, modules)
+        if weight and key.removesuffix(rest) + weight not in every:
+            raise DetectionError(f"{file}: {why}", [f"recognised by {key}, for {weight}"])
+
+
+def _modules(weights: Iterable[str]) -> dict[str, str]:
+    """The weights by the names of their modules."""
+    ends = (".weight", "/weight", "_weight")
+    return {_plain(key[: -len("weight")]): key for key in weights if key.endswith(ends)}
+
+
 def _evidence(
     known: Catalogue, tensors: Mapping[str, Layout], outside: Mapping[str, Shape]
 ) -> Iterator[tuple[str, ...]]:
@@ -64,7 +95,7 @@ def _evidence(
     yield from ((key,) for key in (*tensors, *outside) if re.split("[./]", key)[-1] in marks)
     weights = {key: layout for key, layout in tensors.items() if layout.dtype in _FLOAT8 and len(layout.shape) > 1}
     names = {_plain(key): key for key in weights}
-    modules = {_plain(key[: -len("weight")]): key for key in weights if key.endswith((".weight", "/weight", "_weight"))}
+    modules = _modules(weights)
     shapes = {key: layout.shape for key, layout in tensors.items()}
     for key, shape in ((k, s) for keys in (shapes, outside) for k, s in keys.items() if k not in weights):
         weight, rest = _named(key, names, modules)

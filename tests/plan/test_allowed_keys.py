@@ -301,3 +301,19 @@ def test_a_state_dict_as_the_path_is_one_line():
     with pytest.raises(keymap.CheckpointError) as caught:
         keymap.load_checkpoint(openclip.clip(), openclip.clip().state_dict())
     assert len(str(caught.value)) < 200 and "a dict of" in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_head_with_weight_normalisation_loads_beside_transformers_keys(norm, tmp_path):
+    def build(seed):
+        model = openclip.clip(seed=seed)
+        torch.manual_seed(seed)
+        model.last = norm(nn.Linear(24, 7))
+        return model
+
+    source, model = build(1), build(2)
+    head = {key: value for key, value in state(source).items() if key.startswith("last.")}
+    assert len(head) == 3
+    result = keymap.load_checkpoint(model, written(hf.disk_keys(hf.clip(seed=3)) | head, tmp_path))
+    assert all(same_bits(model.state_dict()[key], value) for key, value in head.items())
+    assert (result.missing_keys, result.unexpected_keys) == ([], []) and "computed" not in str(result)

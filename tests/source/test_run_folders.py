@@ -355,3 +355,31 @@ def test_towers_do_not_get_around_a_refusal(name, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     messages = [refused(tmp_path / "x.safetensors", towers=towers) for towers in (None, ("image",), ("image", "text"))]
     assert len(messages) == 3
+
+
+ADAPTED = "transformer.resblocks.0.mlp.c_fc"
+BESIDE = {  # where an adapter for the model's weights lies
+    "another dict": lambda w: {"model": w, "lora": {f"{ADAPTED}.lora_A.weight": torch.ones(4, 32)}},
+    "another prefix": lambda w: {f"clip.{k}": v for k, v in w.items()} | {f"lora.{ADAPTED}.lora_A": torch.ones(4)},
+    "kohya's names": lambda w: {
+        "state_dict": w,
+        f"lora_te_{ADAPTED.replace('.', '_')}.lora_down.weight": torch.ones(4),
+    },
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_adapter_elsewhere_in_the_file_is_not_left_out(name, strict, tmp_path):
+    torch.save(BESIDE[name](state()), tmp_path / "x.pt")
+    assert "adapter" in refused(tmp_path / "x.pt", strict=strict)
+
+
+def test_an_adapter_of_another_model_in_the_file_is_no_obstacle(tmp_path):
+    teacher = {f"teacher.{key}": value for key, value in state().items()}
+    student = {f"student.{key}": value for key, value in state().items()}
+    language = {"language_model.layers.0.q_proj.lora_A.weight": torch.ones(4, 4)}
+    adapted = {f"teacher.{ADAPTED}.lora_A.weight": torch.ones(4, 32)}
+    torch.save({**teacher, **student, **language, **adapted}, tmp_path / "x.pt")
+    model = openclip.clip(seed=2)
+    assert keymap.load_checkpoint(model, tmp_path / "x.pt", wrapper="student").missing_keys == []
