@@ -23,7 +23,7 @@ from keymap.plan.collecting import without_gc
 from keymap.plan.describe import Described, configurations_for, describe, found_towers
 from keymap.plan.join import Chosen
 from keymap.plan.model import ModelView, view_model
-from keymap.plan.plan import Plan, without_failed
+from keymap.plan.plan import Plan, dtype_name, without_failed
 from keymap.plan.request import Request, check_model, checked_flag, checked_wrapper, checked_wrappers, make_request
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
@@ -205,8 +205,8 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
         towers=towers,
         configurations=configurations_for(source.known, towers),
         tensors=tensors,
-        dtypes=dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in tensors.values())),
+        dtypes=dict(Counter(dtype_name(dtype) for _, dtype in tensors.values())),
         config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
-        notes=(*source.notes, *unwrapped.notes, *unwrapped.outside),
+        notes=(*source.notes, *unwrapped.remarks),
         parts=found_towers(opened),
     )

@@ -14,6 +14,7 @@ from keymap.language.format import Format
 from keymap.load.copying import Read, materialise
 from keymap.load.preflight import failed_checks
 from keymap.plan.export import Target, export, only_reading, target_format
+from keymap.plan.live import plain_values
 from keymap.plan.model import has_memory
 from keymap.plan.request import checked_facts, checked_wrapper, request_for_towers
 from keymap.read import LazyTensor
@@ -54,7 +55,8 @@ def convert_state_dict(
     known, wanted, target = _checked(state_dict, to, mapping)
     facts = checked_facts(facts, known)
     lazy = {
-        key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, value)) for key, value in state_dict.items()
+        key: LazyTensor(tuple(value.shape), value.dtype, partial(plain_values, value))
+        for key, value in state_dict.items()
     }
     source = only_reading(open_tree(known, wanted, lazy, checked_wrapper(wrapper), facts))
     planned = export(source, target, request_for_towers(towers, known.hub), facts)
@@ -106,11 +108,6 @@ def _why_unreadable(value: torch.Tensor) -> str:
     if not has_memory(value):
         return f"is a {type(value).__name__}: pass a plain tensor, for example with full_tensor() of a DTensor"
     return ""
-
-
-def _values(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without its history, conjugated and negated where it says so."""
-    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _written(target: Target, read: Read) -> torch.Tensor:

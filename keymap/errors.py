@@ -6,10 +6,10 @@ fails after that (no memory, another process writes to the file), the message sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from unicodedata import category
 
-_LISTED = 24  # faults that a message lists
+LISTED = 24  # faults that a message lists
 SHOWN = 8  # keys that a message lists
 
 
@@ -18,6 +18,19 @@ def some(keys: Iterable[str], count: int = SHOWN) -> str:
     listed = list(keys)
     more = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + more
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number and what is counted, for example ``1 key`` and ``2 keys``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Keys that have a reason each, by the reason."""
+    found: dict[str, list[str]] = {}
+    for key, why in reasons.items():
+        found.setdefault(why, []).append(key)
+    return found
 
 
 def printable(text: str) -> str:
@@ -41,9 +54,9 @@ class KeymapError(Exception):
     def __init__(self, summary: str, faults: Iterable[str] = ()) -> None:
         self.summary = summary
         self.faults = tuple(faults)
-        lines = [summary, *(f"  - {fault}" for fault in self.faults[:_LISTED])]
-        if len(self.faults) > _LISTED:
-            lines.append(f"  and {len(self.faults) - _LISTED} more (in .faults)")
+        lines = [summary, *(f"  - {fault}" for fault in self.faults[:LISTED])]
+        if len(self.faults) > LISTED:
+            lines.append(f"  and {len(self.faults) - LISTED} more (in .faults)")
         super().__init__("\n".join(map(printable, lines)))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from keymap.errors import printable, some
 from keymap.plan.describe import Described, FoundTower
-from keymap.plan.plan import Plan
+from keymap.plan.plan import Plan, dtype_name
 
 __all__ = ["Inspection", "LoadResult", "Report"]
 
@@ -133,8 +133,7 @@ class Inspection:
         ]
         plain["sizes"] = {name: dict(tower.sizes) for name, tower in self.towers.items()}
         plain["tensors"] = {
-            key: {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-            for key, (shape, dtype) in self.tensors.items()
+            key: {"shape": list(shape), "dtype": dtype_name(dtype)} for key, (shape, dtype) in self.tensors.items()
         }
         return plain
 

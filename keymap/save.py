@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from keymap.errors import PlanError, VerifyError, WriteError, printable, some
+from keymap.errors import PlanError, VerifyError, WriteError, by_reason, printable, some
 from keymap.language.format import Scalar
 from keymap.load.preflight import failed_checks
 from keymap.load.progress import Counter, Progress
 from keymap.plan.export import Export, export, only_reading, target_format
 from keymap.plan.live import open_model
+from keymap.plan.plan import dtype_name
 from keymap.plan.repository import repository_files
 from keymap.plan.request import (
     check_model,
@@ -69,10 +70,7 @@ class WriteResult(NamedTuple):
         lines = [f"{self.source} (format {self.source_format}) -> {', '.join(self.files)} (format {self.format})"]
         lines.append(f"  {self.tensors} tensors, {self.nbytes:,} bytes")
         lines += [f"  cast: {count} tensors from {pair}" for pair, count in self.casts.items()]
-        by_reason: dict[str, list[str]] = {}
-        for key, why in self.dropped.items():
-            by_reason.setdefault(why, []).append(key)
-        lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason.items()]
+        lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason(self.dropped).items()]
         return "\n".join(map(printable, lines))
 
 
@@ -271,6 +269,6 @@ def _casts(items: Mapping[str, Item]) -> dict[str, int]:
     casts: dict[str, int] = {}
     for item in items.values():
         if item.dtype != item.target.layout.dtype:
-            old, new = (str(one).removeprefix("torch.") for one in (item.target.layout.dtype, item.dtype))
-            casts[f"{old} to {new}"] = casts.get(f"{old} to {new}", 0) + 1
+            pair = f"{dtype_name(item.target.layout.dtype)} to {dtype_name(item.dtype)}"
+            casts[pair] = casts.get(pair, 0) + 1
     return casts

@@ -16,9 +16,9 @@ from keymap.compare.report import Comparison, Difference
 from keymap.compare.values import Gap, Values, compare_values
 from keymap.errors import PlanError, some
 from keymap.language.format import Scalar
-from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.plan.live import open_model
+from keymap.plan.plan import dtype_name
 from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
 from keymap.read.lazy import brief
 from keymap.source.open import Opened, PathLike, catalogue_with, open_source
@@ -127,7 +127,7 @@ def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype
         gap = compare_values((values[0], one), (values[1], other), tolerance)
         largest = max(largest, gap.largest)
         unlike = one.dtype != other.dtype
-        dtypes.update([f"{_word(one)}, {_word(other)}"] * unlike)
+        dtypes.update([f"{dtype_name(one.dtype)}, {dtype_name(other.dtype)}"] * unlike)
         if gap.differing:
             found.append(_difference(a, b, key, "value", gap))
         elif check_dtype and unlike:
@@ -179,8 +179,8 @@ def _difference(a: Named, b: Named, key: str, kind: str, gap: Gap | None = None)
         kind,
         one.shape if one is not None else None,
         other.shape if other is not None else None,
-        _word(one) if one is not None else None,
-        _word(other) if other is not None else None,
+        dtype_name(one.dtype) if one is not None else None,
+        dtype_name(other.dtype) if other is not None else None,
         one.named(key) if one is not None else (),
         other.named(key) if other is not None else (),
     )
@@ -192,7 +192,3 @@ def _difference(a: Named, b: Named, key: str, kind: str, gap: Gap | None = None)
 
 def _computes(a: Named, b: Named, key: str) -> bool:
     return any(piece.computed for side in (a, b) for piece in side.tensors[key].pieces)
-
-
-def _word(layout: Layout) -> str:
-    return str(layout.dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from keymap.errors import DetectionError, PlanError, VerifyError, some
+from keymap.errors import DetectionError, PlanError, VerifyError, by_reason, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
@@ -147,10 +147,7 @@ def _unsupported_tower(mapping: Format, key: str) -> str:
 
 def _dropped(keys: Mapping[str, str]) -> tuple[str, ...]:
     """Notes on keys that hold no weights."""
-    by_reason: dict[str, list[str]] = {}
-    for key, why in keys.items():
-        by_reason.setdefault(why, []).append(key)
-    return tuple(f"not compared: {some(found, 2)}: {why}" for why, found in by_reason.items())
+    return tuple(f"not compared: {some(found, 2)}: {why}" for why, found in by_reason(keys).items())
 
 
 # --- under the hub's names ---

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from typing import Any
 
-from keymap.errors import printable
+from keymap.errors import count_of, printable
 
 __all__ = ["Comparison", "Difference"]
 
@@ -119,7 +119,7 @@ class Comparison:
             if len(found) > _SHOWN:
                 lines.append(f"  ... and {len(found) - _SHOWN} more lines (all are in .differences)")
         lines.append(self._summary())
-        lines += [f"dtypes differ: {_of(count, 'tensor')} {pair} (a, b)" for pair, count in self.dtypes.items()]
+        lines += [f"dtypes differ: {count_of(count, 'tensor')} {pair} (a, b)" for pair, count in self.dtypes.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(_one_line(line) for line in lines)
 
@@ -127,7 +127,7 @@ class Comparison:
         within = f" within {self.tolerance:g}" if self.tolerance else ""
         if self.equal:
             apart = f"; the largest difference is {self.max_abs:.3g}" if self.max_abs else ""
-            return f"equal{within}: {_of(self.tensors, 'tensor')} compared{apart}"
+            return f"equal{within}: {count_of(self.tensors, 'tensor')} compared{apart}"
         words = {
             "value": "with other values",
             "shape": "of another shape",
@@ -137,15 +137,11 @@ class Comparison:
         }
         counts = {kind: sum(one.kind == kind for one in self.differences) for kind in words}
         parts = [f"{counts[kind]} {text}" for kind, text in words.items() if counts[kind]]
-        return f"different{within}: {', '.join(parts)}; {_of(self.tensors, 'tensor')} compared"
+        return f"different{within}: {', '.join(parts)}; {count_of(self.tensors, 'tensor')} compared"
 
 
 def _titled(file: str, form: str) -> str:
     return f"{file} (format {form})" if form else f"{file} (no known format)"
-
-
-def _of(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _one_line(text: str) -> str:

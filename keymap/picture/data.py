@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from keymap.errors import count_of
 from keymap.language.layout import Piece
 from keymap.picture.fold import Layers, Node, fold, ranges
 from keymap.plan.plan import Entry, Plan, dtype_name, makers_of, steps_to
@@ -17,7 +18,7 @@ from keymap.source.registry import registry
 
 __all__ = ["KINDS", "Leaf", "Link", "Listing", "Picture", "Section", "picture_of", "plain"]
 
-KINDS = {  # what a ribbon can stand for; of several kinds the first one here is the ribbon's colour
+KINDS = {  # the kinds of a ribbon; of several kinds the first one here is the ribbon's colour
     "resize": "resampled to another number of positions",
     "compute": "multiplied, shifted or added to another tensor",
     "concat": "joined with other tensors",
@@ -55,7 +56,7 @@ class Link(NamedTuple):
         source, target: numbers of the section's keys; -1 for none.
         kinds: keys of `KINDS`, the first one gives the colour.
         rules: the text and the place ``file:line:column`` of each rule that was applied.
-        elements: how many elements it stands for.
+        elements: how many elements it shows.
         note: further words: how a tensor is resized, filled or cast, or why it is dropped.
     """
 
@@ -92,7 +93,7 @@ class Picture:
 
     Attributes:
         title, about: of the page.
-        sample: the shapes are made up from the rules of a format; the layers stand for any number of layers.
+        sample: the shapes are made up from the rules of a format; there may be any number of layers.
         sections: one for each tower.
         lists: resized, filled, cast, dropped, missing keys and so on; empty ones are left out.
     """
@@ -259,7 +260,7 @@ def _alike(sources: Sequence[Leaf], targets: Sequence[Leaf], links: Iterable[Lin
 
 
 def _lists(plan: Plan) -> Iterator[Listing]:
-    counted = {pair: f"{count} tensor{'' if count == 1 else 's'}" for pair, count in plan.cast.items()}
+    counted = {pair: count_of(count, "tensor") for pair, count in plan.cast.items()}
     entries: Mapping[str, Mapping[str, str] | Sequence[str]] = {
         "warnings": plan.warnings,
         "resized": plan.resized,

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from keymap.errors import PlanError
 from keymap.plan.model import ModelView
 
-__all__ = ["allowed", "check_missing_patterns", "checked_patterns", "patterns_for"]
+__all__ = ["allowed", "check_missing_patterns", "checked_patterns", "keys_are", "patterns_for", "suggestion"]
 
 _SPECIAL = re.compile(r"[*?[]")  # characters with a meaning in a pattern
 _MAX_NAME = 200  # characters of a pattern that are compared with the model's keys
@@ -47,6 +47,29 @@ def check_missing_patterns(patterns: Sequence[str], model: ModelView) -> None:
             faults.append(f"{pattern!r} matches none" + (f"; did you mean {', '.join(near)}?" if near else ""))
     if faults:
         raise PlanError("allow_missing: each pattern must match a key of the model", faults)
+
+
+def suggestion(
+    missing: Sequence[str], of_model: Iterable[str], unexpected: Sequence[str] = (), of_file: Iterable[str] = ()
+) -> list[str]:
+    """A line that names the arguments which allow keys to be missing or unexpected; none for no keys.
+
+    Args:
+        missing, of_model: keys that are missing, and all keys of the model.
+        unexpected, of_file: keys that are unexpected, and all keys of the file.
+    """
+    arguments = []
+    if missing:
+        arguments.append(f"allow_missing={patterns_for(missing, of_model)!r}")
+    if unexpected:
+        arguments.append(f"allow_unexpected={patterns_for(unexpected, of_file)!r}")
+    keep = "the model keeps its own values for the missing keys" if missing else "the file's keys are left out"
+    return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"] if arguments else []
+
+
+def keys_are(keys: Sequence[str], side: str) -> str:
+    """The start of a sentence about some of the keys of the file or of the model."""
+    return f"{len(keys)} of the {side}'s keys {'is' if len(keys) == 1 else 'are'}"
 
 
 def patterns_for(keys: Sequence[str], every: Iterable[str]) -> tuple[str, ...]:

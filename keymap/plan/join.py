@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from keymap.errors import PlanError, some
 from keymap.language.format import Format
 from keymap.language.layout import Layout, renamed
-from keymap.plan.allowed import allowed, patterns_for
+from keymap.plan.allowed import allowed, keys_are, suggestion
 from keymap.plan.model import ModelView
 from keymap.plan.plan import Plan
 from keymap.plan.request import Request
@@ -56,10 +56,8 @@ def join(hub: Format, parts: Sequence[Fit], model: ModelView, request: Request, 
         raise PlanError(
             f"{request.file} does not fit the model; nothing was changed",
             [
-                f"{len(refused)} of the model's keys {'is' if len(refused) == 1 else 'are'} missing from the file: "
-                f"{some(refused)}",
-                f"to load the rest, pass allow_missing={patterns_for(refused, towers)!r}; the model keeps its own "
-                f"values for the missing keys",
+                f"{keys_are(refused, 'model')} missing from the file: {some(refused)}",
+                *suggestion(refused, towers),
             ],
         )
     first, outside = plans[0], {note for _, source in parts for note in source.unwrapped.outside}

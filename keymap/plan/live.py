@@ -13,10 +13,11 @@ from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Scalar
 from keymap.plan.model import view_model
+from keymap.plan.request import sizes_of
 from keymap.read import LazyTensor
 from keymap.source.open import Opened, open_tree
 
-__all__ = ["open_model"]
+__all__ = ["open_model", "plain_values"]
 
 _NAME = "the model"
 
@@ -32,17 +33,21 @@ def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, Mapping[str,
         CheckpointError: it has no tensors.
     """
     facts = view_model(model, known.hub).facts
-    numbers = {name: value for name, value in facts.items() if type(value) is int}
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, key, value))
         for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }
-    opened = open_tree(known, known.hub.name, lazy, None, numbers)
+    opened = open_tree(known, known.hub.name, lazy, None, sizes_of(facts))
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
 
 
 def _values(key: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta:
         raise PlanError(f"{key} of the model is on the meta device and has no values: load the model first")
-    return tensor.detach().resolve_conj().resolve_neg().to("cpu")
+    return plain_values(tensor).to("cpu")
+
+
+def plain_values(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its history, conjugated and negated where it says so."""
+    return tensor.detach().resolve_conj().resolve_neg()

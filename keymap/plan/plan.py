@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keymap.errors import SHOWN, PlanError, printable, some
+from keymap.errors import SHOWN, PlanError, by_reason, count_of, printable, some
 from keymap.language.layout import Layout, Piece
 from keymap.language.rules import Check, Step
 from keymap.plan.resize import Resize
@@ -216,18 +216,15 @@ class Plan:
         """The lines on tensors."""
         loaded = self.loaded
         counts = ", ".join(f"{tower or 'other'} {n}" for tower, n in loaded.items())
-        yield f"loaded: {_count(sum(loaded.values()), 'tensor')}" + (f" ({counts})" if counts else "")
+        yield f"loaded: {count_of(sum(loaded.values()), 'tensor')}" + (f" ({counts})" if counts else "")
         yield from (f"resized: {key} from {how}" for key, how in self.resized.items())
         yield from (f"filled: {key} {how}" for key, how in self.filled.items())
-        yield from (f"cast: {_count(count, 'tensor')} from {pair}" for pair, count in self.cast.items())
-        keys_by_reason: dict[str, list[str]] = {}
-        for key, why in self.dropped.items():
-            keys_by_reason.setdefault(why, []).append(key)
-        yield from (f"ignored: {some(keys)}: {why}" for why, keys in keys_by_reason.items())
+        yield from (f"cast: {count_of(count, 'tensor')} from {pair}" for pair, count in self.cast.items())
+        yield from (f"ignored: {some(keys)}: {why}" for why, keys in by_reason(self.dropped).items())
         if self.missing_keys:
-            yield f"missing: {_count(len(self.missing_keys), 'key')}, left unchanged: {some(self.missing_keys)}"
+            yield f"missing: {count_of(len(self.missing_keys), 'key')}, left unchanged: {some(self.missing_keys)}"
         if self.unexpected_keys:
-            yield f"unexpected: {_count(len(self.unexpected_keys), 'key')}, not used: {some(self.unexpected_keys)}"
+            yield f"unexpected: {count_of(len(self.unexpected_keys), 'key')}, not used: {some(self.unexpected_keys)}"
         yield from (f"mismatch: {key}: {why}" for key, why in self.mismatched.items())
 
     def _remark_lines(self) -> Iterator[str]:
@@ -292,10 +289,6 @@ def _piece_in_words(piece: Piece) -> str:
         return f"{'adds' if piece.add else 'writes'} {piece.term:g} to {amount} at {target}"
     source = f"offset {piece.source_offset}" + ("" if contiguous else f" and strides {list(piece.source_strides)}")
     return f"{'adds' if piece.add else 'copies'} {amount} of {piece.source} at {source} to {target}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from keymap.plan.model import ModelView
 from keymap.plan.own_names import OWN, is_foreign, own_names, take_own_names
 from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
-from keymap.plan.request import Request, hub_towers, refuse_contradictions
+from keymap.plan.request import Request, hub_towers, refuse_contradictions, sizes_of
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source
@@ -43,9 +43,9 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     sides = Sides(
         known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model, request, hub_applies
     )
-    container_notes = (*unwrapped.notes, *unwrapped.computed, *unwrapped.outside)
-    matches = judge(sides, match(sides), file_counts, container_notes)
+    matches = judge(sides, match(sides), file_counts, unwrapped.remarks)
     towers = dict.fromkeys(entry.tower for entry in matches.entries if not entry.filled)
+    settings = compared(known.hub, towers, source.settings, model.facts)
     return Plan(
         file=request.file,
         container=source.container,
@@ -66,13 +66,13 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
             *source.notes,
             *source.settings.notes,
             *tower_notes,
-            *container_notes,
+            *unwrapped.remarks,
             *matches.notes,
         ),
-        warnings=differences(known.hub, towers, source.settings, model.facts),
-        unverified=unverified(known.hub, towers, source.settings, model.facts),
+        warnings=differences(known.hub, settings),
+        unverified=unverified(settings),
         steps=tuple(translated.steps),
-        settings=compared(known.hub, towers, source.settings, model.facts),
+        settings=settings,
         parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
         sources={key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()},
     )
@@ -87,7 +87,7 @@ def _translate(
         translated = own_names(found, model)
         notes = keep_towers(translated, request, hub)
         return translated, _counts(translated, hub), notes
-    facts = {name: value for name, value in model.facts.items() if type(value) is int} | dict(request.facts)
+    facts = sizes_of(model.facts) | dict(request.facts)
     translated = to_hub(found, facts)
     notes = keep_towers(translated, request, hub)
     refuse_empty(translated, request, found.mapping.name, hub_towers(hub))

@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from keymap.errors import SHOWN, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
+from keymap.language.pattern import Side
 from keymap.language.rules import Fault
-from keymap.plan.allowed import allowed, patterns_for
+from keymap.plan.allowed import allowed, keys_are, suggestion
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
 from keymap.plan.matching import Matches, Sides, key_before_bridges
@@ -172,10 +173,10 @@ def _strict_faults(
     missing = [key for key in matches.missing if not of_rules.explain(key_before_bridges(sides, key))]
     lines = [*cause, *(fault.text for fault in of_rules.merged(following))]
     if missing:
-        lines.append(f"{_of(missing, 'model')} missing from the file: {some(missing, shown)}")
+        lines.append(f"{keys_are(missing, 'model')} missing from the file: {some(missing, shown)}")
     if matches.unexpected:
         lines.append(
-            f"{_of(matches.unexpected, 'file')} unexpected, with no place in the model: "
+            f"{keys_are(matches.unexpected, 'file')} unexpected, with no place in the model: "
             f"{some(matches.unexpected, shown)}"
         )
     lines += _mismatch_faults(others, shown if cause else 4 * shown)
@@ -210,11 +211,6 @@ def _mismatch_faults(groups: Sequence[MismatchGroup], listed: int) -> list[str]:
     return [*lines, f"and {hidden} more key{'' if hidden == 1 else 's'} with another shape"] if hidden else lines
 
 
-def _of(keys: Sequence[str], side: str) -> str:
-    """The start of a sentence about some of the keys of the file or of the model."""
-    return f"{len(keys)} of the {side}'s keys {'is' if len(keys) == 1 else 'are'}"
-
-
 def _advice(sides: Sides, matches: Matches, file_counts: Mapping[str, int]) -> list[str]:
     """What to do: choose the towers that the file has, allow what is named, or load in part."""
     present = [tower for tower in sides.hub.layouts if tower in file_counts]
@@ -239,13 +235,7 @@ def _allowing(sides: Sides, matches: Matches) -> list[str]:
     """The arguments that allow the missing and unexpected keys, where these are heads or keys without a rule."""
     if _touches_a_tower(sides, matches.unexpected):
         return ["the unexpected keys lie in a tower, and the model lacks them: pass the model that has them"]
-    arguments = []
-    if matches.missing:
-        arguments.append(f"allow_missing={patterns_for(matches.missing, sides.model.tensors)!r}")
-    if matches.unexpected:
-        arguments.append(f"allow_unexpected={patterns_for(matches.unexpected, sides.file_tensors)!r}")
-    keep = "the model keeps its own values for the missing keys" if matches.missing else "the file's keys are left out"
-    return [f"to load the rest, pass {' and '.join(arguments)}; {keep}"] if arguments else []
+    return suggestion(matches.missing, sides.model.tensors, matches.unexpected, sides.file_tensors)
 
 
 def _touches_a_tower(sides: Sides, keys: Sequence[str]) -> bool:
@@ -264,12 +254,16 @@ def _touches_a_tower(sides: Sides, keys: Sequence[str]) -> bool:
 
 def _is_classifier(hub: Format, key: str) -> bool:
     """Whether a key is that of a small tower, or of a classifier on a tower, without which the tower is the same."""
-    return tower_of(hub, key) not in hub.layouts or any(side.match(key) is not None for side in hub.classifiers)
+    return _is_beside_towers(hub, key, hub.classifiers)
 
 
 def _is_head(hub: Format, key: str) -> bool:
     """Whether a tower without this key is whole; a key of no tower, or of a small one, is such a key, too."""
-    return tower_of(hub, key) not in hub.layouts or any(side.match(key) is not None for side in hub.heads)
+    return _is_beside_towers(hub, key, hub.heads)
+
+
+def _is_beside_towers(hub: Format, key: str, sides: Sequence[Side]) -> bool:
+    return tower_of(hub, key) not in hub.layouts or any(side.match(key) is not None for side in sides)
 
 
 def _pairs(sides: Sides, matches: Matches) -> list[str]:

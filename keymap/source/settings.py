@@ -80,27 +80,10 @@ class Compared(NamedTuple):
     equal: bool | None
 
 
-def differences(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
-    """One text for each setting that differs between source and model; it says what to change."""
-    found: dict[str, str] = {}
-    for name, fact in _comparable(hub, towers, model):
-        if name not in settings.facts:
-            continue
-        value, origin = settings.facts[name]
-        in_source, in_model = in_hub_words(fact, value), in_hub_words(fact, model[name])
-        if not _equal(in_source, in_model):
-            theirs = f"{_source_text(fact, in_source)} in the source ({origin})"
-            ours = f"{config_text(in_model)} in the model"
-            found.setdefault(
-                fact.label, f"{fact.label}: {theirs}, {ours}, so embeddings will differ; change {fact.change}"
-            )
-    return tuple(found.values())
-
-
 def compared(
     hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]
 ) -> tuple[Compared, ...]:
-    """Every setting that `differences` and `unverified` look at."""
+    """Every setting that matters for these towers and that the model has, beside the source's."""
     rows = []
     for name, fact in _comparable(hub, towers, model):
         value, origin = settings.facts.get(name, (None, ""))
@@ -109,19 +92,31 @@ def compared(
     return tuple(rows)
 
 
-def _source_text(fact: Fact, value: Scalar) -> str:
-    """A value of the source for a warning: ``unknown activation 'foo'`` where the mapping has no word for it."""
-    if isinstance(value, Unknown):
-        return f"unknown {fact.label.partition(' of ')[0]} {str(value)!r}"
-    return config_text(value)
+def differences(hub: Format, rows: Iterable[Compared]) -> tuple[str, ...]:
+    """One text for each setting that differs between source and model; it says what to change."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.source is not None and not row.equal:
+            theirs = f"{_source_text(row)} in the source ({row.origin})"
+            ours = f"{config_text(row.model)} in the model"
+            change = hub.facts[row.name].change
+            found.setdefault(row.label, f"{row.label}: {theirs}, {ours}, so embeddings will differ; change {change}")
+    return tuple(found.values())
 
 
-def unverified(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[str, ...]:
+def unverified(rows: Iterable[Compared]) -> tuple[str, ...]:
     """Labels of the settings that the source does not state."""
-    labels = {fact.label: False for _, fact in _comparable(hub, towers, model)}
-    for name, fact in _comparable(hub, towers, model):
-        labels[fact.label] |= name in settings.facts
-    return tuple(label for label, known in labels.items() if not known)
+    stated: dict[str, bool] = {}
+    for row in rows:
+        stated[row.label] = stated.get(row.label, False) or row.source is not None
+    return tuple(label for label, known in stated.items() if not known)
+
+
+def _source_text(row: Compared) -> str:
+    """A value of the source for a warning: ``unknown activation 'foo'`` where the mapping has no word for it."""
+    if isinstance(row.source, Unknown):
+        return f"unknown {row.label.partition(' of ')[0]} {str(row.source)!r}"
+    return config_text(row.source)
 
 
 def _comparable(hub: Format, towers: Iterable[str], model: Mapping[str, Scalar]) -> Iterator[tuple[str, Fact]]:

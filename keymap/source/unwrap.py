@@ -53,6 +53,11 @@ class Unwrapped(NamedTuple):
     stored: Mapping[str, LazyTensor] | None = None
     computed: tuple[str, ...] = ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """All notes, for a report."""
+        return (*self.notes, *self.computed, *self.outside)
+
 
 def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
     """Find the state dict in the tree that a reader returned.

@@ -238,6 +238,7 @@ def test_weight_normalisation_of_torch_in_both_forms(axis, tmp_path):
         model = openclip.clip(seed=2)
         result = keymap.load_checkpoint(model, tmp_path / f"{number}.safetensors")
         assert "computed 3 weights from length and direction" in str(result)
+        assert "computed 3 weights from length and direction" in str(keymap.inspect_checkpoint(result.report.plan.file))
         for key, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 assert torch.allclose(module.weight, donor.get_submodule(key).weight, atol=1e-6), key
