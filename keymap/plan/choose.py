@@ -15,7 +15,7 @@ from keymap.language.layout import Layout
 from keymap.plan.describe import Described, describe
 from keymap.plan.join import Chosen, Fit, join
 from keymap.plan.model import ModelView
-from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, read_as_own, with_own_parts
+from keymap.plan.own_names import is_foreign, own_reading, own_reading_below, own_reading_of, with_own_parts
 from keymap.plan.plan import Plan
 from keymap.plan.planner import make_plan
 from keymap.plan.request import Request, hub_towers
@@ -72,7 +72,7 @@ class _Trial:
         self.hub = opened.known.hub
         self.own_below: Source | None = None
         self._sources: dict[int, Source] = {}  # they live as long as their ids are used
-        self._towers: dict[int, tuple[Mapping[str, Layout], Described]] = {}
+        self._hub_views: dict[int, tuple[Mapping[str, Layout], Described]] = {}
         self._done: dict[tuple[object, ...], Plan | KeymapError] = {}
 
     def plan(self, source: Source, request: Request) -> Plan | KeymapError:
@@ -88,16 +88,23 @@ class _Trial:
 
     def top(self) -> Fit | None:
         """The one reading of the state dict itself that fits; None if none does."""
-        return self._one_reading(self.opened.top, self.request)
+        return self._one_reading(self.opened.top, self._fitting(self.opened.top, self.request))
 
-    def _one_reading(self, sources: _Group, request: Request) -> Fit | None:
-        """The one of several readings of the same keys that fits; with a warning if other formats have these keys."""
-        plans = [(self.plan(source, request), source) for source in sources]
-        found = [
-            (plan, source)
-            for plan, source in plans
-            if isinstance(plan, Plan) and not (request is not self.request and self._leaves_out(plan, source))
-        ]
+    def _fitting(self, sources: Iterable[Source], request: Request) -> list[Fit]:
+        """The readings that fit."""
+        plans = ((self.plan(source, request), source) for source in sources)
+        return [(plan, source) for plan, source in plans if isinstance(plan, Plan)]
+
+    def _one_reading(self, sources: _Group, found: Sequence[Fit]) -> Fit | None:
+        """The one of several readings of the same keys that fits; with a warning if other formats have these keys.
+
+        Args:
+            sources: the readings.
+            found: those that fit.
+
+        Raises:
+            PlanError: several fit.
+        """
         if len(found) > 1:
             names = ", ".join(repr(plan.format) for plan, _ in found)
             raise PlanError(
@@ -166,14 +173,16 @@ class _Trial:
         top = self.opened.top[0]
         in_part = not self.request.strict and top.found is None and not top.refused and not self.opened.refused
         for request in (strict, self.request) if in_part else (strict,):
-            found = self.only(self.fits(request))
-            if found is not None:
-                self._refuse_rivals(dict.fromkeys(self.towers, found[1]))
-                return found
-            joined = self.by_tower(request) or self.with_own_beside(request)
-            if joined is not None:
-                return joined
+            whole = self.only(self.fits(request))
+            parts = self._parts(whole) or self.by_tower(request) or self.with_own_beside(request)
+            if whole is not None or parts:
+                self._refuse_rivals(parts)
+                return whole or self.joined(parts)
         return None
+
+    def _parts(self, fit: Fit | None) -> dict[str, Fit]:
+        """One state dict for all towers of the model; empty for none."""
+        return dict.fromkeys(self.towers, fit) if fit is not None else {}
 
     @property
     def groups(self) -> list[_Group]:
@@ -196,12 +205,15 @@ class _Trial:
     def _first_that_fits(self, group: _Group, request: Request) -> Fit | None:
         """The first reading of a state dict that fits."""
         request = self._within(group, request)
-        fit = self._one_reading([source for source in group if not source.alone], request)
-        for source in (source for source in group if source.alone and fit is None):
-            plan = self.plan(source, request)
-            if isinstance(plan, Plan) and not self._leaves_out(plan, source):
-                fit = plan, source
-        return fit
+        whole = [source for source in group if not source.alone]
+        fits = [fit for fit in self._fitting(whole, request) if not self._leaves_out(*fit)]
+        if fits:
+            return self._one_reading(whole, fits)
+        for source in (source for source in group if source.alone):
+            for fit in self._fitting([source], request):
+                if not self._leaves_out(*fit):
+                    return fit
+        return None
 
     def _within(self, group: _Group, request: Request) -> Request:
         """The request for a state dict: others within it are not unexpected there."""
@@ -226,26 +238,25 @@ class _Trial:
             )
         return found[0] if found else None
 
-    def by_tower(self, request: Request) -> Chosen | None:
-        """For each tower the one state dict that fits it; None if a tower fits nowhere."""
+    def by_tower(self, request: Request) -> dict[str, Fit]:
+        """For each tower the one state dict that fits it; empty if a tower fits nowhere."""
         parts: dict[str, Fit] = {}
         towers = [tower for tower in self.towers if tower in self.hub.layouts]
         if len(towers) < 2 or len(self.groups) < 2:
-            return None
+            return {}
         for tower in towers:
             fit = self.only(self.fits(request._replace(towers=(tower,))), f" for the {tower} tower")
             if fit is None:
-                return None
+                return {}
             parts[tower] = fit
         if len({id(source) for _, source in parts.values()}) < 2:  # one state dict that does not fit as a whole
-            return None
+            return {}
         for tower, (_, source) in parts.items():
             if any(other != tower and parts[other][1] is not source for other in self.towers_in(source) & parts.keys()):
-                return None  # half of one model and half of another
-        self._refuse_rivals({tower: source for tower, (_, source) in parts.items()})
-        return self.joined(parts)
+                return {}  # half of one model and half of another
+        return parts
 
-    def _refuse_rivals(self, chosen: Mapping[str, Source]) -> None:
+    def _refuse_rivals(self, chosen: Mapping[str, Fit]) -> None:
         """Refuse to choose between towers of the same sizes, of which only one fits: a tuned one may have a new head.
 
         Args:
@@ -254,10 +265,9 @@ class _Trial:
         Raises:
             PlanError: there is another one in the file; the message names both, and why the other does not fit.
         """
-        for tower in self.hub.layouts:
-            source = chosen.get(tower)
-            own = self._described(source).get(tower) if source is not None else None
-            if source is None or own is None:
+        for tower, (_, source) in chosen.items():
+            own = self._described(source).get(tower)
+            if own is None:
                 continue
             used = self._tensors_of(source, tower)
             for rival, refusal in (*((g[0], None) for g in self.groups), *self.opened.refused):
@@ -269,32 +279,33 @@ class _Trial:
                 faults = (error.faults or (error.summary,))[:1] if error is not None else ()
                 name = rival.unwrapped.wrapper
                 raise PlanError(
-                    f"{self.request.file}: 2 state dicts in the file have an {tower} tower of the model's sizes; "
+                    f"{self.request.file}: 2 state dicts in the file have the {tower} tower in the model's sizes; "
                     f"choose one with wrapper=: {source.unwrapped.wrapper!r}, {name!r}",
                     [f"wrapper={name!r} does not fit: {fault}" for fault in faults],
                 )
 
     def _described(self, source: Source) -> Described:
         """The towers of a state dict."""
-        if id(source) not in self._towers:
+        return self._hub_view(source)[1]
+
+    def _hub_view(self, source: Source) -> tuple[Mapping[str, Layout], Described]:
+        """A state dict under the hub's names, and its towers."""
+        if id(source) not in self._hub_views:
             self._sources[id(source)] = source
             hub_keys = to_hub(source.found, {}).tensors if source.found is not None else {}
-            self._towers[id(source)] = hub_keys, describe(self.opened.known, hub_keys)
-        return self._towers[id(source)][1]
+            self._hub_views[id(source)] = hub_keys, describe(self.opened.known, hub_keys)
+        return self._hub_views[id(source)]
 
     def _tensors_of(self, source: Source, tower: str) -> set[int]:
         """The ids of the tensors that make up a tower."""
-        self._described(source)
-        layouts = self._towers[id(source)][0]
-        tensors = source.unwrapped.tensors
+        layouts, tensors = self._hub_view(source)[0], source.unwrapped.tensors
         return {id(tensors[n]) for k, lay in layouts.items() if tower_of(self.hub, k) == tower for n in lay.sources}
 
-    def with_own_beside(self, request: Request) -> Chosen | None:
+    def with_own_beside(self, request: Request) -> dict[str, Fit]:
         """What fits all towers of the model, where the model has further modules and their tensors lie beside it."""
         if not self._own_shapes or not request.includes(""):
-            return None
-        fit = self.only(self.fits(request._replace(towers=tuple(self.towers))))
-        return self.joined(dict.fromkeys(self.towers, fit)) if fit is not None else None
+            return {}
+        return self._parts(self.only(self.fits(request._replace(towers=tuple(self.towers)))))
 
     @cached_property
     def _own_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -306,7 +317,7 @@ class _Trial:
         tensors = self.opened.beside_own(self._own_shapes, starts) if self._own_shapes else {}
         if not tensors:
             return None
-        source = read_as_own(self.opened.top[0], tensors, self._own_shapes)
+        source = own_reading_of(self.opened.top[0], tensors, self._own_shapes)
         plan = self.plan(source, self.request._replace(towers=("",)))
         return (plan, source) if isinstance(plan, Plan) else None
 
@@ -385,14 +396,14 @@ class _Trial:
         """Why towers do not fit, where each lies in a state dict of its own; empty if that is not so."""
         found: list[tuple[KeymapError, Source]] = []
         starts: list[str] = []
-        for tower in self.towers:
+        for tower in (tower for tower in self.towers if tower in self.hub.layouts):
             groups = [group for group in self.opened.inner if self.towers_in(group[0]) == {tower}]
-            if tower in self.hub.layouts and len(groups) != 1:
+            if len(groups) != 1:
                 return []
-            start = groups[0][0].unwrapped.start if groups else ""
-            if any(start.startswith(other) or other.startswith(start) for other in starts if groups):
+            start = groups[0][0].unwrapped.start
+            if any(start.startswith(other) or other.startswith(start) for other in starts):
                 return []
-            starts += [start] if groups else []
+            starts.append(start)
             found += self._errors(self.request._replace(strict=True, towers=(tower,)), groups)
         return found
 

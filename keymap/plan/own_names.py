@@ -15,7 +15,7 @@ from keymap.plan.to_hub import Translated, tower_of
 from keymap.read import LazyTensor
 from keymap.source.detect import Detection, check_refused, tower_layout
 from keymap.source.open import Source, layouts_of
-from keymap.source.quantized import holds_float8
+from keymap.source.quantized import is_float8
 
 __all__ = [
     "OWN",
@@ -23,7 +23,7 @@ __all__ = [
     "own_names",
     "own_reading",
     "own_reading_below",
-    "read_as_own",
+    "own_reading_of",
     "take_own_names",
     "with_own_parts",
 ]
@@ -65,7 +65,7 @@ def _is_all_of_the_models(layouts: Mapping[str, Layout], model: ModelView, known
     else:
         return False
     return all(
-        key in tensors and (not holds_float8({key: layout}) or layout.dtype == tensors[key].dtype)
+        key in tensors and (not is_float8(layout) or layout.dtype == tensors[key].dtype)
         for key, layout in layouts.items()
     )
 
@@ -109,7 +109,7 @@ def _read_as_own(source: Source, layouts: Mapping[str, Layout], evidence: tuple[
     return source._replace(unwrapped=unwrapped, found=Detection(OWN, layouts, evidence, (), ()), refused=False)
 
 
-def read_as_own(source: Source, tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> Source:
+def own_reading_of(source: Source, tensors: Mapping[str, LazyTensor], names: Iterable[str]) -> Source:
     """Tensors of the file as those of the model's keys.
 
     Args:
@@ -136,8 +136,13 @@ def with_own_parts(source: Source, model: ModelView) -> Source:
     }
     if not parts:
         return source
-    stems = {key.rpartition(".")[0].removesuffix(".parametrizations.weight") for key in parts}
-    made = {key for key in unwrapped.tensors if key not in unwrapped.stored and key.rpartition(".")[0] in stems}
+    made = {
+        key.removesuffix(end) + weight
+        for length, direction, weight in source.known.containers.weight_norms
+        for end in (length, direction)
+        for key in parts
+        if key.endswith(end)
+    } - unwrapped.stored.keys()
     tensors = {key: tensor for key, tensor in unwrapped.tensors.items() if key not in made} | parts
     layouts = {k: lay for k, lay in found.tensors.items() if not made.intersection(lay.sources)}
     layouts |= layouts_of(parts, start)

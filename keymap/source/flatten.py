@@ -64,7 +64,8 @@ def everything(tree: Any, containers: Containers) -> dict[str, Any]:
                 left.append((f"{key}.", value, depth + 1))
             else:
                 found[key] = value
-    for segment in containers.segments:
+    text = "\n".join(found)
+    for segment in (segment for segment in containers.segments if segment in text):
         found = {key.replace(segment, ""): value for key, value in found.items()}
     return found
 

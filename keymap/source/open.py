@@ -17,13 +17,13 @@ from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
-from keymap.source.quantized import holds_float8, refuse_adapters, refuse_scaled_float8
+from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text, registry
 from keymap.source.search import REFUSED, Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["Opened", "PathLike", "Source", "catalogue_with", "layouts_of", "open_source", "open_tree"]
+__all__ = ["Opened", "PathLike", "Source", "catalogue_with", "find_mapping", "layouts_of", "open_source", "open_tree"]
 
 PathLike = str | os.PathLike[str]
 
@@ -177,6 +177,20 @@ def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
     return extended, extended.add([file])[0].name
 
 
+def find_mapping(mapping: PathLike) -> tuple[Catalogue, Format]:
+    """A mapping of any kind by its name, or by the path of its file, and all mappings.
+
+    Raises:
+        MappingError: there is none, or the file is wrong.
+    """
+    name = path_text(mapping, MappingError, "pass the name of a format or the path of a YAML file")
+    known = registry()
+    if name not in known.mappings:
+        known, found = catalogue_with(mapping)
+        name = found or name
+    return known, known.get(name)
+
+
 def layouts_of(tensors: Mapping[str, LazyTensor], start: str = "") -> dict[str, Layout]:
     """The layout of each tensor, its own elements in their order, by its key without ``start``."""
     if not start:
@@ -265,6 +279,11 @@ class _Reader:
         """All values of the file by dotted names."""
         return everything(self.checkpoint.tree, self.known.containers)
 
+    def is_whole(self, unwrapped: Unwrapped) -> bool:
+        """Whether a state dict is all that the file holds."""
+        held = unwrapped.tensors if unwrapped.stored is None else unwrapped.stored
+        return not (unwrapped.path or unwrapped.start) and len(held) == len(self.checkpoint.tree)
+
     @cached_property
     def adapters(self) -> Mapping[str, str]:
         """The keys of the file by which a mapping refuses it even if they lie elsewhere, and why."""
@@ -279,9 +298,9 @@ class _Reader:
     def check(self, unwrapped: Unwrapped, layouts: Mapping[str, Layout]) -> None:
         """Raise DetectionError if a mapping refuses the state dict, or if its weights are quantized."""
         check_refused(self.known, layouts, self.wanted, self.file)
-        if self.adapters:
+        if not self.is_whole(unwrapped) and self.adapters:
             refuse_adapters(layouts, self.adapters, self.leaves.keys(), self.file)
-        if holds_float8(layouts):
+        if any(map(is_float8, layouts.values())):
             own = {id(tensor) for tensor in unwrapped.tensors.values()}
             outside = {key: getattr(leaf, "shape", ()) for key, leaf in self.leaves.items() if id(leaf) not in own}
             outside |= dict.fromkeys(self.checkpoint.metadata, ())
@@ -376,6 +395,7 @@ class _Reader:
     def group_of(
         self, unwrapped: Unwrapped, layouts: Mapping[str, Layout], to_try: set[Reading], alone_only: bool
     ) -> tuple[Source, ...]:
+        """See `group`; whether a mapping refuses the state dict is not looked at."""
         found: dict[str, Source] = {}
         for name, root in sorted(to_try - {REFUSED}, key=lambda reading: reading[1]):
             if name in found or (alone_only and not root):

@@ -379,3 +379,15 @@ def test_a_tuned_tower_beside_the_frozen_model_is_asked_for(tmp_path):
     keymap.load_checkpoint(model, path, wrapper={"image": "", "text": "clip_model"})
     assert same_bits(model.visual.conv1.weight, tuned["visual.conv1.weight"])
     assert same_bits(model.text_projection, frozen["text_projection"])
+
+
+def test_a_teacher_is_not_taken_with_a_head_that_lies_beside_both(tmp_path):
+    prompts = {f"{tower}transformer.resblocks.0.VPT": torch.ones(3, 8) for tower in ("visual.", "")}
+    both = under("student.", state(openclip.clip(seed=1)) | prompts) | under("teacher.", state(openclip.clip(seed=3)))
+    model = openclip.clip(seed=2)
+    model.probe = torch.nn.Linear(24, 3)
+    head = {f"probe.{key}": value for key, value in model.probe.state_dict().items()}
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match=r"choose one with wrapper=: 'teacher', 'student'"):
+        keymap.load_checkpoint(model, written(both | head, tmp_path))
+    assert_unchanged(model, before)
