@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +42,8 @@ def _report(screen: Screen, text: str) -> None:
     screen.pairs((label, rest) if colon else ("", label) for label, colon, rest in rows)
 
 
-def _write_page(file: str | None, page: str) -> None:
+def _write_page(file: str, page: str) -> None:
     """Write a page of HTML, whole or not at all."""
-    if file is None:
-        return
     from keymap.write.place import check_place, whole_files
 
     path = Path(file)
@@ -125,7 +122,9 @@ def plan_command(
     plan = keymap.plan_load(model, path, **arguments)
     explanation = plan.explain(explain) if explain is not None else None
     if html is not None:
-        _write_page(html, import_module("keymap.picture").plan_page(plan))
+        from keymap.picture import plan_page
+
+        _write_page(html, plan_page(plan))
 
     def show(screen: Screen) -> None:
         if explanation is not None:
@@ -255,7 +254,7 @@ def diff_command(first: str, second: str, *, facts: Sequence[str], unsafe_pickle
     """
     asked["towers"] = asked["towers"] or None
     asked |= {"facts": options.pairs_of(facts), "weights_only": not unsafe_pickle}
-    found = import_module("keymap").compare_checkpoints(first, second, **asked)
+    found = keymap.compare_checkpoints(first, second, **asked)
 
     def show(screen: Screen) -> None:
         for line in str(found).splitlines():
@@ -292,11 +291,14 @@ def explain_command(name: str, html: str | None) -> Answer:
 
     FORMAT is a name that `keymap formats` lists, or the path of a mapping file.
     """
-    from keymap.cli.explain import described, find_format, show_format
+    from keymap.cli.explain import described, show_format
+    from keymap.source.open import find_mapping
 
-    found = described(find_format(name))
+    found = described(find_mapping(name)[1])
     if html is not None:
-        _write_page(html, import_module("keymap.picture").format_page(name))
+        from keymap.picture import format_page
+
+        _write_page(html, format_page(name))
     return Answer({**found, "html": html}, lambda screen: show_format(screen, found))
 
 

@@ -7,23 +7,8 @@ from typing import Any
 from keymap.cli.screen import Screen
 from keymap.language.format import Evidence, Format
 from keymap.language.rules import Rule
-from keymap.source.open import catalogue_with
-from keymap.source.registry import registry
 
-__all__ = ["described", "find_format", "show_format"]
-
-
-def find_format(name: str) -> Format:
-    """A mapping by its name, or by the path of its file.
-
-    Raises:
-        MappingError: there is none, or the file is wrong.
-    """
-    known = registry()
-    if name in known.mappings:
-        return known.get(name)
-    extended, found = catalogue_with(name)
-    return extended.get(found or name)
+__all__ = ["described", "show_format"]
 
 
 def described(mapping: Format) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import click
 
 from keymap.cli.answer import REFUSED, USAGE, error_document
 from keymap.cli.commands import cli
-from keymap.errors import KeymapError, printable
+from keymap.errors import LISTED, KeymapError, printable
 
 __all__ = ["main"]
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
-_LISTED = 24  # faults that are printed; --json has all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def _run(words: list[str], as_json: bool) -> int:
 
 def _print_refusal(error: KeymapError) -> None:
     click.echo(f"keymap: {printable(error.summary)}", err=True)
-    for fault in error.faults[:_LISTED]:
+    for fault in error.faults[:LISTED]:
         click.echo(f"  - {printable(fault)}", err=True)
-    if len(error.faults) > _LISTED:
-        click.echo(f"  and {len(error.faults) - _LISTED} more; --json lists all", err=True)
+    if len(error.faults) > LISTED:
+        click.echo(f"  and {len(error.faults) - LISTED} more; --json lists all", err=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 __all__ = ["Layers", "Node", "Row", "fold", "ranges"]
 
-# An index is a whole segment of a key (`blocks.3.`), or ends one (`encoderblock_3/`) whose module has several tensors,
-# so that `LayerNorm_0` and `LayerNorm_1` are not layers. Nine digits are enough for layers.
+# An index is a whole segment of a key (`.3.`), or ends one (`_3/`) whose module has several tensors: two norms with a
+# number each are not layers. Nine digits are enough for layers.
 _INDEX = re.compile(r"(?:^|(?<=[./]))(?:0|[1-9][0-9]{0,8})(?=[./]|$)|(?<=_)(?:0|[1-9][0-9]{0,8})(?=/)")
 _MAX_INDICES = 6  # of one key
 _FEW = 3  # tensors of a module whose name ends with an index

@@ -9,13 +9,12 @@ import re
 from base64 import b64encode
 from importlib.resources import files
 
-from keymap.errors import MappingError, PlanError
+from keymap.errors import PlanError
 from keymap.picture.data import Picture, picture_of, plain
 from keymap.picture.sample import picture_of_format
 from keymap.plan.collecting import without_gc
 from keymap.plan.plan import Plan
-from keymap.source.open import PathLike, catalogue_with
-from keymap.source.registry import path_text, registry
+from keymap.source.open import PathLike, find_mapping
 
 __all__ = ["format_page", "plan_page", "render"]
 
@@ -46,7 +45,7 @@ def plan_page(plan: Plan) -> str:
 def format_page(format: PathLike) -> str:
     """The rules of a format as the same page, without a checkpoint.
 
-    The keys are made up from the rules: one of three layers stands for any number, and shapes are shown only where an
+    The keys are made up from the rules: there may be any number of layers, and shapes are shown only where an
     operation changes them.
 
     Args:
@@ -58,12 +57,8 @@ def format_page(format: PathLike) -> str:
     Raises:
         MappingError: there is no such format or file, the file is wrong, or it has no rules.
     """
-    name = path_text(format, MappingError, "pass the name of a format or the path of a YAML file")
-    known = registry()
-    if name not in known.mappings:
-        known, wanted = catalogue_with(format)
-        name = wanted or name
-    return render(picture_of_format(known.get(name), known))
+    known, mapping = find_mapping(format)
+    return render(picture_of_format(mapping, known))
 
 
 def render(picture: Picture) -> str:

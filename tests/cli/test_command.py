@@ -341,7 +341,6 @@ def test_a_conversion_is_that_of_the_library(small, capsys, tmp_path):
 
 
 def test_diff_compares_and_its_exit_code_says_the_result(small, capsys):
-    pytest.importorskip("keymap.compare")
     assert run(capsys, "diff", "hf.safetensors", "own.safetensors")[0] == 0
     assert as_json(capsys, "diff", "hf.safetensors", "own.safetensors")[0] == 0
     code, out, _ = run(capsys, "diff", "hf.safetensors", "other.pt", "--tower", "image")
@@ -353,7 +352,6 @@ def test_diff_compares_and_its_exit_code_says_the_result(small, capsys):
 
 
 def test_html_is_written_whole(small, capsys, tmp_path):
-    pytest.importorskip("keymap.picture")
     for words in (("plan", "hf.safetensors", "--model", "x"), ("explain", "hf_clip")):
         code, found = as_json(capsys, *words, "--html", tmp_path / "page.html")
         assert (code, found["result"]["html"]) == (0, str(tmp_path / "page.html"))
