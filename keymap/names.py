@@ -22,7 +22,7 @@ __all__ = ["map_key"]
 
 _SEPARATOR = re.compile(r"[./]")
 _SEGMENT = re.compile(r"[^./]+[./]?")
-_INDICES = ("1", "2")  # that stand for every index below a module
+_INDICES = ("1", "2")  # used in place of every index below a module
 _MAX_COMPARED = 200  # characters of a wrong name
 _MAX_TEXTS = 64  # alternatives of one rule
 _MAX_NAMES = 1000  # that one name may become
@@ -74,7 +74,7 @@ class _Way(NamedTuple):
 
     Attributes:
         known: all mappings.
-        source, target: the formats; a bridge stands for the hub.
+        source, target: the formats; a bridge has the hub's names.
     """
 
     known: Catalogue

@@ -21,10 +21,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import open_clip
 import torch
+from bench import SIZES, reads_of
 from peers import hf, openclip
 from safetensors.torch import load_file, save_file
 
@@ -39,21 +38,6 @@ import keymap
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks-files.md"
-LARGE: Mapping[str, Any] = {
-    "image_size": 224,
-    "image_width": 1024,
-    "image_heads": 16,
-    "image_depth": 24,
-    "image_mlp": 4,
-    "patch": 14,
-    "context_length": 77,
-    "vocab": 49408,
-    "text_width": 768,
-    "text_heads": 12,
-    "text_depth": 12,
-    "text_mlp": 4,
-    "embed_dim": 768,
-}
 BLOCK = 1 << 23
 Run = Callable[[], object]
 
@@ -71,23 +55,6 @@ def read_once(path: Path) -> None:
         block = bytearray(BLOCK)
         while file.readinto(block):
             pass
-
-
-def read_in_parallel(path: Path, threads: int) -> None:
-    """Read equal parts of a file at the same time."""
-    size = path.stat().st_size
-    step = -(-size // threads)
-
-    def part(start: int) -> None:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            left = min(step, size - start)
-            block = memoryview(bytearray(BLOCK))
-            while left > 0 and (count := file.readinto(block[: min(BLOCK, left)])):
-                left -= count
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(part, range(0, size, step)))
 
 
 def by_hand(source: Path, destination: Path) -> None:
@@ -153,7 +120,7 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
         path = folder / f"own{suffix}"
         keymap.save_checkpoint(model, path, "open_clip_flat")
         cases: dict[str, Run] = {
-            "fastest parallel read": partial(read_in_parallel, path, 4),
+            "fastest parallel read": reads_of(path),
             "one sequential read": partial(read_once, path),
             "keymap.load_checkpoint": partial(keymap.load_checkpoint, model, path),
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
@@ -174,7 +141,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     hf.clip()  # imports transformers before the first round
     rounds = 1 if options.quick else 5
-    model = openclip.clip(seed=1) if options.quick else openclip.clip(seed=1, quick_gelu=True, **LARGE)
+    model = openclip.clip(seed=1) if options.quick else openclip.clip(seed=1, quick_gelu=True, **SIZES["large"])
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         lines = [*conversions(Path(name), model, rounds), *cold_loads(Path(name), model, rounds)]
     if options.write:

@@ -55,7 +55,7 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
 
 
 def _typed(text: str) -> Any:
-    """A key of a table of words as the value that it stands for: true, null and numbers are keys as texts."""
+    """A key of a table of words as a value: true, null and numbers are keys as texts."""
     try:
         return json.loads(text)
     except ValueError:

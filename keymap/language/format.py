@@ -184,7 +184,7 @@ class Computed(NamedTuple):
         length: what tensors show.
         words: the file's values by the hub's words.
         others: what is taken if the fact is not known, or has no word.
-        minus, square, times: subtracted; whether the side of a square with so many elements is meant; multiplied by.
+        minus, square, times: subtracted; whether to take the side of a square with so many elements; multiplied by.
         divide: a fact to divide by.
         over: what the number is divided by, as a fraction.
         absent: the value if there is no such key; None leaves it out.

@@ -61,16 +61,17 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
 
 def _forbidden(repository: Repository, hub: Format, known: Mapping[str, Scalar]) -> list[str]:
     """Settings of the source that the format's code does not have."""
-    return [
+    faults = [
         f"{hub.facts[name].label or name}: {config_text(known[name])} in the source, and the format has only "
         f"{' or '.join(map(config_text, allowed))}"
         for name, allowed in repository.requires.items()
         if name in known and known[name] not in allowed
-    ] + [
-        f"{' and '.join(repository.alike)} differ ({', '.join(map(config_text, values))}), and the format has one value"
-        for values in [dict.fromkeys(known[name] for name in repository.alike if name in known)]
-        if len(values) > 1
     ]
+    values = dict.fromkeys(known[name] for name in repository.alike if name in known)
+    if len(values) > 1:
+        names, texts = " and ".join(repository.alike), ", ".join(map(config_text, values))
+        faults.append(f"{names} differ ({texts}), and the format has one value")
+    return faults
 
 
 def _fraction(number: int, by: int) -> float:
