@@ -19,7 +19,16 @@ from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
 from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text, registry
-from keymap.source.search import REFUSED, Reading, below, is_tower, owned_keys, prefixes_to_try, shared_starts
+from keymap.source.search import (
+    REFUSED,
+    Reading,
+    below,
+    explains_little,
+    is_tower,
+    owned_keys,
+    prefixes_to_try,
+    shared_starts,
+)
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
@@ -259,6 +268,8 @@ class _Reader:
     def opened(self, wrapper: str | None) -> Opened:
         unwrapped = unwrap(self.checkpoint.tree, self.known.containers, self.file, wrapper)
         top = self.readings(unwrapped)
+        if len(top) == 1 and top[0].found is not None and explains_little(top[0].found.mapping, top[0].found.tensors):
+            top = self.towers_alone(unwrapped, top[0].found) or top
         search = partial(self.inner, unwrapped, top, everywhere=wrapper is None)
         return Opened(self.known, self.file, top, wrapper is not None, self.wanted is not None, search)
 
@@ -273,6 +284,14 @@ class _Reader:
         except DetectionError as error:
             return (self.source(unwrapped, None)._replace(refusal=error, refused=refused),)
         return tuple(self.source(unwrapped, detection) for detection in self.by_configuration(found))
+
+    def towers_alone(self, unwrapped: Unwrapped, found: Detection) -> tuple[Source, ...]:
+        """The readings of a state dict as a tower without its prefix that explain more of it than a format does."""
+        to_try = prefixes_to_try(self.known, sorted(unwrapped.tensors), self.wanted).get(unwrapped.start, set())
+        layouts = layouts_of(unwrapped.tensors, unwrapped.start)
+        alone = self.group_of(unwrapped, layouts, to_try, alone_only=True)
+        explained = len(owned_keys(found.mapping, found.tensors))
+        return tuple(s for s in alone if s.found and len(owned_keys(s.found.mapping, s.found.tensors)) > explained)
 
     @cached_property
     def leaves(self) -> Mapping[str, Any]:
@@ -359,6 +378,8 @@ class _Reader:
         keys = sorted(state_dict.tensors)
         start = state_dict.start
         owned = [(start, owned_keys(s.found.mapping, s.found.tensors)) for s in top if s.found is not None]
+        read = {(s.found.mapping.name, start) for s in top if s.found is not None}
+        alone = {(s.found.mapping.name, start) for s in top if s.found is not None and s.alone}
         groups: list[tuple[Source, ...]] = []
         to_try = prefixes_to_try(self.known, keys, self.wanted)
         for prefix in sorted(to_try, key=len):
@@ -375,9 +396,16 @@ class _Reader:
             unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside)
             if unwrapped.start != prefix and not at_top:
                 continue  # the longer prefix is in the table, too
-            group = self.group(unwrapped, to_try[prefix], alone_only=at_top and tried)
+            readings = {
+                (name, root)
+                for name, root in to_try[prefix]
+                if (name, prefix) not in alone
+                and not (root and prefix.endswith(root) and (name, prefix.removesuffix(root)) in read)
+            }  # the tower without its prefix is the tower that a reading above has with it
+            group = self.group(unwrapped, readings, alone_only=at_top and tried)
             if group:
                 groups.append(group)
+                read |= {(s.found.mapping.name, prefix) for s in group if s.found is not None}
                 owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
         return Found(state_dict, tuple(groups), self.refused)
 

@@ -23,6 +23,7 @@ __all__ = [
     "REFUSED",
     "Reading",
     "below",
+    "explains_little",
     "is_tower",
     "owned_keys",
     "prefixes_to_try",
@@ -33,6 +34,7 @@ __all__ = [
 _SEPARATOR = re.compile("[./]")
 _MAX_OTHER_RULES = 3  # of a tower, for keys without its prefix, such as a projection
 _MIN_KEYS = 8  # of the smallest tower
+_SAMPLE = 24  # keys that tell whether a format explains most of a state dict
 _MAX_BEGINNINGS = 32  # of one clue, that its alternatives give
 
 REFUSED = ("", "")  # in place of a reading: a mapping may refuse what is there
@@ -40,20 +42,19 @@ Reading = tuple[str, str]  # the name of a format, and the prefix to put before 
 
 
 def tower_prefixes(mapping: Format) -> tuple[str, ...]:
-    """What nearly all keys of a tower begin with, for example ``visual.``: a tower that is saved alone may lack it."""
+    """What nearly all keys of a tower begin with, as ``visual.``, ``img/`` or ``image_encoder.model.``.
+
+    A tower that is saved alone may lack it.
+    """
     if mapping.kind == "hub":  # its aliases read towers without their prefix
         return ()
     found: dict[str, None] = {}
     for tower in mapping.layouts:
-        names = Counter(
-            name
-            for rule in mapping.rules
-            if rule.tower == tower
-            for name in {start.partition(".")[0] if "." in start else "" for start in rule.source.starts}
-        )
-        (name, count), *_ = names.most_common(1) or [("", 0)]
-        if name and names.total() - count <= _MAX_OTHER_RULES and count > _MAX_OTHER_RULES:
-            found[f"{name}."] = None
+        rules = [rule.source.starts for rule in mapping.rules if rule.tower == tower]
+        shared = Counter(prefix for starts in rules for prefix in shared_starts(starts) if prefix)
+        most = max(shared.values(), default=0)
+        if len(rules) - most <= _MAX_OTHER_RULES < most:
+            found |= {prefix: None for prefix, count in shared.items() if count == most}
     return tuple(found)
 
 
@@ -153,6 +154,12 @@ def owned_keys(mapping: Format, tensors: Mapping[str, Layout]) -> set[str]:
         if (found is not None and not found[0].rest) or any(side.match(key) is not None for side in sides):
             owned.update(layout.named(key))
     return owned
+
+
+def explains_little(mapping: Format, tensors: Mapping[str, Layout]) -> bool:
+    """Whether a format has rules for less than half of these keys; of many keys a sample is looked at."""
+    sample = list(tensors)[:: max(1, len(tensors) // _SAMPLE)]
+    return 2 * sum(mapping.table.find(key) is not None for key in sample) < len(sample)
 
 
 def is_tower(mapping: Format, tensors: Mapping[str, Layout]) -> bool:

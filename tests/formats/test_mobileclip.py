@@ -20,7 +20,7 @@ from torch import Tensor
 import keymap
 from keymap.source.registry import registry
 
-pytestmark = pytest.mark.formats("mobileclip_b", "mobileclip_s", "mobileclip_s0")
+pytestmark = pytest.mark.formats("mobileclip_b", "mobileclip_s", "mobileclip_s0", "mobileclip_text")
 
 FORMATS = dict.fromkeys(mobileclip.MODELS, "mobileclip_s") | {
     "mobileclip_b": "mobileclip_b",
@@ -112,6 +112,23 @@ def test_mobileclip_s0_loads_its_image_tower_and_says_why_not_its_text_tower(pt,
         proves("bit-equal", result.report.plan)
     with pytest.raises(keymap.PlanError, match=r"cannot be written as open_clip"):
         keymap.convert_state_dict(source, to="open_clip")
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder.", "", "teacher."])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_text_tower_alone_loads_whether_it_is_causal_or_not(name, prefix, pt, quiet, proves):
+    """S1 and B differ in `causal` alone, which such a file does not say: no warning, no choice."""
+    source, peer = mobileclip.small(name)
+    text = {key: value for key, value in source.items() if key.startswith("text_encoder.")}
+    model = mobileclip.model(name, seed=5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    path = pt({prefix + key.removeprefix("text_encoder."): value for key, value in text.items()})
+    result = keymap.load_checkpoint(model, path, towers=("text",))
+    assert result.report.plan.format == "mobileclip_text"
+    assert not any("causal" in warning for warning in result.report.plan.warnings)
+    wanted = {key: value for key, value in peer.state_dict().items() if key.startswith("text.")}
+    assert_bits(model, before | wanted)
+    proves("bit-equal", result.report.plan)
 
 
 @pytest.mark.parametrize("strict", [True, False])

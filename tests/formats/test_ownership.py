@@ -217,6 +217,10 @@ DERIVED = {
         "hf_siglip",
         {k: n for k, n in prefixed("hf_SiglipVisionModel", "vision_model.").items() if ".head." not in k},
     ),
+    "MobileCLIP-B's text tower alone": (
+        "mobileclip_text",
+        {key: rank for key, rank in LISTS["apple_mobileclip_b"].items() if key.startswith("text_encoder.")},
+    ),
     "MobileCLIP-S0's image tower alone": (
         "mobileclip_s",  # without the text tower it is no other file than S1's and S2's
         {key: rank for key, rank in LISTS["apple_mobileclip_s0"].items() if key.startswith("image_encoder.")},

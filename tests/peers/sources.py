@@ -531,6 +531,10 @@ def mobileclip_keys(name: str) -> Keys:
     }
 
 
+def mobileclip_text_keys(name: str) -> Keys:
+    return {key: value for key, value in mobileclip_keys(name).items() if key.startswith("text_encoder.")}
+
+
 # -------------------------------------------------------------------------------- which files there are, and why
 Answer = Source | str
 _FLAT_TEXT = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
@@ -680,6 +684,10 @@ def _pe(c: Configuration) -> Answer:
 
 def _mobileclip(c: Configuration, form: str) -> Answer:
     owner, file = MOBILE.get(c.name, ("", ""))
+    if form == "mobileclip_text" and owner in ("mobileclip_b", "mobileclip_s"):
+        return Source(f"Apple's key list of {file}, text alone", partial(mobileclip_text_keys, file), ("text",))
+    if form == "mobileclip_text":
+        return "the text tower is not MobileCLIP's" if owner != "mobileclip_s0" else "no model has S0's text tower"
     if owner == form:
         half = form == "mobileclip_s0"
         towers, others = (("image", "scale"), ("text_encoder.",)) if half else (None, ())
@@ -710,6 +718,7 @@ FORMATS: dict[str, Callable[[Configuration], Answer]] = {
     "mobileclip_b": partial(_mobileclip, form="mobileclip_b"),
     "mobileclip_s": partial(_mobileclip, form="mobileclip_s"),
     "mobileclip_s0": partial(_mobileclip, form="mobileclip_s0"),
+    "mobileclip_text": partial(_mobileclip, form="mobileclip_text"),
     "hf_bert": partial(_language, form="hf_bert"),
     "hf_mt5": partial(_language, form="hf_mt5"),
     "hf_m2m100": partial(_language, form="hf_m2m100"),
