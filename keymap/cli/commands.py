@@ -12,6 +12,7 @@ from click.shell_completion import get_completion_class
 
 import keymap
 from keymap.cli import options
+from keymap.cli.advice import in_options
 from keymap.cli.answer import Answer, answers
 from keymap.cli.names import complete_format
 from keymap.cli.screen import Screen, progress_bar
@@ -36,7 +37,7 @@ def cli() -> None:
 
 def _report(screen: Screen, text: str) -> None:
     """A report of the library: its first line, then a row for each of the others."""
-    first, *others = text.splitlines()
+    first, *others = in_options(text).splitlines()
     screen.line(first)
     rows = [line.strip().partition(": ") for line in others]
     screen.pairs((label, rest) if colon else ("", label) for label, colon, rest in rows)
@@ -91,6 +92,9 @@ def inspect_command(path: str, wrapper: str | None, unsafe_pickle: bool, tensors
     "compared.",
 )
 @click.option("--like-wrapper", metavar="NAME", help="Which state dict of that checkpoint.")
+@click.option(
+    "--like-mapping", metavar="NAME|YAML", shell_complete=complete_format, help="The format of that checkpoint."
+)
 @click.option("--explain", metavar="KEY", help="Show how this tensor of the model is filled, and by which rules.")
 @click.option("--html", metavar="FILE", type=options.PATH, help="Write the plan as a page of HTML.")
 @options.request
@@ -100,6 +104,7 @@ def plan_command(
     model_name: str | None,
     like: str | None,
     like_wrapper: str | None,
+    like_mapping: str | None,
     explain: str | None,
     html: str | None,
     **asked: Any,
@@ -118,7 +123,7 @@ def plan_command(
         model = targets.named(model_name)
     else:
         assert like is not None, "one of the two is given"
-        model = targets.like(like, like_wrapper, arguments["facts"], arguments["weights_only"])
+        model = targets.like(like, like_wrapper, like_mapping, arguments["facts"], arguments["weights_only"])
     plan = keymap.plan_load(model, path, **arguments)
     explanation = plan.explain(explain) if explain is not None else None
     if html is not None:
@@ -257,7 +262,7 @@ def diff_command(first: str, second: str, *, facts: Sequence[str], unsafe_pickle
     found = keymap.compare_checkpoints(first, second, **asked)
 
     def show(screen: Screen) -> None:
-        for line in str(found).splitlines():
+        for line in in_options(str(found)).splitlines():
             screen.line(line)
 
     return Answer(found.to_dict(), show, 0 if found.equal else _DIFFERENT)

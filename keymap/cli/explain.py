@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keymap.cli.advice import in_options
 from keymap.cli.screen import Screen
 from keymap.language.format import Evidence, Format
 from keymap.language.rules import Rule
@@ -63,7 +64,7 @@ def show_format(screen: Screen, found: dict[str, Any]) -> None:
     rows.append(("settings", ", ".join(found["settings"])))
     rows += [("fixed", f"{name} = {value}") for name, value in found["fixed"].items()]
     rows += [("note", note) for note in found["notes"]]
-    screen.pairs((label, str(value)) for label, value in rows if value)
+    screen.pairs((label, in_options(str(value))) for label, value in rows if value)
     for number, rules in enumerate([found["rules"], *found["variants"]]):
         if rules:
             screen.title("rules" if number == 0 else f"rules of variant {number}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from keymap.cli.advice import in_options
 from keymap.cli.answer import REFUSED, USAGE, error_document
 from keymap.cli.commands import cli
 from keymap.errors import LISTED, KeymapError, printable
@@ -52,7 +53,8 @@ def _run(words: list[str], as_json: bool) -> int:
         return USAGE
     except KeymapError as error:
         if as_json:
-            click.echo(error_document(command, type(error).__name__, error.summary, error.faults))
+            faults = map(in_options, error.faults)
+            click.echo(error_document(command, type(error).__name__, in_options(error.summary), faults))
         else:
             _print_refusal(error)
         return REFUSED
@@ -65,8 +67,8 @@ def _run(words: list[str], as_json: bool) -> int:
 
 
 def _print_refusal(error: KeymapError) -> None:
-    click.echo(f"keymap: {printable(error.summary)}", err=True)
+    click.echo(f"keymap: {printable(in_options(error.summary))}", err=True)
     for fault in error.faults[:LISTED]:
-        click.echo(f"  - {printable(fault)}", err=True)
+        click.echo(f"  - {printable(in_options(fault))}", err=True)
     if len(error.faults) > LISTED:
         click.echo(f"  and {len(error.faults) - LISTED} more; --json lists all", err=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from keymap.advice import renaming
 from keymap.errors import PlanError, printable
 from keymap.plan.export import only_reading
 from keymap.plan.to_hub import to_hub
@@ -52,7 +53,7 @@ def named(name: str) -> nn.Module:
         known: list[str] = open_clip.list_models()
         if name not in known:
             near = get_close_matches(name[:_SHOWN], known, 3, 0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists the names"
+            hint = f"did you mean {', '.join(near)}?" if near else "`keymap inspect FILE` names those that fit a file"
             raise PlanError(f"--model {name}: OpenCLIP has no such configuration; {hint}")
         try:
             with torch.device("meta"):
@@ -79,13 +80,16 @@ class _Described(nn.Module):
         return dict(self._tensors)
 
 
-def like(path: str, wrapper: str | None, facts: Mapping[str, int] | None, weights_only: bool) -> nn.Module:
+def like(
+    path: str, wrapper: str | None, mapping: str | None, facts: Mapping[str, int] | None, weights_only: bool
+) -> nn.Module:
     """A module with the names and shapes that a checkpoint has after a translation to OpenCLIP's names.
 
     Raises:
         KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
     """
-    source = only_reading(open_source(path, weights_only, None, wrapper))
+    with renaming({"wrapper": "like_wrapper", "mapping": "like_mapping"}):
+        source = only_reading(open_source(path, weights_only, mapping, wrapper))
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

@@ -11,7 +11,7 @@ from math import isfinite, prod
 import numpy as np
 from torch import nn
 
-from keymap.compare.names import Named, failed_of, readings, same_names
+from keymap.compare.names import Named, failed_of, of_side, readings, same_names
 from keymap.compare.report import Comparison, Difference
 from keymap.compare.values import Gap, Values, compare_values
 from keymap.errors import PlanError, some
@@ -97,11 +97,12 @@ def _open(
     """A file or a model, opened, and the facts that a model states."""
     if isinstance(where, nn.Module):
         if mapping is not None or wrapper is not None:
-            raise PlanError(f"{name} is a model: leave mapping_{name} and wrapper_{name} out")
+            raise PlanError(f"{name} is a model: leave mapping_{name}= and wrapper_{name}= out")
         return open_model(where, catalogue_with(None)[0])
     if not isinstance(where, (str, os.PathLike)):
         raise PlanError(f"{name}={brief(where)}: pass the path of a checkpoint, or a model")
-    return open_source(where, weights_only, mapping, checked_wrapper(wrapper)), {}
+    with of_side(name):
+        return open_source(where, weights_only, mapping, checked_wrapper(wrapper)), {}
 
 
 def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype: bool) -> Comparison:

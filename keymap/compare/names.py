@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from keymap.advice import choices, renaming
 from keymap.errors import DetectionError, PlanError, VerifyError, by_reason, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -19,7 +21,7 @@ from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.source.detect import file_rules, tower_layout
 from keymap.source.open import Opened, Source, layouts_of
 
-__all__ = ["Named", "readings", "same_names"]
+__all__ = ["Named", "of_side", "readings", "same_names"]
 
 
 class Named(NamedTuple):
@@ -57,13 +59,20 @@ def readings(a: Opened, b: Opened) -> tuple[Source, Source]:
     if both:
         return both[0]
     try:
-        return only_reading(a), only_reading(b)
-    except DetectionError as error:
+        with of_side("a"):
+            one_reading = only_reading(a)
+        with of_side("b"):
+            return one_reading, only_reading(b)
+    except DetectionError:
         one, other = a.top[0], b.top[0]
         if not one.refused and not other.refused and _share_names(one, other):
             return one._replace(found=None), other._replace(found=None)
-        here = "in a comparison, mapping= is mapping_a= or mapping_b=, and wrapper= is wrapper_a= or wrapper_b="
-        raise DetectionError(error.summary, [*error.faults, here]) from None
+        raise
+
+
+def of_side(side: str) -> AbstractContextManager[None]:
+    """Errors about a file name the arguments of its side, ``a`` or ``b``."""
+    return renaming({name: f"{name}_{side}" for name in ("mapping", "wrapper")})
 
 
 def _share_names(a: Source, b: Source) -> bool:
@@ -87,7 +96,7 @@ def same_names(a: Source, b: Source, request: Request, facts: Mapping[str, int])
     if a.found is None or b.found is None:
         if request.towers is not None:
             raise PlanError(
-                f"{a.file} and {b.file}: no format matches both, so their towers are not known; leave towers out"
+                f"{a.file} and {b.file}: no format matches both, so their towers are not known; leave towers= out"
             )
         return _own(a), _own(b), ""
     one, other = a.found.mapping, b.found.mapping
@@ -168,21 +177,26 @@ def _to_hub(source: Source, request: Request, facts: Mapping[str, int]) -> Trans
 def _meet(known: Catalogue, one: Translated, other: Translated) -> list[str]:
     """Bring each tower of both to one layout; returns the towers for which there is none."""
     faults: list[str] = []
+    alike: list[str] = []
     for tower, names in known.hub.layouts.items():
         layouts = [tower_layout(known.hub, tower, side.tensors) for side in (one, other)]
-        if None in layouts or layouts[0] == layouts[1]:
+        if None in layouts:
+            continue
+        if layouts[0] == layouts[1]:
+            alike.append(tower)
             continue
         wanted: Sequence[str | None] = (known.hub.written_as.get(tower), *reversed(layouts), *names)
         target = next((name for name in wanted if name and all(_leads(known, tower, at, name) for at in layouts)), None)
         if target is None:
             faults.append(
                 f"the {tower} tower has layout {layouts[0]} in a and {layouts[1]} in b, and no bridge joins them: "
-                f"these are different architectures; name the other towers with towers="
+                f"these are different architectures"
             )
             continue
+        alike.append(tower)
         for side in (one, other):
             bring_to_layouts(known, side, {tower: [target]})
-    return faults
+    return [*faults, f"compare what is left with {choices('towers', [tuple(alike)])}"] if faults and alike else faults
 
 
 def _leads(known: Catalogue, tower: str, layout: str | None, target: str) -> bool:

@@ -46,7 +46,7 @@ def check_missing_patterns(patterns: Sequence[str], model: ModelView) -> None:
             near = get_close_matches(pattern[:_MAX_NAME], keys, 3, 0.6)
             faults.append(f"{pattern!r} matches none" + (f"; did you mean {', '.join(near)}?" if near else ""))
     if faults:
-        raise PlanError("allow_missing: each pattern must match a key of the model", faults)
+        raise PlanError("allow_missing=: each pattern must match a key of the model", faults)
 
 
 def suggestion(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from keymap.advice import choices
 from keymap.errors import KeymapError, PlanError
 from keymap.language.layout import Layout
 from keymap.plan.describe import Described, describe
@@ -106,10 +107,9 @@ class _Trial:
             PlanError: several fit.
         """
         if len(found) > 1:
-            names = ", ".join(repr(plan.format) for plan, _ in found)
+            names = choices("mapping", [plan.format for plan, _ in found])
             raise PlanError(
-                f"{self.request.file}: {len(found)} formats match the file and fit the model; choose one with "
-                f"mapping=: {names}"
+                f"{self.request.file}: {len(found)} formats match the file and fit the model; choose one with {names}"
             )
         if not found:
             return None
@@ -117,7 +117,8 @@ class _Trial:
         others = [one.found.mapping.name for one in sources if one is not source and one.found is not None]
         if others:
             text = f"the keys are those of {plan.format} and of {', '.join(others)}; only {plan.format} fits the model"
-            warning = f"format: {text}; if the file is another one, embeddings will differ; pass mapping= to choose"
+            choose = f"choose with {choices('mapping', others)}"
+            warning = f"format: {text}; if the file is another one, embeddings will differ; {choose}"
             plan = replace(plan, warnings=(*plan.warnings, warning))
         return plan, source
 
@@ -231,10 +232,10 @@ class _Trial:
     def only(self, found: Sequence[Fit], what: str = "") -> Fit | None:
         """The only one of those that fit; None for none."""
         if len(found) > 1:
-            names = ", ".join(repr(source.unwrapped.wrapper) for _, source in found)
+            names = choices("wrapper", [source.unwrapped.wrapper for _, source in found])
             raise PlanError(
                 f"{self.request.file}: {len(found)} state dicts in the file fit the model{what}; choose one with "
-                f"wrapper=: {names}"
+                f"{names}"
             )
         return found[0] if found else None
 
@@ -280,7 +281,7 @@ class _Trial:
                 name = rival.unwrapped.wrapper
                 raise PlanError(
                     f"{self.request.file}: 2 state dicts in the file have the {tower} tower in the model's sizes; "
-                    f"choose one with wrapper=: {source.unwrapped.wrapper!r}, {name!r}",
+                    f"choose one with {choices('wrapper', [source.unwrapped.wrapper, name])}",
                     [f"wrapper={name!r} does not fit: {fault}" for fault in faults],
                 )
 

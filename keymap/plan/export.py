@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from keymap.advice import choices
 from keymap.errors import DetectionError, MappingError, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -88,10 +89,9 @@ def only_reading(opened: Opened) -> Source:
         return alone[0]
     error = opened.top[0].refusal
     assert error is not None, "a source without a format has a reason"
-    names = ", ".join(repr(group[0].unwrapped.wrapper) for group in opened.inner)
-    raise DetectionError(
-        error.summary, [*error.faults, *([f"it holds state dicts at {names}: pass one as wrapper="] if names else [])]
-    )
+    names = choices("wrapper", [group[0].unwrapped.wrapper for group in opened.inner])
+    advice = [f"a part of it has a known format: pass {names}"] if names else []
+    raise DetectionError(error.summary, [*error.faults, *advice])
 
 
 def export(source: Source, target: Format, request: Request, facts: Mapping[str, int]) -> Export:

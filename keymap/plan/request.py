@@ -196,7 +196,7 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
             names |= _sizes_of_rules(known) - grids
             faults = [_unknown_fact(name, facts[name], names, grids) for name in unknown if name not in names]
             if faults:
-                raise PlanError("the argument facts is wrong", faults)
+                raise PlanError("facts=: a name is wrong", faults)
         return facts
     example = next((f", for example {{{name!r}: 12}}" for name in hub.facts if name not in grids), "")
     raise PlanError(f"facts={facts!r}: expected a dict of names and positive integers{example}")
@@ -244,7 +244,7 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
         if in_file != value:
             faults.append(f"{text}: the file has {config_text(in_file)} ({origin})")
     if faults:
-        raise PlanError(f"{request.file}: the argument facts contradicts the model or the file", faults)
+        raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
 
 
 def check_model(model: object) -> None:

@@ -127,8 +127,8 @@ def _resize_apart(lead: int, source: Rows, target: Rows) -> Resize | None:
     """For a grid with two axes, whose shape shows its size."""
     before, after = source.shape[lead:-1], target.shape[lead:-1]
     if source.grid not in (None, before):
-        given, own = ("x".join(map(str, grid)) for grid in (source.grid or (), before))
-        raise MismatchError(f"source_grid {given} does not match the file, whose grid is {own}")
+        own = "x".join(map(str, before))
+        raise MismatchError(f"source_grid={source.grid}: does not match the file, whose grid is {own}")
     return None if source.shape == target.shape else Resize(lead, 0, 0, before, after, apart=True)
 
 
@@ -160,9 +160,8 @@ def _source_grid(rows: int, source: Rows, target_prefix: int, target_grid: Grid)
     if source.grid is not None:
         prefix = rows - prod(source.grid)
         if prefix not in source.prefixes:
-            h, w = source.grid
             raise MismatchError(
-                f"source_grid {h}x{w} does not fit {rows} positions with "
+                f"source_grid={source.grid}: does not fit {rows} positions with "
                 f"{' or '.join(map(str, source.prefixes))} rows before the grid"
             )
         return prefix, source.grid
@@ -184,4 +183,4 @@ def _choices(rows: int, prefixes: Sequence[int], target_prefix: int) -> str:
     fitting = [p for p in prefixes if p in (0, target_prefix) and p < rows]
     grids = [(h, (rows - p) // h, p) for p in fitting for h in range(1, rows - p + 1) if (rows - p) % h == 0]
     several = len(fitting) > 1
-    return ", ".join(f"({h}, {w}){f' after {p} rows' if several else ''}" for h, w, p in grids[:_LISTED_GRIDS])
+    return ", ".join(f"{h}x{w}{f' after {p} rows' if several else ''}" for h, w, p in grids[:_LISTED_GRIDS])

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from keymap.advice import choices
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
@@ -223,7 +224,8 @@ def claim(
 def ambiguous(found: Sequence[Detection], file: str) -> DetectionError:
     """The error for keys that several formats match."""
     return DetectionError(
-        f"{file}: {len(found)} formats match its keys; choose one with mapping='...'",
+        f"{file}: {len(found)} formats match its keys; choose one with "
+        f"{choices('mapping', [d.mapping.name for d in found])}",
         [f"{d.mapping.name} ({d.mapping.title}): by {', '.join(d.evidence[:3])}" for d in found],
     )
 

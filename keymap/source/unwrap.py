@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple
 
+from keymap.advice import choices
 from keymap.errors import SHOWN, CheckpointError, some
 from keymap.language.format import Containers
 from keymap.read import LazyTensor
@@ -173,11 +174,11 @@ def _wanted(
     if len(found) == 1:
         return (), found[0]
     if found:
-        names = ", ".join(map(repr, found))
-        raise CheckpointError(f"{file}: wrapper={wrapper!r} may be any of {names}; pass one of them")
+        several = f"wrapper={wrapper!r} names {len(found)} places of the file"
+        raise CheckpointError(f"{file}: {several}; pass {choices('wrapper', found)}")
     known = ", ".join(repr(".".join(path)) for path in paths) or "none"
     near = get_close_matches(wrapper[:MAX_KEY], _first_prefixes(everything), 3, 0.6)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = f"; did you mean {choices('wrapper', near)}?" if near else ""
     raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}{hint}")
 
 

@@ -26,7 +26,7 @@ def shards_of(path: Path, items: Mapping[str, Item], limit: int | None) -> dict[
     if limit is None or sum(item.nbytes for item in items.values()) <= limit:
         return {path: list(items)}
     if path.suffix != ".safetensors":
-        raise WriteError(f"{path}: only .safetensors is written in shards; leave max_shard_size out")
+        raise WriteError(f"{path}: only .safetensors is written in shards; write that, or leave max_shard_size= out")
     groups: list[list[str]] = [[]]
     size = 0
     for key, item in items.items():

@@ -401,7 +401,7 @@ def test_grids_that_are_not_square_do_not_convert_between_the_two_layouts(file, 
 
 def test_a_source_grid_that_is_not_the_tables_own_is_refused(npz):
     path, model = npz(naflex.init(image_size=56)), naflex.model(seed=5)
-    refused(model, path, "source_grid 2x8 does not match the file, whose grid is 4x4", source_grid=(2, 8))
+    refused(model, path, "source_grid=(2, 8): does not match the file, whose grid is 4x4", source_grid=(2, 8))
     keymap.load_checkpoint(model, path, source_grid=(4, 4))
 
 

@@ -520,5 +520,5 @@ def test_the_advice_for_a_table_without_a_row_is_not_a_wrong_grid(st):
     with pytest.raises(keymap.PlanError) as caught:
         keymap.load_checkpoint(native((2, 2), 2), path, towers=("image",))
     message = str(caught.value)
-    assert "pass source_grid=(h, w), one of" in message and "(2, 3)" in message
-    assert "source_grid 1x5" not in message and "(2, 3) after 0 rows" in message
+    assert "pass source_grid=(h, w), one of" in message and "2x3" in message
+    assert "source_grid=(1, 5)" not in message and "2x3 after 0 rows" in message

@@ -18,6 +18,7 @@ EACH = pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(PACKAGE)
 # A room imports from itself and from the rooms of earlier lines. Rooms of one line do not know each other.
 FLOORS = (
     ("errors", "paths"),
+    ("advice",),
     ("language", "read"),
     ("source",),
     ("plan",),

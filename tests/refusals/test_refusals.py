@@ -587,7 +587,9 @@ def test_an_npz_with_and_without_params_before_its_keys(first, tmp_path):
     flat, path = big_vision.init(), tmp_path / "siglip.npz"
     more, other = big_vision.with_prefix(flat), {k: v + 1 for k, v in flat.items()}
     big_vision.save({**other, **more} if first.endswith("last") else {**more, **other}, path)
-    refuses(openclip.siglip(seed=5), path, keymap.PlanError, path.name, "choose one with wrapper=: '', 'params'")
+    refuses(
+        openclip.siglip(seed=5), path, keymap.PlanError, path.name, "choose one with wrapper='' or wrapper='params'"
+    )
 
 
 def _expanded() -> nn.Module:

@@ -178,7 +178,7 @@ def test_of_two_models_that_both_fit_none_is_guessed(strict, tmp_path):
     path = two(tmp_path, state(seed=2))
     model = openclip.clip(seed=5)
     before = bits(model)
-    with pytest.raises(keymap.PlanError, match=r"choose one with wrapper=: 'state_dict.student', 'state_dict.teacher'"):
+    with pytest.raises(keymap.PlanError, match=r"with wrapper='state_dict.student' or wrapper='state_dict.teacher'"):
         keymap.load_checkpoint(model, path, strict)
     assert_unchanged(model, before)
     for wrapper, seed in {"teacher": 2, "state_dict.teacher": 2, "student": 1}.items():

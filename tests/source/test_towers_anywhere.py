@@ -157,7 +157,7 @@ def test_two_towers_that_fit_are_refused_with_the_wrapper_of_each(names, tmp_pat
     for towers in (None, ("image",)):
         with pytest.raises(keymap.PlanError, match="choose one with wrapper=") as caught:
             keymap.load_checkpoint(model, path, towers=towers)
-        printed = str(caught.value).partition("wrapper=: ")[2].replace("'", "").split(", ")
+        printed = str(caught.value).partition("choose one with wrapper=")[2].replace("'", "").split(" or wrapper=")
         assert len(printed) == 2
     assert_unchanged(model, before)
     for wrapper, source in zip(printed, (first, second), strict=True):
@@ -179,7 +179,7 @@ def test_a_model_beside_its_copy_is_not_taken_for_the_copy(tmp_path):
     first, copy = openclip.clip(seed=1), openclip.clip(seed=2)
     path = written(state(first) | under("ema_copy.", state(copy)), tmp_path)
     model = openclip.clip(seed=3)
-    with pytest.raises(keymap.PlanError, match="wrapper=: '', 'ema_copy'"):
+    with pytest.raises(keymap.PlanError, match="wrapper='' or wrapper='ema_copy'"):
         keymap.load_checkpoint(model, path)
     for wrapper, source in {"": first, "ema_copy": copy}.items():
         keymap.load_checkpoint(model, path, wrapper=wrapper)
@@ -237,7 +237,7 @@ def test_an_inspection_lists_every_tower_with_its_prefix(tmp_path):
 def test_a_conversion_takes_a_wrapper_and_towers():
     source = openclip.clip(seed=1)
     tensors = under("deep.inside.", state(source)) | OTHER
-    with pytest.raises(keymap.DetectionError, match="pass one as wrapper="):
+    with pytest.raises(keymap.DetectionError, match=r"pass wrapper='deep\.inside'"):
         keymap.convert_state_dict(tensors, "hf_clip")
     whole = keymap.convert_state_dict(tensors, "hf_clip", wrapper="deep.inside")
     wanted = keymap.convert_state_dict(state(source), "hf_clip")
@@ -289,7 +289,7 @@ def test_a_load_that_fits_at_once_searches_nothing(tmp_path, monkeypatch):
 
 def test_a_wrong_wrapper_is_refused_with_near_names(tmp_path):
     path = written(under("net.teacher.", state(openclip.clip(seed=1))) | OTHER, tmp_path)
-    with pytest.raises(keymap.CheckpointError, match=r"did you mean 'net\.teacher'"):
+    with pytest.raises(keymap.CheckpointError, match=r"did you mean wrapper='net\.teacher'"):
         keymap.load_checkpoint(openclip.clip(), path, wrapper="net.techer")
 
 
@@ -348,7 +348,7 @@ def test_a_teacher_is_not_taken_because_the_student_does_not_fit(name, where, tm
     for options in ({}, {"towers": ("image",)}, {"strict": False}):
         model = openclip.clip(seed=2)
         before = bits(model)
-        with pytest.raises(keymap.KeymapError, match=r"wrapper=: |adapter|unexpected"):
+        with pytest.raises(keymap.KeymapError, match=r"choose one with wrapper=|adapter|unexpected"):
             keymap.load_checkpoint(model, path, **options)
         assert_unchanged(model, before)
     keymap.load_checkpoint(model, path, wrapper="teacher")
@@ -388,6 +388,6 @@ def test_a_teacher_is_not_taken_with_a_head_that_lies_beside_both(tmp_path):
     model.probe = torch.nn.Linear(24, 3)
     head = {f"probe.{key}": value for key, value in model.probe.state_dict().items()}
     before = bits(model)
-    with pytest.raises(keymap.PlanError, match=r"choose one with wrapper=: 'teacher', 'student'"):
+    with pytest.raises(keymap.PlanError, match=r"choose one with wrapper='teacher' or wrapper='student'"):
         keymap.load_checkpoint(model, written(both | head, tmp_path))
     assert_unchanged(model, before)
