@@ -23,10 +23,10 @@ def _each(value: Any) -> list[str]:
 
 
 def _pairs(value: Any) -> list[str]:
-    """``NAME=VALUE``; a value that the message leaves open is N."""
+    """``NAME=VALUE``; a value that the message leaves open is VALUE."""
     if not isinstance(value, Mapping):
         return [str(value)]
-    return [f"{name}={'N' if inner is ... else inner}" for name, inner in value.items()]
+    return [f"{name}={'VALUE' if inner is ... else inner}" for name, inner in value.items()]
 
 
 def _grid(value: Any) -> list[str]:

@@ -49,9 +49,10 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
     faults = [*_forbidden(repository, hub, known), *writer.faults]
     if writer.unknown:
         names = "; ".join(f"{name}: {hub.facts[name].label or name}" for name in writer.unknown)
+        wanted = ", ".join(f"{name!r}: ..." for name in writer.unknown)
         faults.append(
-            f"neither shapes nor a configuration show {names}; pass them, for example "
-            f"facts={{{next(iter(writer.unknown))!r}: ...}}, or put the source's configuration beside it"
+            f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or put the source's "
+            f"configuration beside it"
         )
     if faults:
         files = " and ".join(repository.files)
