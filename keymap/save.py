@@ -18,7 +18,7 @@ from keymap.load.progress import Counter, Progress
 from keymap.plan.export import Export, export, only_reading, target_format
 from keymap.plan.live import open_model
 from keymap.plan.plan import dtype_name
-from keymap.plan.repository import repository_files
+from keymap.plan.repository import repository_files, repository_of
 from keymap.plan.request import (
     check_model,
     checked_flag,
@@ -199,10 +199,9 @@ def _written(
     if not place.is_folder:
         check_place(path, sources)
         return _write(planned, path, {}, options)
-    texts = repository_files(planned, planned.source.known.hub, given)
+    repository = repository_of(planned)
     check_folder(path, sources, overwrite)
-    repository = planned.target.repository
-    assert repository is not None, "it gave the texts"
+    texts = repository_files(planned, planned.source.known.hub, given)
     if path.is_dir() and any(path.iterdir()):
         result = _write(planned, path / repository.weights, texts, options)
         remove_others(path, repository.weights, {Path(file).name for file in result.files})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,25 @@ def _report(screen: Screen, text: str) -> None:
     screen.pairs((label, rest) if colon else ("", label) for label, colon, rest in rows)
 
 
-def _write_page(file: str, page: str) -> None:
-    """Write a page of HTML, whole or not at all."""
-    from keymap.write.place import check_place, whole_files
+def _checked_page(file: str, sources: Sequence[Path]) -> Path:
+    """The path of a page to write, which is never that of a checkpoint.
+
+    Raises:
+        WriteError: it does not end as a page does, or cannot be written.
+    """
+    from keymap.write.place import check_place
 
     path = Path(file)
-    check_place(path, [])
+    if path.suffix not in (".html", ".htm"):
+        raise keymap.WriteError(f"--html {shlex.quote(file)}: pass a name that ends with .html, for example plan.html")
+    check_place(path, sources)
+    return path
+
+
+def _write_page(path: Path, page: str) -> None:
+    """Write a page of HTML, whole or not at all."""
+    from keymap.write.place import whole_files
+
     with whole_files([path]) as parts:
         parts[0].write_text(page, encoding="utf-8")
 
@@ -118,6 +132,7 @@ def plan_command(
     arguments = options.load_arguments(**asked)
     from keymap.cli import targets
 
+    page = _checked_page(html, [Path(path)]) if html is not None else None
     model: nn.Module
     if model_name is not None:
         model = targets.named(model_name)
@@ -126,10 +141,10 @@ def plan_command(
         model = targets.like(like, like_wrapper, like_mapping, arguments["facts"], arguments["weights_only"])
     plan = keymap.plan_load(model, path, **arguments)
     explanation = plan.explain(explain) if explain is not None else None
-    if html is not None:
+    if page is not None:
         from keymap.picture import plan_page
 
-        _write_page(html, plan_page(plan))
+        _write_page(page, plan_page(plan))
 
     def show(screen: Screen) -> None:
         if explanation is not None:
@@ -299,11 +314,12 @@ def explain_command(name: str, html: str | None) -> Answer:
     from keymap.cli.explain import described, show_format
     from keymap.source.open import find_mapping
 
+    page = _checked_page(html, [Path(name)]) if html is not None else None
     found = described(find_mapping(name)[1])
-    if html is not None:
+    if page is not None:
         from keymap.picture import format_page
 
-        _write_page(html, format_page(name))
+        _write_page(page, format_page(name))
     return Answer({**found, "html": html}, lambda screen: show_format(screen, found))
 
 

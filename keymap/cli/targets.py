@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,18 +44,19 @@ def named(name: str) -> nn.Module:
     Raises:
         PlanError: OpenCLIP is not installed, has no such configuration, or cannot build it.
     """
+    asked = f"--model {shlex.quote(name)}"
     with _quiet():
         try:
             import open_clip
         except ImportError as error:
             raise PlanError(
-                f"--model {name}: OpenCLIP cannot be imported ({error}); install it with: pip install open_clip_torch"
+                f"{asked}: OpenCLIP cannot be imported ({error}); install it with: pip install open_clip_torch"
             ) from error
         known: list[str] = open_clip.list_models()
         if name not in known:
             near = get_close_matches(name[:_SHOWN], known, 3, 0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "`keymap inspect FILE` names those that fit a file"
-            raise PlanError(f"--model {name}: OpenCLIP has no such configuration; {hint}")
+            raise PlanError(f"{asked}: OpenCLIP has no such configuration; {hint}")
         try:
             with torch.device("meta"):
                 model: nn.Module = open_clip.create_model(
@@ -63,7 +65,7 @@ def named(name: str) -> nn.Module:
         except Exception as error:  # of code that keymap does not know, or of a download
             reason = printable(str(error))[:_SHOWN]
             raise PlanError(
-                f"--model {name}: OpenCLIP cannot build it: {type(error).__name__}: {reason}; a text tower of "
+                f"{asked}: OpenCLIP cannot build it: {type(error).__name__}: {reason}; a text tower of "
                 f"transformers takes its configuration from the hub: download it first, or unset HF_HUB_OFFLINE"
             ) from error
     return model

@@ -120,9 +120,6 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         count = len(translated.unowned)
         have = "key has" if count == 1 else "keys have"
         faults.append(f"{count} {have} no place in {target.name}: {some(translated.unowned)}")
-        one_way = [f"{rule.text} ({rule.place})" for rule in target.rules if rule.oneway]
-        if one_way:
-            faults.append(f"{target.name} has rules that cannot be inverted: {some(one_way, 3)}")
     if faults:
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from keymap.errors import some
 from keymap.language.apply import apply_rules
 from keymap.language.format import Format
-from keymap.language.rules import Check, RuleTable
+from keymap.language.rules import Check, Fault, Rule, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.to_hub import Translated
 from keymap.source.detect import matching_keys
@@ -35,14 +36,31 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
             translated.checks.append(Check(", ".join(layout.named(key)), layout, hub.absent_means[key][0], why))
         else:
             translated.unowned.append(key)
+    one_way = _one_way_faults(mapping.name, rules, translated)
     translated.tensors = applied.out
-    failed = {fault.tower for fault in applied.faults}  # their keys are missing for a reason that is listed already
+    failed = {
+        fault.tower for fault in (*applied.faults, *one_way)
+    }  # their keys are missing for a reason that is listed already
     partly = [
         fault for fault in incomplete(mapping, rules, applied.out, hub.optional_buffers) if fault.tower not in failed
     ]
-    translated.faults += [*applied.faults, *partly]
+    translated.faults += [*one_way, *applied.faults, *partly]
     translated.checks += applied.checks
     translated.steps += applied.steps
+
+
+def _one_way_faults(name: str, rules: Sequence[Rule], translated: Translated) -> list[Fault]:
+    """A fault for each one-way rule that makes keys of the hub; these are then no longer without an owner."""
+    faults = []
+    for rule in (rule for rule in rules if rule.oneway):
+        keys = [key for key in translated.unowned if any(side.match(key) is not None for side in rule.targets)]
+        if keys:
+            text = (
+                f"{name} is read and not written: its rule for {some(keys)} works one way: {rule.text} ({rule.place})"
+            )
+            faults.append(Fault(text, tower=rule.tower))
+            translated.unowned = [key for key in translated.unowned if key not in keys]
+    return faults
 
 
 def _only_in_files(hub: Format, back: RuleTable, key: str) -> bool:

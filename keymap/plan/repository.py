@@ -14,21 +14,16 @@ from keymap.plan.export import Export, Target
 from keymap.source.detect import matching_keys
 from keymap.source.settings import Unknown, in_hub_words
 
-__all__ = ["repository_files"]
+__all__ = ["repository_files", "repository_of"]
 
 _ABSENT = object()  # no tensor shows it
 
 
-def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) -> dict[str, str]:
-    """The text of each JSON file of a folder.
-
-    Args:
-        planned: the conversion.
-        hub: has the labels of settings.
-        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own.
+def repository_of(planned: Export) -> Repository:
+    """The layout of a folder of the target's format.
 
     Raises:
-        PlanError: the format has no folder; a setting is not known, or the format's code does not allow its value.
+        PlanError: it has none, or none for the towers that are written.
     """
     repository = planned.target.repository
     if repository is None:
@@ -41,6 +36,21 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
             f"{planned.target.name} has no layout of a folder for these towers; pass a file, for example one that ends "
             f"with .safetensors"
         )
+    return repository
+
+
+def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) -> dict[str, str]:
+    """The text of each JSON file of a folder.
+
+    Args:
+        planned: the conversion.
+        hub: has the labels of settings.
+        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own.
+
+    Raises:
+        PlanError: as `repository_of`; a setting is not known, or the format's code does not allow its value.
+    """
+    repository = repository_of(planned)
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
     known = {name: in_hub_words(hub.facts[name], v) for name, v in {**source, **given}.items() if name in hub.facts}

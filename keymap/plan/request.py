@@ -127,7 +127,7 @@ def checked_wrappers(wrapper: object, hub: Format) -> str | dict[str, str] | Non
     wrong = [name for name, path in wrapper.items() if name not in known or not isinstance(path, str)]
     if wrong or not wrapper:
         raise CheckpointError(
-            f"wrapper={wrapper!r}: expected a path, or a dict with a path for each tower; the towers are "
+            f"wrapper={wrapper!r}: expected a path in the file, or one for each tower; the towers are "
             f"{', '.join(known)}"
         )
     return dict(wrapper)
@@ -138,7 +138,9 @@ def _checked_grid(source_grid: object) -> tuple[int, int] | None:
         return None
     sizes = list(source_grid) if isinstance(source_grid, (tuple, list)) else []
     if len(sizes) != 2 or any(type(n) is not int or n < 1 for n in sizes):
-        raise PlanError(f"source_grid={source_grid!r}: expected (h, w), the rows and columns of patches")
+        raise PlanError(
+            f"source_grid={source_grid!r}: expected the rows and columns of patches, for example source_grid=(14, 14)"
+        )
     return sizes[0], sizes[1]
 
 
@@ -198,8 +200,10 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
             if faults:
                 raise PlanError("facts=: a name is wrong", faults)
         return facts
-    example = next((f", for example {{{name!r}: 12}}" for name in hub.facts if name not in grids), "")
-    raise PlanError(f"facts={facts!r}: expected a dict of names and positive integers{example}")
+    named = [name for name in facts if name in hub.facts] if isinstance(facts, Mapping) else []
+    counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
+    example = next((f", for example facts={{{name!r}: 12}}" for name in (*named, *counts)), "")
+    raise PlanError(f"facts={facts!r}: expected names and positive integers{example}")
 
 
 def checked_flag(name: str, value: object) -> bool:

@@ -132,7 +132,8 @@ def refuse_hub_id(path: Path, text: str, configurations: Collection[str]) -> Non
     if _HUB_ID.fullmatch(repository) and not repository.endswith(WEIGHTS) and not os.path.isdir(path.parent):
         raise CheckpointError(
             f"{text}: there is no such file; if it is a repository of the Hugging Face hub, download it first with "
-            f"huggingface_hub.snapshot_download({repository!r}), and pass the folder that it returns"
+            f"`hf download {repository}`, in Python huggingface_hub.snapshot_download({repository!r}), and "
+            f"pass the folder"
         )
     if text in configurations:
         raise CheckpointError(

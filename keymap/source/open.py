@@ -181,7 +181,7 @@ def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
         return known, name
     file = Path(name)
     if not os.path.isfile(file):
-        raise MappingError(f"mapping={name!r}: the mapping file does not exist; check the path")
+        raise MappingError(f"{name}: the mapping file does not exist; check the path")
     extended = Catalogue(dict(known.mappings), dict(known.files), dict(known.places))
     return extended, extended.add([file])[0].name
 

@@ -43,7 +43,7 @@ def yaml_files(path: Path) -> list[Path]:
     if os.path.isdir(path):  # for a name that is too long this is False, not an error
         files = sorted(path.glob("*.yaml"))
         if not files:
-            raise MappingError(f"{path}: the folder has no .yaml file")
+            raise MappingError(f"{path}: the folder has no .yaml file; pass a mapping file, or a folder of them")
         return files
     if not os.path.isfile(path):
         raise MappingError(f"{path}: the file does not exist; check the path")

@@ -176,10 +176,11 @@ def _wanted(
     if found:
         several = f"wrapper={wrapper!r} names {len(found)} places of the file"
         raise CheckpointError(f"{file}: {several}; pass {choices('wrapper', found)}")
-    known = ", ".join(repr(".".join(path)) for path in paths) or "none"
+    names = [repr(".".join(path)) for path in paths if path]
+    known = f"its state dicts are: {', '.join(names)}" if names else "the file has no wrapper"
     near = get_close_matches(wrapper[:MAX_KEY], _first_prefixes(everything), 3, 0.6)
     hint = f"; did you mean {choices('wrapper', near)}?" if near else ""
-    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; its state dicts are: {known}{hint}")
+    raise CheckpointError(f"{file}: there are no tensors under wrapper={wrapper!r}; {known}{hint}")
 
 
 def _first_prefixes(keys: Iterable[str]) -> list[str]:

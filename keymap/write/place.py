@@ -21,13 +21,19 @@ def check_place(destination: Path, sources: Sequence[Path]) -> None:
     Raises:
         WriteError: the folder does not exist, the destination is a folder, or it is a file that is read.
     """
-    if not destination.parent.is_dir():
-        raise WriteError(f"{destination}: the folder {destination.parent} does not exist; create it first")
+    _check_parent(destination)
     if destination.is_dir():
         raise WriteError(f"{destination}: is a folder; pass the name of a file in it, for example model.safetensors")
     for source in sources:
         if destination.exists() and source.exists() and os.path.samefile(destination, source):
             raise WriteError(f"{destination}: is the file that is read; choose another destination")
+
+
+def _check_parent(path: Path) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise WriteError(f"{path}: {path.parent} is a file, not a folder; choose another destination")
+    if not path.parent.is_dir():
+        raise WriteError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def check_folder(folder: Path, sources: Sequence[Path], overwrite: bool) -> None:
@@ -37,8 +43,7 @@ def check_folder(folder: Path, sources: Sequence[Path], overwrite: bool) -> None
         WriteError: the folder above it does not exist, it is a file, it holds a file that is read, or it is not empty
             and ``overwrite`` is false.
     """
-    if not folder.parent.is_dir():
-        raise WriteError(f"{folder}: the folder {folder.parent} does not exist; create it first")
+    _check_parent(folder)
     if folder.exists() and not folder.is_dir():
         raise WriteError(f"{folder}: is a file; pass the name of a folder, or of a file that ends with .safetensors")
     if not folder.is_dir():

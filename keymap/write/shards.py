@@ -27,11 +27,13 @@ def shards_of(path: Path, items: Mapping[str, Item], limit: int | None) -> dict[
         return {path: list(items)}
     if path.suffix != ".safetensors":
         raise WriteError(f"{path}: only .safetensors is written in shards; write that, or leave max_shard_size= out")
+    largest = max(items, key=lambda key: items[key].nbytes)
+    if items[largest].nbytes > limit:
+        size = items[largest].nbytes
+        raise WriteError(f"max_shard_size={limit}: {largest} has {size} bytes; pass max_shard_size={size} or more")
     groups: list[list[str]] = [[]]
     size = 0
     for key, item in items.items():
-        if item.nbytes > limit:
-            raise WriteError(f"{key}: has {item.nbytes} bytes, more than max_shard_size={limit}; choose a larger one")
         if size + item.nbytes > limit:
             groups.append([])
             size = 0

@@ -76,8 +76,8 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
         if narrow and bool((~torch.isfinite(cast.float()) & torch.isfinite(value.float())).any()):
             largest = float(value.abs().max())
             raise VerifyError(
-                f"{key}: its largest value {largest:g} does not fit {str(item.dtype).removeprefix('torch.')}; choose "
-                f"another dtype, for example bfloat16"
+                f"{key}: its largest value {largest:g} does not fit {str(item.dtype).removeprefix('torch.')}; pass "
+                f"another dtype, for example dtype='bfloat16'"
             )
     return cast.reshape(item.target.shape).contiguous()
 
