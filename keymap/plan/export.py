@@ -111,15 +111,17 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     translated = to_hub(found, facts)
     keep_towers(translated, request, known.hub)
     translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
+    before = len(translated.unowned)
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
+    foreign = set(translated.unowned[before:])  # of towers that are faults already
     if target.kind == "format":
         from_hub(known.hub, target, translated, facts)
     faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
-    if translated.unowned:
-        count = len(translated.unowned)
-        have = "key has" if count == 1 else "keys have"
-        faults.append(f"{count} {have} no place in {target.name}: {some(translated.unowned)}")
+    unowned = [key for key in translated.unowned if key not in foreign]
+    if unowned:
+        have = "key has" if len(unowned) == 1 else "keys have"
+        faults.append(f"{len(unowned)} {have} no place in {target.name}: {some(unowned)}")
     if faults:
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
