@@ -33,6 +33,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import small_models
+
 import keymap
 from keymap.cli.main import main as main_of_keymap
 from keymap.source import registry
@@ -44,6 +46,7 @@ EXAMPLES = (
     "docs/api.md",
     "docs/command.md",
     "docs/how-it-works.md",
+    "docs/recipes.md",
     "docs/rule-language.md",
 )
 FOLDERS = ("tools", "tests", "mappings", "schemas", "keymap")  # that examples see beside their own files
@@ -75,7 +78,7 @@ def clip_vit_base_patch32(folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-FILES: dict[str, Callable[[Path], None]] = {"clip-vit-base-patch32": clip_vit_base_patch32}
+FILES: dict[str, Callable[[Path], None]] = {"clip-vit-base-patch32": clip_vit_base_patch32, **small_models.FILES}
 
 
 def prepare(text: str, store: Path, folder: Path) -> None:
@@ -83,9 +86,12 @@ def prepare(text: str, store: Path, folder: Path) -> None:
     for name in FOLDERS:
         (folder / name).symlink_to(ROOT / name)
     for name, make in FILES.items():
-        if re.search(rf'["\s]{name}\b', text):
+        if re.search(rf'["\s]{re.escape(name)}\b', text):
             if not (store / name).exists():
                 make(store / name)
+            if (store / name).is_file():
+                os.link(store / name, folder / name)
+                continue
             (folder / name).mkdir()
             for file in (store / name).iterdir():
                 os.link(file, folder / name / file.name)
@@ -218,12 +224,15 @@ def rewritten(document: str, outcome: Outcome) -> str:
 
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[None]:
-    """Run there, with nothing registered but what the document registers."""
+    """Run there, with nothing registered but what the document registers, and with gradients."""
+    import torch
+
     before, known = Path.cwd(), list(registry._known)
     registry._known[:] = []
     os.chdir(folder)
     try:
-        yield
+        with torch.enable_grad(), small_models.known_to_libraries():
+            yield
     finally:
         os.chdir(before)
         registry._known[:] = known

@@ -59,6 +59,11 @@ def _checked_page(file: str, sources: Sequence[Path]) -> Path:
     return path
 
 
+def _show_page(screen: Screen, html: str | None) -> None:
+    if html is not None:
+        screen.pairs([("page", html)])
+
+
 def _write_page(path: Path, page: str) -> None:
     """Write a page of HTML, whole or not at all."""
     from keymap.write.place import whole_files
@@ -152,6 +157,7 @@ def plan_command(
                 screen.line(line)
         else:
             _report(screen, str(plan))
+        _show_page(screen, html)
 
     return Answer({"plan": plan.to_dict(), "explanation": explanation, "html": html}, show)
 
@@ -320,7 +326,12 @@ def explain_command(name: str, html: str | None) -> Answer:
         from keymap.picture import format_page
 
         _write_page(page, format_page(name))
-    return Answer({**found, "html": html}, lambda screen: show_format(screen, found))
+
+    def show(screen: Screen) -> None:
+        show_format(screen, found)
+        _show_page(screen, html)
+
+    return Answer({**found, "html": html}, show)
 
 
 # --- check ---------------------------------------------------------------------------------------------------
