@@ -20,6 +20,7 @@ from keymap.plan.request import checked_facts, checked_wrapper, request_for_towe
 from keymap.read import LazyTensor
 from keymap.read.lazy import brief
 from keymap.source.open import PathLike, catalogue_with, open_tree
+from keymap.write.tensors import cast
 
 __all__ = ["convert_state_dict"]
 
@@ -67,7 +68,7 @@ def convert_state_dict(
     failed = failed_checks(planned.checks, read)
     if failed:
         raise VerifyError(f"the state dict cannot be written as {to}", [text for _, text in failed])
-    return {key: _written(one, read) for key, one in planned.tensors.items()}
+    return {key: _written(key, one, read) for key, one in planned.tensors.items()}
 
 
 def _checked(
@@ -110,7 +111,7 @@ def _why_unreadable(value: torch.Tensor) -> str:
     return ""
 
 
-def _written(target: Target, read: Read) -> torch.Tensor:
+def _written(key: str, target: Target, read: Read) -> torch.Tensor:
     """One tensor of the result: the caller's own where it is only renamed, else new and contiguous."""
     layout = target.layout
     value: torch.Tensor | None = None
@@ -120,4 +121,4 @@ def _written(target: Target, read: Read) -> torch.Tensor:
             value = original.reshape(layout.shape)
     if value is None:
         value = materialise(layout, read)
-    return value.to(target.dtype).reshape(target.shape)
+    return cast(key, value, target.dtype).reshape(target.shape)

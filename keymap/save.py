@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from keymap.errors import PlanError, VerifyError, WriteError, by_reason, printable, some
 from keymap.language.format import Scalar
+from keymap.load.copying import files_of
 from keymap.load.preflight import failed_checks
-from keymap.load.progress import Counter, Progress
-from keymap.plan.export import Export, export, only_reading, target_format
+from keymap.load.progress import Counter, Progress, ProgressError
+from keymap.plan.export import Export, export, not_read, only_reading, target_format
 from keymap.plan.live import open_model
 from keymap.plan.plan import dtype_name
 from keymap.plan.repository import repository_files, repository_of
@@ -26,17 +28,18 @@ from keymap.plan.request import (
     checked_wrapper,
     request_for_towers,
     sizes_of,
+    with_own,
 )
 from keymap.source.open import PathLike, catalogue_with, open_source
 from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
-from keymap.write.place import check_folder, check_place, remove_others, whole_files, whole_folder
+from keymap.write.place import check_folder, check_place, check_set, remove, whole_files, whole_folder
 from keymap.write.shards import index_text, shards_of
 from keymap.write.tensors import Item, items_of, parse_dtype, value_of_item
 
 __all__ = ["WriteResult", "convert_checkpoint", "save_checkpoint"]
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 
 
 class WriteResult(NamedTuple):
@@ -50,6 +53,7 @@ class WriteResult(NamedTuple):
         nbytes: their size.
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
+        notes: which file of a folder was read, what was taken from within it, and what else the file holds.
     """
 
     files: tuple[str, ...]
@@ -60,17 +64,20 @@ class WriteResult(NamedTuple):
     nbytes: int
     casts: Mapping[str, int]
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""
         plain = self._asdict()
-        return {**plain, "files": list(self.files), "casts": dict(self.casts), "dropped": dict(self.dropped)}
+        lists = {"files": list(self.files), "notes": list(self.notes)}
+        return {**plain, **lists, "casts": dict(self.casts), "dropped": dict(self.dropped)}
 
     def __str__(self) -> str:
         lines = [f"{self.source} (format {self.source_format}) -> {', '.join(self.files)} (format {self.format})"]
         lines.append(f"  {self.tensors} tensors, {self.nbytes:,} bytes")
         lines += [f"  cast: {count} tensors from {pair}" for pair, count in self.casts.items()]
         lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason(self.dropped).items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(map(printable, lines))
 
 
@@ -121,10 +128,12 @@ def convert_checkpoint(
     known, _ = catalogue_with(mapping)
     target, place = target_format(known, _text(to)), _destination(destination)
     opened = open_source(source, checked_flag("weights_only", weights_only), mapping, checked_wrapper(wrapper))
-    given = checked_settings(facts, opened.known)
-    reading = only_reading(opened)
-    planned = export(reading, target, request_for_towers(towers, opened.known.hub), sizes_of(given))
-    return _written(planned, place, given, [Path(opened.file)], _Options(dtype, max_shard_size, overwrite, progress))
+    hub, reading = opened.known.hub, only_reading(opened)
+    given = with_own(checked_settings(facts, opened.known), reading.settings.facts, hub, opened.file)
+    planned = export(reading, target, request_for_towers(towers, hub), sizes_of(given))
+    sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
+    result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
+    return result._replace(notes=(*reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted")))
 
 
 def save_checkpoint(
@@ -150,7 +159,8 @@ def save_checkpoint(
     known, _ = catalogue_with(None)
     target, place = target_format(known, _text(to)), _destination(destination)
     opened, own = open_model(model, known)
-    given = {**own, **checked_settings(facts, known)}
+    stated = {name: (value, "the model") for name, value in own.items()}
+    given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(only_reading(opened), target, request_for_towers(towers, known.hub), sizes_of(given))
     return _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
 
@@ -180,6 +190,10 @@ class _Place(NamedTuple):
 def _destination(destination: object) -> _Place:
     text = path_text(destination, WriteError, "pass the path of the file or of the folder to write")
     path = Path(text)
+    if path.name in SUFFIXES:
+        raise WriteError(f"{path}: has no name before its suffix; pass for example model{path.name}")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise WriteError(f"{path}: is a device, a pipe or a socket; pass the name of a file or of a folder")
     is_folder = text.endswith(("/", os.sep)) or (
         path.suffix not in SUFFIXES and (path.is_dir() or not (path.suffix or path.is_file()))
     )
@@ -197,32 +211,33 @@ def _written(
     """Write a file or a folder."""
     path, overwrite = place.path, checked_flag("overwrite", options.overwrite)
     if not place.is_folder:
-        check_place(path, sources)
-        return _write(planned, path, {}, options)
+        return _write(planned, path, {}, sources, options)
     repository = repository_of(planned)
     check_folder(path, sources, overwrite)
     texts = repository_files(planned, planned.source.known.hub, given)
     if path.is_dir() and any(path.iterdir()):
-        result = _write(planned, path / repository.weights, texts, options)
-        remove_others(path, repository.weights, {Path(file).name for file in result.files})
-        return result
+        return _write(planned, path / repository.weights, texts, sources, options)
     with whole_folder(path) as inner:
-        result = _write(planned, inner / repository.weights, texts, options)
+        result = _write(planned, inner / repository.weights, texts, sources, options)
     return result._replace(files=tuple(str(path / Path(file).name) for file in result.files))
 
 
 def _bytes(size: int | str | None) -> int | None:
-    """A size in bytes; "5GB" counts in powers of 1000, as transformers does."""
+    """A size in bytes; "5GB" counts in powers of 1000 and "5GiB" in powers of 1024, as in transformers."""
     if size is None or (type(size) is int and size > 0):
         return size
     found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    number = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    number = 0
+    if found is not None:
+        number = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
     if number < 1:
         raise PlanError(f"max_shard_size={size!r}: expected a number of bytes, or a text such as '5GB'")
     return number
 
 
-def _write(planned: Export, path: Path, texts: Mapping[str, str], options: _Options) -> WriteResult:
+def _write(
+    planned: Export, path: Path, texts: Mapping[str, str], sources: Sequence[Path], options: _Options
+) -> WriteResult:
     """Write the weights to a file or to shards, and texts beside them; the files appear when all are whole."""
     tensors = planned.source.unwrapped.tensors
     failed = failed_checks(planned.checks, lambda key: tensors[key].read())
@@ -234,11 +249,12 @@ def _write(planned: Export, path: Path, texts: Mapping[str, str], options: _Opti
     index = {f"{path.name}.index.json": index_text(parts, items)} if len(parts) > 1 else {}
     beside = {path.with_name(name): text for name, text in {**index, **texts}.items()}
     files = [*parts, *beside]
-    if index and not options.overwrite and any(file.exists() for file in files):
-        raise WriteError(f"{path.parent}: has shards of this name already; pass overwrite=True to replace them")
-    counter = Counter(options.progress, sum(item.nbytes for item in items.values()))
+    for name in texts:
+        check_place(path.with_name(name), sources)
+    earlier = check_set(path, files[: len(parts) + len(index)], sources, options.overwrite)
     metadata = planned.source.metadata if path.suffix == ".safetensors" else {}
-    with whole_files(files) as written:
+    with _stopped_by_progress(path), whole_files(files) as written:
+        counter = Counter(options.progress, sum(item.nbytes for item in items.values()))
         for place, keys in zip(written, parts.values(), strict=False):
             some_items = {key: items[key] for key in keys}
             write_container(
@@ -251,6 +267,7 @@ def _write(planned: Export, path: Path, texts: Mapping[str, str], options: _Opti
             )
         for place, text in zip(written[len(parts) :], beside.values(), strict=True):
             place.write_text(text, encoding="utf-8")
+    remove(earlier)
     found = planned.source.found
     return WriteResult(
         tuple(map(str, files)),
@@ -262,6 +279,14 @@ def _write(planned: Export, path: Path, texts: Mapping[str, str], options: _Opti
         _casts(items),
         planned.dropped,
     )
+
+
+@contextmanager
+def _stopped_by_progress(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ProgressError as error:
+        raise WriteError(f"{path}: {error}; nothing was written") from error.__cause__
 
 
 def _casts(items: Mapping[str, Item]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from keymap.compare.values import Gap, Values, compare_values
 from keymap.errors import PlanError, some
 from keymap.language.format import Scalar
 from keymap.language.rules import Check
+from keymap.plan.export import not_read
 from keymap.plan.live import open_model
 from keymap.plan.plan import dtype_name
 from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
@@ -77,7 +78,10 @@ def compare_checkpoints(
     both = same_names(source_a, source_b, asked, sizes_of({**own_a, **own_b}) | dict(checked_facts(facts, one.known)))
     if not both[0].tensors and not both[1].tensors:
         raise PlanError(f"{source_a.file} and {source_b.file} have no tensors of towers={towers!r}")
-    return _compare(*both, limit, strict_dtype)
+    found = _compare(*both, limit, strict_dtype)
+    sides = ("a", one), ("b", other)
+    unread = [f"{name}: {n}" for name, side in sides for n in not_read(side, "compared", f"wrapper_{name}")]
+    return replace(found, notes=(*found.notes, *unread))
 
 
 def _checked_tolerance(tolerance: object) -> float:

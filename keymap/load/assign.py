@@ -12,7 +12,7 @@ from torch import nn
 
 from keymap.errors import LoadError
 from keymap.load.copying import Tensors, files_of, value_of
-from keymap.load.progress import Counter, Progress
+from keymap.load.progress import Counter, Progress, ProgressError
 from keymap.plan.model import ModelView
 from keymap.plan.plan import Entry, Plan
 from keymap.read import LazyTensor
@@ -83,6 +83,8 @@ def assign_plan(
         for key, value in _each_value(values, others, tensors):
             new[id(view.tensors[key])] = _to_device(device, value)
             counter.add(value.nbytes)
+    except ProgressError as error:
+        raise LoadError(f"{plan.file}: {error}; nothing was changed") from error.__cause__
     except (RuntimeError, MemoryError) as error:
         raise LoadError(
             f"{plan.file}: the load failed with {type(error).__name__} ({error}); nothing was changed"

@@ -12,7 +12,7 @@ from keymap.errors import KeymapError, LoadError
 from keymap.language.layout import Piece
 from keymap.load.copying import Tensors, copy_pieces, files_of, value_of
 from keymap.load.direct import ByteRange, batches, byte_range, read_batch
-from keymap.load.progress import Counter, Progress
+from keymap.load.progress import Counter, Progress, ProgressError
 from keymap.load.threads import Task, Tasks, on_threads
 from keymap.load.transposed import Scratch, Strip, copy_strip, strip_batches, strips_of
 from keymap.plan.model import has_memory
@@ -117,6 +117,8 @@ def load_plan(
         raise
     except Exception as error:
         state = "the model is half loaded: load again" if half else "nothing was changed"
+        if isinstance(error, ProgressError):
+            raise LoadError(f"{plan.file}: {error}; {state}") from error.__cause__
         raise LoadError(f"{plan.file}: the load failed with {type(error).__name__} ({error}); {state}") from error
 
 

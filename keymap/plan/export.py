@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from keymap.advice import choices
-from keymap.errors import DetectionError, MappingError, PlanError, some
+from keymap.errors import DetectionError, MappingError, PlanError, count_of, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
@@ -19,11 +19,11 @@ from keymap.plan.from_hub import from_hub
 from keymap.plan.planner import keep_towers
 from keymap.plan.request import Request
 from keymap.plan.rule_faults import with_lacking_facts_once
-from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
+from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.source.detect import ambiguous, tower_layout
 from keymap.source.open import Opened, Source
 
-__all__ = ["Export", "Target", "export", "only_reading", "target_format"]
+__all__ = ["Export", "Target", "export", "not_read", "only_reading", "target_format"]
 
 
 class Target(NamedTuple):
@@ -94,6 +94,22 @@ def only_reading(opened: Opened) -> Source:
     raise DetectionError(error.summary, [*error.faults, *advice])
 
 
+def not_read(opened: Opened, done: str, argument: str = "wrapper") -> list[str]:
+    """A note on the tensors of the file that are not in its state dict; empty where there are none.
+
+    Args:
+        opened: the file.
+        done: what was done with the state dict, for example "converted".
+        argument: of the caller's function, which chooses another state dict.
+    """
+    unwrapped = opened.top[0].unwrapped
+    names = () if unwrapped.outside else opened.elsewhere  # of a part of a state dict there is a note already
+    if not names:
+        return []
+    hint = f"; {choices(argument, unwrapped.others)} takes another state dict" if unwrapped.others else ""
+    return [f"not {done}: {count_of(len(names), 'tensor')} elsewhere in the file: {some(names, 3)}{hint}"]
+
+
 def export(source: Source, target: Format, request: Request, facts: Mapping[str, int]) -> Export:
     """Plan the conversion of a state dict to a format.
 
@@ -109,6 +125,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     known, found = source.known, source.found
     assert found is not None, "a source without a format is refused before"
     translated = to_hub(found, facts)
+    present = {tower_of(known.hub, key): None for key in translated.tensors}
     keep_towers(translated, request, known.hub)
     translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     before = len(translated.unowned)
@@ -117,6 +134,9 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     foreign = set(translated.unowned[before:])  # of towers that are faults already
     if target.kind == "format":
         from_hub(known.hub, target, translated, facts)
+    if request.towers is not None and not translated.tensors and not translated.unowned:
+        has = ", ".join(repr(tower) for tower in present if tower)
+        raise PlanError(f"{source.file} has no tensors of towers={request.towers!r}; it has {has or 'none'}")
     faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
     unowned = [key for key in translated.unowned if key not in foreign]
     if unowned:

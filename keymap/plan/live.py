@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import nn
 from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Scalar
-from keymap.plan.model import view_model
+from keymap.plan.model import has_memory, view_model
 from keymap.plan.request import sizes_of
 from keymap.read import LazyTensor
 from keymap.source.open import Opened, open_tree
@@ -33,13 +33,23 @@ def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, Mapping[str,
         CheckpointError: it has no tensors.
     """
     facts = view_model(model, known.hub).facts
+    readers: dict[object, Callable[[], torch.Tensor]] = {}  # one for tied weights, so that they are known as such
     lazy = {
-        key: LazyTensor(tuple(value.shape), value.dtype, partial(_values, key, value))
+        key: LazyTensor(
+            tuple(value.shape), value.dtype, readers.setdefault(_memory(key, value), partial(_values, key, value))
+        )
         for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }
     opened = open_tree(known, known.hub.name, lazy, None, sizes_of(facts))
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
+
+
+def _memory(key: str, tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same elements in memory; the key for those that have none."""
+    if not has_memory(tensor) or tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return key
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _values(key: str, tensor: torch.Tensor) -> torch.Tensor:

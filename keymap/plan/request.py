@@ -13,7 +13,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format, Scalar
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
-from keymap.source.settings import Settings, config_text
+from keymap.source.settings import Settings, Unknown, config_text, in_hub_words
 
 __all__ = [
     "Request",
@@ -29,6 +29,7 @@ __all__ = [
     "refuse_contradictions",
     "request_for_towers",
     "sizes_of",
+    "with_own",
 ]
 
 _MAX_NAME = 100  # characters of a name that are compared with the known names
@@ -171,10 +172,8 @@ def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
     """
     others = {}
     if isinstance(facts, Mapping):
-        hub_facts = known.hub.facts
-        others = {
-            n: v for n, v in facts.items() if type(v) in (str, float, bool) and isinstance(n, str) and n in hub_facts
-        }
+        words = known.hub.facts.keys() - _sizes_of_rules(known)
+        others = {n: v for n, v in facts.items() if type(v) in (str, float, bool) and isinstance(n, str) and n in words}
         facts = {name: value for name, value in facts.items() if name not in others}
     return {**checked_facts(facts or None, known), **others}
 
@@ -249,6 +248,35 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
             faults.append(f"{text}: the file has {config_text(in_file)} ({origin})")
     if faults:
         raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
+
+
+def with_own(
+    given: Mapping[str, Scalar], own: Mapping[str, tuple[Scalar, str]], hub: Format, file: str
+) -> dict[str, Scalar]:
+    """The caller's settings with those that the source states itself, in the hub's words.
+
+    Args:
+        given: by the hub's names.
+        own: value and origin of each setting of the source.
+        hub: has the words of settings.
+        file: for the message.
+
+    Raises:
+        PlanError: they contradict each other.
+    """
+    stated = {
+        name: (in_hub_words(hub.facts[name], value), origin)
+        for name, (value, origin) in own.items()
+        if name in hub.facts and not isinstance(value, Unknown)
+    }
+    faults = [
+        f"facts={{{name!r}: {given[name]!r}}}: the source has {config_text(value)} ({origin})"
+        for name, (value, origin) in stated.items()
+        if name in given and in_hub_words(hub.facts[name], given[name]) != value
+    ]
+    if faults:
+        raise PlanError(f"{file}: the argument facts= contradicts the source", faults)
+    return {**{name: value for name, (value, _) in stated.items()}, **given}
 
 
 def check_model(model: object) -> None:

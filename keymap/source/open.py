@@ -92,6 +92,12 @@ class Opened:
     chosen: bool
     named: bool
     _search: Callable[[], Found] = field(repr=False)
+    _elsewhere: Callable[[], list[str]] = field(repr=False)
+
+    @cached_property
+    def elsewhere(self) -> Sequence[str]:
+        """The dotted names of the tensors in the file that are not in the state dict."""
+        return self._elsewhere()
 
     @cached_property
     def _found(self) -> Found:
@@ -271,7 +277,8 @@ class _Reader:
         if len(top) == 1 and top[0].found is not None and explains_little(top[0].found.mapping, top[0].found.tensors):
             top = self.towers_alone(unwrapped, top[0].found) or top
         search = partial(self.inner, unwrapped, top, everywhere=wrapper is None)
-        return Opened(self.known, self.file, top, wrapper is not None, self.wanted is not None, search)
+        elsewhere = partial(self.elsewhere, unwrapped)
+        return Opened(self.known, self.file, top, wrapper is not None, self.wanted is not None, search, elsewhere)
 
     def readings(self, unwrapped: Unwrapped) -> tuple[Source, ...]:
         """One Source for each format that matches a state dict; or one without a format."""
@@ -297,6 +304,16 @@ class _Reader:
     def leaves(self) -> Mapping[str, Any]:
         """All values of the file by dotted names."""
         return everything(self.checkpoint.tree, self.known.containers)
+
+    def elsewhere(self, unwrapped: Unwrapped) -> list[str]:
+        """The names of the tensors of the file that are not in a state dict; the state of an optimizer is none."""
+        own = {id(tensor) for held in (unwrapped.tensors, unwrapped.stored or {}) for tensor in held.values()}
+        containers = self.known.containers
+        return [
+            name
+            for name, leaf in self.leaves.items()
+            if isinstance(leaf, LazyTensor) and id(leaf) not in own and not training(name, containers)
+        ]
 
     def is_whole(self, unwrapped: Unwrapped) -> bool:
         """Whether a state dict is all that the file holds."""

@@ -32,7 +32,7 @@ def path_text(path: object, error: type[KeymapError], advice: str) -> str:
         text = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else ""
     except Exception:  # of an __fspath__ that keymap does not know
         text = ""
-    if not text:
+    if not text or "\0" in text:
         what = f"a dict of {len(path)} entries" if isinstance(path, Mapping) else brief(path)
         raise error(f"{what} is not a path: {advice}")
     return os.path.expanduser(text)

@@ -78,7 +78,7 @@ def _write_safetensors(
     path: Path, items: Mapping[str, Item], value: Value, metadata: Mapping[str, str], done: Callable[[int], None]
 ) -> None:
     ordered = sorted(items, key=lambda key: (-items[key].dtype.itemsize, key))  # so every tensor is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     at = 0
     for key in ordered:
         item = items[key]
@@ -87,7 +87,7 @@ def _write_safetensors(
         end = at + item.nbytes
         header[key] = {"dtype": _NAMES[item.dtype], "shape": list(item.target.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -114,7 +114,7 @@ def _write_torch(path: Path, items: Mapping[str, Item], value: Value, done: Call
     made: dict[object, torch.Tensor] = {}
     empty = {
         key: made.setdefault(
-            (item.target.layout.pieces, item.target.shape, item.dtype) if item.nbytes else key,
+            item.elements,
             torch.empty(item.target.shape, dtype=item.dtype, device="cpu"),
         )
         for key, item in items.items()
@@ -123,7 +123,8 @@ def _write_torch(path: Path, items: Mapping[str, Item], value: Value, done: Call
         with skip_data():
             torch.save(empty, path)
     except RuntimeError as error:  # of torch's writer, where the system refuses to write
-        raise OSError(errno.EIO, f"torch.save failed: {str(error).splitlines()[0][:_SHOWN]}") from None
+        first = str(error).splitlines()[0][:_SHOWN]
+        raise OSError(errno.EIO, f"torch.save failed, perhaps because the disk is full: {first}") from None
     tree = open_checkpoint(path).tree
     sums: dict[int, int] = {}
     with path.open("r+b") as file:

@@ -6,27 +6,30 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from keymap.errors import WriteError
+from keymap.errors import WriteError, some
 
-__all__ = ["check_folder", "check_place", "remove_others", "whole_files", "whole_folder"]
+__all__ = ["check_folder", "check_place", "check_set", "remove", "whole_files", "whole_folder"]
+
+_INDEX = ".index.json"
 
 
 def check_place(destination: Path, sources: Sequence[Path]) -> None:
     """Check that a file can be written there.
 
     Raises:
-        WriteError: the folder does not exist, the destination is a folder, or it is a file that is read.
+        WriteError: the folder does not exist, the destination is a folder or a device, or it is a file that is read.
     """
     _check_parent(destination)
     if destination.is_dir():
         raise WriteError(f"{destination}: is a folder; pass the name of a file in it, for example model.safetensors")
-    for source in sources:
-        if destination.exists() and source.exists() and os.path.samefile(destination, source):
-            raise WriteError(f"{destination}: is the file that is read; choose another destination")
+    if destination.exists() and not destination.is_file():
+        raise WriteError(f"{destination}: is a device, a pipe or a socket; pass the name of a file")
+    if _is_one_of(destination, sources):
+        raise WriteError(f"{destination}: is a file that is read; choose another destination")
 
 
 def _check_parent(path: Path) -> None:
@@ -34,6 +37,52 @@ def _check_parent(path: Path) -> None:
         raise WriteError(f"{path}: {path.parent} is a file, not a folder; choose another destination")
     if not path.parent.is_dir():
         raise WriteError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def _is_one_of(path: Path, files: Iterable[Path]) -> bool:
+    return path.exists() and any(file.exists() and os.path.samefile(path, file) for file in files)
+
+
+def check_set(path: Path, files: Sequence[Path], sources: Sequence[Path], overwrite: bool) -> list[Path]:
+    """Check that a file, or a set of shards with its index, can be written.
+
+    Args:
+        path: the destination that was asked for.
+        files: that will be written: the destination itself, or shards and their index.
+        sources: that are read.
+        overwrite: earlier weights of the same name may be replaced.
+
+    Returns:
+        Earlier weights of the same name, to be removed afterwards: a loader could take them for the new ones.
+
+    Raises:
+        WriteError: as `check_place`; or there are such weights, and ``overwrite`` is false.
+    """
+    for file in files:
+        check_place(file, sources)
+    earlier = [file for file in _weights_of_the_name(path) if file not in files]
+    if len(files) == 1 and not any(file.name.endswith(_INDEX) for file in earlier):
+        return []  # one file in the place of one file; shards without an index are read by nobody
+    read = [file for file in earlier if _is_one_of(file, sources)]
+    if read:
+        raise WriteError(
+            f"{path}: {read[0].name} beside it is a file that is read, and a loader would take the two for one "
+            f"checkpoint; choose another name"
+        )
+    there = earlier or ([file for file in files if file.exists()] if len(files) > 1 else [])
+    if there and not overwrite:
+        raise WriteError(
+            f"{path.parent}: has weights of this name already: {some([file.name for file in there])}; pass "
+            f"overwrite=True to replace them, or choose another name"
+        )
+    return earlier
+
+
+def _weights_of_the_name(path: Path) -> list[Path]:
+    """The files of a folder that are weights of this name: one file, or shards with their index."""
+    stem, suffix = os.path.splitext(path.name)
+    shard = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?{re.escape(suffix)}({re.escape(_INDEX)})?")
+    return sorted(file for file in path.parent.iterdir() if shard.fullmatch(file.name) and not file.is_dir())
 
 
 def check_folder(folder: Path, sources: Sequence[Path], overwrite: bool) -> None:
@@ -65,7 +114,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system cannot write it, for example because the disk is full.
     """
-    part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.part"
+    folder = Path(os.path.realpath(folder))
+    part = folder.parent / f".keymap-{secrets.token_hex(4)}.part"
     try:
         part.mkdir()
         yield part
@@ -76,19 +126,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def remove_others(folder: Path, weights: str, written: Collection[str]) -> None:
-    """Remove earlier weights of the same name from a folder: a loader may take them before the new ones.
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, for example earlier weights of the same name.
 
-    Args:
-        folder: that was written to.
-        weights: the name of the weights' file, for example ``model.safetensors``; shards and their index go with it.
-        written: names of the files to keep.
+    Raises:
+        WriteError: the system refuses; the new files are whole, and in place.
     """
-    stem, suffix = os.path.splitext(weights)
-    shard = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
-    for file in folder.iterdir():
-        if shard.fullmatch(file.name) and file.name not in written:
-            file.unlink()
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"{file}: cannot be removed: {error.strerror}; the new files are in place") from error
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
@@ -100,20 +148,29 @@ def _unwritable(path: Path, error: OSError) -> WriteError:
 def whole_files(destinations: Sequence[Path]) -> Iterator[list[Path]]:
     """Paths to write to, beside the destinations; on success they are renamed to them, in order.
 
-    On an error, and on an interrupt, they are removed, and the destinations are what they were. If the process is
-    killed, a file whose name begins with a dot and ends with ``.part`` may remain.
+    A destination that is a symbolic link stays one: what it points to is replaced. On an error, and on an interrupt,
+    the new files are removed, and the destinations are what they were. If the process is killed, a file whose name
+    begins with a dot and ends with ``.part`` may remain.
 
     Raises:
         WriteError: the system cannot write them, for example because the disk is full.
     """
     mark = secrets.token_hex(4)
-    parts = [path.parent / f".{path.name}.{mark}.part" for path in destinations]
+    finals = [Path(os.path.realpath(path)) for path in destinations]
+    parts = [final.with_name(f".keymap-{mark}-{number}.part") for number, final in enumerate(finals)]
+    placed: list[Path] = []
     try:
         yield parts
-        for part, path in zip(parts, destinations, strict=True):
-            os.replace(part, path)
+        for part, final in zip(parts, finals, strict=True):
+            os.replace(part, final)
+            placed.append(final)
     except OSError as error:
-        raise _unwritable(destinations[0], error) from error
+        if not placed:
+            raise _unwritable(destinations[0], error) from error
+        reason = error.strerror or type(error).__name__
+        raise WriteError(
+            f"{destinations[len(placed)]}: cannot be put in place: {reason}; new are only {some(map(str, placed))}"
+        ) from error
     finally:
         for part in parts:
             with suppress(OSError):

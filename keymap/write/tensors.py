@@ -11,9 +11,21 @@ import torch
 from keymap.errors import PlanError, VerifyError
 from keymap.load.copying import materialise
 from keymap.plan.export import Export, Target
+from keymap.plan.plan import dtype_name
 from keymap.read import LazyTensor
+from keymap.read.lazy import Block
 
-__all__ = ["Item", "items_of", "parse_dtype", "raw_bytes", "value_of_item"]
+__all__ = ["Item", "cast", "items_of", "parse_dtype", "raw_bytes", "same_elements", "value_of_item"]
+
+_FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_BLOCK = 1 << 20  # elements that are checked at a time
 
 
 class Item(NamedTuple):
@@ -22,10 +34,12 @@ class Item(NamedTuple):
     Attributes:
         target: what it is made of.
         dtype: as it is written.
+        elements: equal for tensors that are made of the same memory in the same way, as tied weights are.
     """
 
     target: Target
     dtype: torch.dtype
+    elements: object
 
     @property
     def nbytes(self) -> int:
@@ -36,29 +50,36 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A floating dtype from its name, for example ``float16``.
 
     Raises:
-        PlanError: it is not one.
+        PlanError: it is not one of those that checkpoints have.
     """
     if dtype is None:
         return None
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise PlanError(f"dtype={dtype!r}: expected a floating dtype, for example 'float16', 'bfloat16' or 'float32'")
+    if found not in _FLOATS:
+        names = ", ".join(map(dtype_name, _FLOATS))
+        raise PlanError(f"dtype={dtype!r}: expected the name of a floating dtype, one of {names}")
     return found
 
 
 def items_of(export: Export, dtype: torch.dtype | None) -> dict[str, Item]:
     """What is written, by key; ``dtype`` replaces that of floating tensors."""
-    return {
-        key: Item(target, dtype if dtype is not None and target.dtype.is_floating_point else target.dtype)
-        for key, target in export.tensors.items()
-    }
+    names = same_elements(export.source.unwrapped.tensors)
+    items = {}
+    for key, target in export.tensors.items():
+        chosen = dtype if dtype is not None and target.dtype.is_floating_point else target.dtype
+        pieces = tuple(
+            piece._replace(source=names[piece.source]) if piece.source is not None else piece
+            for piece in target.layout.pieces
+        )
+        items[key] = Item(target, chosen, (pieces, target.shape, chosen) if prod(target.shape) else key)
+    return items
 
 
 def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> torch.Tensor:
     """The values of a tensor, contiguous on the CPU.
 
     Raises:
-        VerifyError: a finite value is infinite in the dtype that is written.
+        VerifyError: a value does not fit the dtype that is written.
     """
     layout = item.target.layout
 
@@ -70,16 +91,65 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
         value = whole
     else:
         value = materialise(layout, read)
-    cast = value.to(item.dtype)
-    if item.dtype.is_floating_point and item.dtype != value.dtype and value.is_floating_point():
-        narrow = torch.finfo(item.dtype).max < torch.finfo(value.dtype).max
-        if narrow and bool((~torch.isfinite(cast.float()) & torch.isfinite(value.float())).any()):
-            largest = float(value.abs().max())
-            raise VerifyError(
-                f"{key}: its largest value {largest:g} does not fit {str(item.dtype).removeprefix('torch.')}; pass "
-                f"another dtype, for example dtype='bfloat16'"
-            )
-    return cast.reshape(item.target.shape).contiguous()
+    return cast(key, value, item.dtype).reshape(item.target.shape).contiguous()
+
+
+def cast(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Args:
+        key: of the tensor, for the message.
+        value: on the CPU.
+        dtype: its new dtype.
+
+    Raises:
+        VerifyError: a value does not fit the dtype: a finite one would be infinite, or cut to the largest one.
+    """
+    found = value.to(dtype)
+    narrower = (
+        value.dtype.is_floating_point
+        and dtype.is_floating_point
+        and (dtype.itemsize == 1 or torch.finfo(dtype).max < torch.finfo(value.dtype).max)
+    )
+    if narrower and value.dtype != dtype and _does_not_fit(value, found):
+        raise VerifyError(
+            f"{key}: its largest value {_largest(value):g} does not fit {dtype_name(dtype)}; write it as "
+            f"{dtype_name(value.dtype)}"
+        )
+    return found
+
+
+def _does_not_fit(value: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether a value became infinite, or cannot be said in a dtype of 8 bits; looks at some MB at a time."""
+    largest = torch.finfo(found.dtype).max
+    for old, new in zip(_blocks(value), _blocks(found), strict=True):
+        if found.dtype.itemsize == 1:
+            outside = old.to(torch.float32).abs() > largest
+        else:
+            outside = torch.isinf(new) & ~torch.isinf(old)
+        if bool(outside.any()):
+            return True
+    return False
+
+
+def _largest(value: torch.Tensor) -> float:
+    """The largest magnitude of the values."""
+    return max(float(block.double().abs().nan_to_num(0, torch.inf).max()) for block in _blocks(value))
+
+
+def _blocks(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(value.reshape(-1), _BLOCK)
+
+
+def same_elements(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """For each tensor the first one that is the same memory: tied weights, under several names."""
+    first: dict[object, str] = {}
+    names = {}
+    for key, lazy in tensors.items():
+        block = lazy.values
+        place = (id(block.file), block.start) if isinstance(block, Block) else id(block)
+        names[key] = first.setdefault((place, lazy.shape, lazy.dtype, lazy.strides, lazy.offset), key)
+    return names
 
 
 def raw_bytes(value: torch.Tensor) -> memoryview:

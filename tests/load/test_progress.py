@@ -141,7 +141,7 @@ def test_a_conversion_counts_from_none_to_all(suffix, tmp_path, seen):
 
 def test_tensors_that_share_their_storage_count_each(tmp_path):
     """A file of torch holds such tensors once; the total counts both."""
-    item = Item(Target(whole("w", (2, 3), torch.float32), (2, 3), torch.float32), torch.float32)
+    item = Item(Target(whole("w", (2, 3), torch.float32), (2, 3), torch.float32), torch.float32, "w")
     counted = []
     write_container(tmp_path / "x.pt", ".pt", {"a": item, "b": item}, lambda _: torch.ones(2, 3), {}, counted.append)
     assert counted == [item.nbytes, item.nbytes]

@@ -1,0 +1,182 @@
+"""What is written: values that fit their dtype, tied weights, the towers that are asked for, and what else is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peers import hf, openclip
+
+import keymap
+
+
+@pytest.fixture
+def state():
+    return {key: value.detach().clone() for key, value in openclip.clip(seed=1).state_dict().items()}
+
+
+def with_value(state, value, dtype=torch.float32):
+    """The state dict with one value of the first convolution changed."""
+    changed = state["visual.conv1.weight"].to(dtype)
+    changed[0, 0, 0, 0] = value
+    return {**state, "visual.conv1.weight": changed}
+
+
+TOO_LARGE = [  # a value, its dtype, and a dtype that does not hold it
+    (1e300, torch.float64, "float32"),
+    (1e300, torch.float64, "bfloat16"),
+    (1e300, torch.float64, "float16"),
+    (1e30, torch.float32, "float16"),
+    (65520.0, torch.float32, "float16"),
+    (3.4e38, torch.float32, "bfloat16"),
+    (1000.0, torch.float32, "float8_e4m3fn"),
+    (float("inf"), torch.float32, "float8_e4m3fn"),
+    (1e6, torch.float32, "float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize(("value", "dtype", "target"), TOO_LARGE)
+def test_a_value_that_does_not_fit_the_dtype_is_refused(value, dtype, target, state, tmp_path):
+    torch.save(with_value(state, value, dtype), tmp_path / "x.pt")
+    with pytest.raises(keymap.VerifyError, match=rf"its largest value .* does not fit {target}; write it as"):
+        keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "hf_clip", dtype=target)
+    assert not (tmp_path / "y.pt").exists()
+
+
+@pytest.mark.parametrize("value", [65519.0, -65519.0, float("inf"), float("-inf"), float("nan")])
+def test_a_value_that_rounds_to_the_largest_one_and_one_that_is_infinite_already_are_written(value, state, tmp_path):
+    torch.save(with_value(state, value), tmp_path / "x.pt")
+    keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "open_clip", dtype="float16")
+    held = torch.load(tmp_path / "y.pt")
+    key = next(key for key in held if key.endswith("conv1.weight"))
+    wanted = torch.tensor(value).half()
+    assert torch.equal(held[key][0, 0, 0, 0].view(torch.int16), wanted.view(torch.int16)) or value != value
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e30, torch.float32), (1e300, torch.float64)])
+def test_a_format_that_fixes_half_precision_refuses_what_does_not_fit(value, dtype, state, tmp_path):
+    changed = with_value(state, value, dtype)
+    torch.save(changed, tmp_path / "x.pt")
+    with pytest.raises(keymap.VerifyError, match="does not fit float16"):
+        keymap.convert_state_dict(changed, "openai")
+    with pytest.raises(keymap.VerifyError, match="does not fit float16"):
+        keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "openai")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e8m0fnu", "float8_e4m3fnuz", "float4_e2m1fn_x2", "int8", "nothing", 5])
+def test_a_dtype_that_loses_signs_or_is_none_is_refused(dtype, tmp_path):
+    with pytest.raises(keymap.PlanError, match=r"dtype=.*one of float64, float32, float16, bfloat16"):
+        keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "y.pt", "hf_clip", dtype=dtype)
+
+
+@pytest.mark.parametrize("to", ["open_clip", "open_clip_flat", "hf_clip", "openai"])
+@pytest.mark.parametrize("source", ["file", "model"])
+def test_tied_weights_stay_tied(to, source, state, tmp_path):
+    if source == "file":
+        state["visual.ln_post.weight"] = state["visual.ln_pre.weight"]
+        torch.save(state, tmp_path / "x.pt")
+        keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", to)
+    else:
+        model = openclip.clip(seed=1)
+        model.visual.ln_post = model.visual.ln_pre
+        keymap.save_checkpoint(model, tmp_path / "y.pt", to)
+    held = torch.load(tmp_path / "y.pt")
+    pre, post = (next(v for k, v in held.items() if k.endswith(names)) for names in (PRE, POST))
+    assert pre.data_ptr() == post.data_ptr()
+    others = [value.untyped_storage().data_ptr() for value in held.values()]
+    assert len(others) - len(set(others)) == (2 if source == "model" else 1)
+
+
+PRE, POST = ("ln_pre.weight", "pre_layrnorm.weight"), ("ln_post.weight", "post_layernorm.weight")
+
+
+def test_weights_that_are_only_equal_are_not_tied(state, tmp_path):
+    state["visual.ln_post.weight"] = state["visual.ln_pre.weight"].clone()
+    torch.save(state, tmp_path / "x.pt")
+    keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "hf_clip")
+    held = torch.load(tmp_path / "y.pt")
+    pre, post = (next(v for k, v in held.items() if k.endswith(names)) for names in (PRE, POST))
+    assert pre.data_ptr() != post.data_ptr()
+
+
+@pytest.mark.parametrize("towers", ["text", ("text", "scale")])
+def test_towers_that_the_source_lacks_are_no_empty_file(towers, state, tmp_path):
+    image = {key: value for key, value in state.items() if key.startswith("visual.")}
+    torch.save(image, tmp_path / "x.pt")
+    words = r"has no tensors of towers=.*it has 'image'"
+    with pytest.raises(keymap.PlanError, match=words):
+        keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "open_clip", towers=towers)
+    with pytest.raises(keymap.PlanError, match=words):
+        keymap.convert_state_dict(image, "open_clip", towers=towers)
+    with pytest.raises(keymap.PlanError, match="has no tensors of towers="):
+        keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "y.pt", "hf_clip", towers="decoder")
+    assert not (tmp_path / "y.pt").exists()
+
+
+def test_what_else_the_file_holds_is_in_the_notes(state, tmp_path):
+    average = {key: value.clone() for key, value in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": average, "classifier.weight": torch.ones(3)}, tmp_path / "x.pt")
+    torch.save({"state_dict": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, tmp_path / "plain.pt")
+    result = keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "hf_clip")
+    note = next(note for note in result.notes if "elsewhere in the file" in note)
+    assert f"not converted: {len(state) + 1} tensors" in note and "wrapper='state_dict_ema'" in note
+    assert note in str(result) and result.to_dict()["notes"] == list(result.notes)
+    assert keymap.convert_checkpoint(tmp_path / "plain.pt", tmp_path / "y.pt", "hf_clip").notes == ()
+    found = keymap.compare_checkpoints(tmp_path / "x.pt", tmp_path / "plain.pt")
+    assert found.equal
+    assert any("a: not compared" in note and "wrapper_a='state_dict_ema'" in note for note in found.notes)
+
+
+def test_facts_that_contradict_the_model_or_the_configuration_are_refused(tmp_path):
+    model = openclip.siglip(seed=1)
+    heads = model.visual.trunk.blocks[0].attn.num_heads
+    assert heads == 3
+    with pytest.raises(keymap.PlanError, match=r"facts=\{'image.heads': 2\}: the source has 3 \(the model\)"):
+        keymap.save_checkpoint(model, tmp_path / "x.npz", "big_vision_siglip", facts={"image.heads": 2})
+    hf.siglip(seed=1).save_pretrained(tmp_path / "peer")
+    with pytest.raises(keymap.PlanError, match=r"facts=\{'text.heads': 2\}: the source has .*config.json"):
+        keymap.convert_checkpoint(tmp_path / "peer", tmp_path / "x.npz", "big_vision_siglip", facts={"text.heads": 2})
+    assert not (tmp_path / "x.npz").exists()
+    keymap.convert_checkpoint(tmp_path / "peer", tmp_path / "x.npz", "big_vision_siglip")  # its configuration has them
+    assert keymap.compare_checkpoints(tmp_path / "peer", tmp_path / "x.npz").equal
+
+
+@pytest.mark.parametrize("value", ["x", True, 2.0, 0, -1])
+def test_a_head_count_that_is_no_number_is_refused_even_if_unused(value, tmp_path):
+    with pytest.raises(keymap.PlanError, match="expected names and positive integers"):
+        keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "x.pt", "hf_clip", facts={"image.heads": value})
+
+
+# --- progress ---
+
+
+def late(done, _total):
+    if done:
+        raise OSError(28, "the caller's own disk")
+
+
+def early(_done, _total):
+    raise StopIteration
+
+
+@pytest.mark.parametrize(("progress", "words"), [(late, "raised OSError"), (early, "raised StopIteration")])
+def test_an_exception_of_progress_is_named_as_such_and_nothing_is_written(progress, words, tmp_path):
+    model = openclip.clip(seed=1)
+    with pytest.raises(keymap.WriteError, match=rf"progress= {words}.*nothing was written") as caught:
+        keymap.save_checkpoint(model, tmp_path / "x.pt", "hf_clip", progress=progress)
+    assert isinstance(caught.value.__cause__, (OSError, StopIteration))
+    assert list(tmp_path.iterdir()) == []
+    keymap.save_checkpoint(model, tmp_path / "x.pt", "hf_clip")
+    for assign in (True, False):
+        with pytest.raises(keymap.LoadError, match=f"progress= {words}"):
+            keymap.load_checkpoint(openclip.clip(seed=2), tmp_path / "x.pt", assign=assign, progress=progress)
+
+
+@pytest.mark.parametrize("progress", [5, "x"])
+def test_progress_that_is_no_function_is_refused(progress, tmp_path):
+    model = openclip.clip(seed=1)
+    with pytest.raises(keymap.PlanError, match=r"progress=.*pass a function"):
+        keymap.save_checkpoint(model, tmp_path / "x.pt", "hf_clip", progress=progress)
+    keymap.save_checkpoint(model, tmp_path / "x.pt", "hf_clip")
+    for assign in (True, False):
+        with pytest.raises(keymap.PlanError, match=r"progress=.*pass a function"):
+            keymap.load_checkpoint(model, tmp_path / "x.pt", assign=assign, progress=progress)
