@@ -17,6 +17,7 @@ from keymap.load.preflight import failed_checks
 from keymap.load.progress import Counter, Progress
 from keymap.plan.export import Export, export, only_reading, target_format
 from keymap.plan.live import open_model
+from keymap.plan.model import state_of
 from keymap.plan.plan import dtype_name
 from keymap.plan.repository import repository_files
 from keymap.plan.request import (
@@ -27,7 +28,8 @@ from keymap.plan.request import (
     request_for_towers,
     sizes_of,
 )
-from keymap.source.open import PathLike, catalogue_with, open_source
+from keymap.source.hubs import PathLike, ask
+from keymap.source.open import open_source
 from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_folder, check_place, remove_others, whole_files, whole_folder
@@ -78,7 +80,7 @@ class WriteResult(NamedTuple):
 def convert_checkpoint(
     source: PathLike,
     destination: PathLike,
-    to: str,
+    to: PathLike,
     *,
     mapping: PathLike | None = None,
     wrapper: str | None = None,
@@ -89,6 +91,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     weights_only: bool = True,
     progress: Progress | None = None,
+    hub: str | None = None,
 ) -> WriteResult:
     """Convert a checkpoint on disk to another format, one tensor after the other.
 
@@ -110,6 +113,7 @@ def convert_checkpoint(
         progress: called in this thread with the bytes that are written and the bytes in all: first ``(0, total)``,
             last ``(total, total)``, never with fewer bytes than before. An exception that it raises ends the
             conversion, and nothing is written.
+        hub: as in `convert_state_dict`.
 
     Returns:
         The files and what they hold.
@@ -118,9 +122,9 @@ def convert_checkpoint(
         KeymapError: the source or the target is refused (see `convert_state_dict`), or the file cannot be written.
             Then the destination is what it was.
     """
-    known, _ = catalogue_with(mapping)
-    target, place = target_format(known, _text(to)), _destination(destination)
-    opened = open_source(source, checked_flag("weights_only", weights_only), mapping, checked_wrapper(wrapper))
+    asked = ask(hub, mapping, _name(to))
+    target, place = target_format(asked.known, asked.to), _destination(destination)
+    opened = open_source(source, checked_flag("weights_only", weights_only), asked, checked_wrapper(wrapper))
     given = checked_settings(facts, opened.known)
     reading = only_reading(opened)
     planned = export(reading, target, request_for_towers(towers, opened.known.hub), sizes_of(given))
@@ -130,7 +134,7 @@ def convert_checkpoint(
 def save_checkpoint(
     model: nn.Module,
     destination: PathLike,
-    to: str,
+    to: PathLike,
     *,
     towers: Sequence[str] | str | None = None,
     facts: Mapping[str, Scalar] | None = None,
@@ -138,6 +142,7 @@ def save_checkpoint(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    hub: str | None = None,
 ) -> WriteResult:
     """Write a model's weights in a format, from any device, one tensor after the other.
 
@@ -147,16 +152,18 @@ def save_checkpoint(
         KeymapError: as `convert_checkpoint`.
     """
     check_model(model)
-    known, _ = catalogue_with(None)
-    target, place = target_format(known, _text(to)), _destination(destination)
-    opened, own = open_model(model, known)
+    state = state_of(model)
+    asked = ask(hub, None, _name(to), state.tensors)
+    known = asked.known
+    target, place = target_format(known, asked.to), _destination(destination)
+    opened, own = open_model(model, known, state)
     given = {**own, **checked_settings(facts, known)}
     planned = export(only_reading(opened), target, request_for_towers(towers, known.hub), sizes_of(given))
     return _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
 
 
-def _text(to: object) -> str:
-    if not isinstance(to, str):
+def _name(to: PathLike) -> PathLike:
+    if not isinstance(to, (str, os.PathLike)):
         raise PlanError(f"to={to!r}: pass the name of a format")
     return to
 

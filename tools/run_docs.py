@@ -134,7 +134,7 @@ def without_times(text: str) -> str:
 def _in_a_mapping(text: str) -> Iterator[str]:
     """The lines of a part of a mapping that no shipped file has."""
     there = {
-        line.strip() for file in (ROOT / "mappings").glob("*.yaml") for line in file.read_text("utf-8").split("\n")
+        line.strip() for file in (ROOT / "mappings").rglob("*.yaml") for line in file.read_text("utf-8").split("\n")
     }
     yield from (line for line in text.splitlines() if line.strip() not in there)
 

@@ -292,7 +292,7 @@ def explain_command(name: str, html: str | None) -> Answer:
     FORMAT is a name that `keymap formats` lists, or the path of a mapping file.
     """
     from keymap.cli.explain import described, show_format
-    from keymap.source.open import find_mapping
+    from keymap.source.hubs import find_mapping
 
     found = described(find_mapping(name)[1])
     if html is not None:

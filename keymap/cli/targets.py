@@ -16,6 +16,7 @@ from torch import nn
 from keymap.errors import PlanError, printable
 from keymap.plan.export import only_reading
 from keymap.plan.to_hub import to_hub
+from keymap.source.hubs import ask
 from keymap.source.open import open_source
 
 __all__ = ["like", "named"]
@@ -85,7 +86,7 @@ def like(path: str, wrapper: str | None, facts: Mapping[str, int] | None, weight
     Raises:
         KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
     """
-    source = only_reading(open_source(path, weights_only, None, wrapper))
+    source = only_reading(open_source(path, weights_only, ask(), wrapper))
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

@@ -14,7 +14,7 @@ from keymap.picture.data import Picture, picture_of, plain
 from keymap.picture.sample import picture_of_format
 from keymap.plan.collecting import without_gc
 from keymap.plan.plan import Plan
-from keymap.source.open import PathLike, find_mapping
+from keymap.source.hubs import PathLike, find_mapping
 
 __all__ = ["format_page", "plan_page", "render"]
 

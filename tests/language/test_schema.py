@@ -14,7 +14,7 @@ import keymap
 
 SCHEMA = json.loads(keymap.schema_path().read_text(encoding="utf-8"))
 ROOT = Draft202012Validator(SCHEMA)
-FILES = sorted((keymap.schema_path().parents[1] / "mappings").glob("*.yaml"))
+FILES = sorted((keymap.schema_path().parents[1] / "mappings").rglob("*.yaml"))
 BRANCHES = SCHEMA["$defs"]["kinds"]["$defs"]
 FIELDS = SCHEMA["$defs"]["fields"]["$defs"]
 KINDS = sorted(BRANCHES)

@@ -1,0 +1,130 @@
+"""Several hubs: which one a model, a file, a name or a mapping belongs to, and that each loads and is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peers import openclip
+from torch import nn
+
+import keymap
+from keymap.source import registry as registry_module
+from keymap.source.registry import hubs
+
+HUB = r"""format: nano
+kind: hub
+title: nanoGPT's GPT
+detect: {all: [transformer.wte.weight, lm_head.weight, transformer.h.0.attn.c_attn.weight]}
+towers:
+  text:
+    transformer.(.+): transformer.\1
+    lm_head.weight: lm_head.weight
+"""
+GPT2 = r"""format: conv_gpt
+hub: nano
+title: GPT-2 with kernels of (in, out)
+detect: {all: [h.0.attn.c_attn.weight, wte.weight]}
+ignore:
+  h.(\d+).attn.(bias|masked_bias): the causal mask
+towers:
+  text:
+    wte.weight: {to: [transformer.wte.weight, lm_head.weight]}
+    wpe.weight: transformer.wpe.weight
+    h.(\d+).: {to: 'transformer.h.\1.', table: block}
+    ln_f.(weight|bias): transformer.ln_f.\1
+tables:
+  block:
+    ln_(1|2).(weight|bias): ln_\1.\2
+    (attn.c_attn|attn.c_proj|mlp.c_fc|mlp.c_proj).weight: {to: \1.weight, view: in out -> out in}
+    (attn.c_attn|attn.c_proj|mlp.c_fc|mlp.c_proj).bias: \1.bias
+"""
+WIDTH, LAYERS, WORDS, ROWS = 6, 2, 11, 7
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(WIDTH, 3 * WIDTH), "c_proj": nn.Linear(WIDTH, WIDTH)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH)})
+
+
+class Nano(nn.Module):
+    """A model with nanoGPT's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(WORDS, WIDTH),
+                "wpe": nn.Embedding(ROWS, WIDTH),
+                "h": nn.ModuleList(Block() for _ in range(LAYERS)),
+                "ln_f": nn.LayerNorm(WIDTH),
+            }
+        )
+        self.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+
+def gpt2_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same weights as GPT-2's Conv1D has them, by hand."""
+    state = {key.removeprefix("transformer."): value for key, value in model.state_dict().items()}
+    del state["lm_head.weight"]
+    kernels = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return {key: value.t().contiguous() if key.endswith(kernels) else value for key, value in state.items()}
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Registered mappings are forgotten after the test."""
+    monkeypatch.setattr(registry_module, "_registry", [hubs()])
+
+
+@pytest.fixture
+def nano(fresh, tmp_path):
+    """A folder with a hub and a format of it, registered."""
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    (folder / "nano.yaml").write_text(HUB, encoding="utf-8")
+    (folder / "conv_gpt.yaml").write_text(GPT2, encoding="utf-8")
+    assert keymap.register_mappings(folder) == ["conv_gpt", "nano"]
+    return folder
+
+
+def test_a_model_takes_the_hub_of_its_keys_and_the_file_is_converted_to_its_names(nano, tmp_path):
+    theirs, mine = Nano(), Nano()
+    torch.save(gpt2_of(theirs), tmp_path / "gpt2.pt")
+    result = keymap.load_checkpoint(mine, tmp_path / "gpt2.pt")
+    assert result.report.plan.format == "conv_gpt"
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[key], value), key
+    assert mine.lm_head.weight is mine.transformer["wte"].weight
+
+
+def test_the_way_back_writes_the_other_format_bit_for_bit(nano, tmp_path):
+    model = Nano()
+    expected = gpt2_of(model)
+    written = keymap.convert_state_dict(model.state_dict(), "conv_gpt")
+    assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+    keymap.save_checkpoint(model, tmp_path / "x.safetensors", "conv_gpt")
+    assert keymap.compare_checkpoints(tmp_path / "x.safetensors", model).equal
+    back = keymap.convert_state_dict(written, "nano")
+    assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_file_of_one_hub_is_refused_by_a_model_of_another(nano, tmp_path):
+    torch.save(gpt2_of(Nano()), tmp_path / "gpt2.pt")
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+        keymap.load_checkpoint(openclip.clip(), tmp_path / "gpt2.pt")
+    torch.save(openclip.clip().state_dict(), tmp_path / "clip.pt")
+    model = Nano()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+        keymap.load_checkpoint(model, tmp_path / "clip.pt")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_clip_loads_as_before(nano, tmp_path):
+    theirs = openclip.clip()
+    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    assert keymap.load_checkpoint(openclip.clip(), tmp_path / "clip.pt").report.plan.format == hubs().default
