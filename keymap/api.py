@@ -20,7 +20,7 @@ from keymap.load.shared import sharing
 from keymap.plan.allowed import check_missing_patterns
 from keymap.plan.choose import choose, choose_for_towers
 from keymap.plan.collecting import without_gc
-from keymap.plan.describe import Described, configurations_for, describe, found_towers
+from keymap.plan.describe import Described, by_likeness, configurations_for, describe, found_towers, text_of
 from keymap.plan.join import Chosen
 from keymap.plan.model import ModelView, state_of, view_model
 from keymap.plan.plan import Plan, dtype_name, without_failed
@@ -28,8 +28,8 @@ from keymap.plan.request import Request, check_model, checked_flag, checked_wrap
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
 from keymap.source.detect import ambiguous
-from keymap.source.hubs import Asked, PathLike, ask
-from keymap.source.open import Opened, open_source
+from keymap.source.hubs import Asked, PathLike, ask, ask_each
+from keymap.source.open import Opened, open_in_each, open_source
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
@@ -185,10 +185,18 @@ def inspect_checkpoint(
 
     A file of an unknown format is not an error: ``.format`` is None, and ``.evidence`` holds the reasons.
 
+    Args:
+        path: as ``checkpoint_path`` of `load_checkpoint`.
+        weights_only: as in `load_checkpoint`.
+        wrapper: which state dict of the file.
+        hub: the name of the hub whose formats are tried; None tries those of all hubs. If formats of several hubs match
+            the file, the one that explains most of its keys is reported, and the notes name the others.
+
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    opened = open_source(path, checked_flag("weights_only", weights_only), ask(hub), checked_wrapper(wrapper))
+    safe, chosen = checked_flag("weights_only", weights_only), checked_wrapper(wrapper)
+    opened, *further = by_likeness(open_in_each(path, safe, ask_each(hub), chosen))
     source, others = opened.top[0], opened.inner
     refusal = source.refusal
     if source.found is None and not source.refused and others:
@@ -216,6 +224,7 @@ def inspect_checkpoint(
         tensors=tensors,
         dtypes=dict(Counter(dtype_name(dtype) for _, dtype in tensors.values())),
         config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
-        notes=(*source.notes, *unwrapped.remarks),
-        parts=found_towers(opened),
+        notes=(*source.notes, *unwrapped.remarks, *(f"also read as {text_of(other)}" for other in further)),
+        parts=tuple(tower for one in (opened, *further) for tower in found_towers(one)),
+        hub=source.known.hub.name if found is not None else None,
     )

@@ -13,7 +13,7 @@ from keymap.language.format import Format
 from keymap.language.layout import Shaped
 from keymap.source.registry import Registry, hubs, path_text
 
-__all__ = ["Asked", "PathLike", "ask", "ask_for_two", "find_mapping"]
+__all__ = ["Asked", "PathLike", "ask", "ask_each", "ask_for_two", "find_mapping"]
 
 PathLike = str | os.PathLike[str]
 
@@ -98,6 +98,15 @@ def _asked(
     wanted = registry.checked(hub) if hub is not None else None
     known = registry.catalogue(_chosen(registry, wanted, named, model))
     return known, {one.argument: one.name for one in named}
+
+
+def ask_each(hub: object = None) -> list[Asked]:
+    """Every hub that a file can show, that of files without ``hub:`` first; or the one that the caller names."""
+    registry = hubs()
+    if hub is not None:
+        return [Asked(registry.catalogue(registry.checked(hub)))]
+    every = [registry.catalogue(name) for name in registry.hubs]
+    return [Asked(known) for known in every if not known.hub.by_name]
 
 
 def find_mapping(mapping: PathLike, hub: object = None) -> tuple[Catalogue, Format]:

@@ -33,7 +33,7 @@ from keymap.source.search import (
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["Opened", "PathLike", "Source", "layouts_of", "open_source", "open_tree"]
+__all__ = ["Opened", "PathLike", "Source", "layouts_of", "open_in_each", "open_source", "open_tree"]
 
 
 class Source(NamedTuple):
@@ -176,16 +176,28 @@ def open_source(path: PathLike, weights_only: bool, asked: Asked, wrapper: str |
     Raises:
         CheckpointError: the file cannot be read, or has no state dict.
     """
-    known = asked.known
+    return open_in_each(path, weights_only, [asked], wrapper)[0]
+
+
+def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wrapper: str | None) -> list[Opened]:
+    """A checkpoint, opened under each of several hubs; it is read once. See `open_source`."""
     text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
-    file_path = Path(text)
-    refuse_hub_id(file_path, text, {name for entry in known.configurations for name in entry.names})
-    choice = Choice((file_path,), ())
-    if os.path.isdir(file_path):  # without permission this is False, not an error
-        choice = choose_file(file_path, known.containers)
-    files = choice.files
-    checkpoint = open_checkpoint(files[0], weights_only) if len(files) == 1 else open_shards(files, weights_only)
-    return _Reader(known, asked.mapping, checkpoint, (*choice.notes, *checkpoint.notes)).opened(wrapper)
+    file_path, found = Path(text), []
+    checkpoints: dict[tuple[Path, ...], Checkpoint] = {}
+    for one in asked:
+        known = one.known
+        refuse_hub_id(file_path, text, {name for entry in known.configurations for name in entry.names})
+        choice = Choice((file_path,), ())
+        if os.path.isdir(file_path):  # without permission this is False, not an error
+            choice = choose_file(file_path, known.containers)
+        files = choice.files
+        if files not in checkpoints:
+            is_one = len(files) == 1
+            checkpoints[files] = open_checkpoint(files[0], weights_only) if is_one else open_shards(files, weights_only)
+        checkpoint = checkpoints[files]
+        notes = (*choice.notes, *checkpoint.notes)
+        found.append(_Reader(known, one.mapping, checkpoint, notes).opened(wrapper))
+    return found
 
 
 def open_tree(asked: Asked, tree: Mapping[str, Any], wrapper: str | None, facts: Mapping[str, int]) -> Opened:
