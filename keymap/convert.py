@@ -40,8 +40,8 @@ def convert_state_dict(
     Args:
         state_dict: tensors by key; it is not changed.
         to: the name of a format, or the path of a mapping file; or the name of a bridge, which gives the hub's keys
-            with that tower in the second layout. For example, ``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` writes
-            the text tower without ``text.``, as CLIP has it.
+            with that tower in the second layout. For example, ``open_clip`` writes ``text.*`` as CustomTextCLIP has
+            it, ``open_clip_flat`` writes the text tower without ``text.``, as CLIP has it.
         mapping: the name of the source format, or the path of a YAML file; None detects the format.
         wrapper: which state dict within it to convert, for example ``"model.vision_tower"``.
         towers: convert only these towers, for example ``("image",)``.

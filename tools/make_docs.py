@@ -433,7 +433,8 @@ def pages() -> dict[str, str]:
         known = registry.catalogue(hub)
         folder = page_folder(hub)
         data = {name: marked.data for name, marked in known.files.items()}
-        shared = {h.name: registry.shared(h.name).data for h in registry.files.values() if registry.shared(h.name)}
+        tables = {one.name: registry.shared(one.name) for one in registry.files.values() if one.kind == "tables"}
+        shared = {name: marked.data for name, marked in tables.items() if marked is not None}
         for name in sorted(known.mappings):
             if f"{name}.md" not in made:  # containers of all hubs
                 every.append((folder, known.mappings[name]))

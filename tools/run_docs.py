@@ -219,14 +219,14 @@ def rewritten(document: str, outcome: Outcome) -> str:
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[None]:
     """Run there, with nothing registered but what the document registers."""
-    before, known = Path.cwd(), list(registry._known)
-    registry._known[:] = []
+    before, known = Path.cwd(), list(registry._registry)
+    registry._registry[:] = []
     os.chdir(folder)
     try:
         yield
     finally:
         os.chdir(before)
-        registry._known[:] = known
+        registry._registry[:] = known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -80,13 +80,15 @@ class _Described(nn.Module):
         return dict(self._tensors)
 
 
-def like(path: str, wrapper: str | None, facts: Mapping[str, int] | None, weights_only: bool) -> nn.Module:
+def like(
+    path: str, wrapper: str | None, facts: Mapping[str, int] | None, weights_only: bool, hub: str | None
+) -> nn.Module:
     """A module with the names and shapes that a checkpoint has after a translation to OpenCLIP's names.
 
     Raises:
         KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
     """
-    source = only_reading(open_source(path, weights_only, ask(), wrapper))
+    source = only_reading(open_source(path, weights_only, ask(hub), wrapper))
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

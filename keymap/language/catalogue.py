@@ -160,7 +160,7 @@ class Catalogue:
             if mapping.kind == "format" and mapping.by_name and not hub.by_name:
                 at = self.files[mapping.name].at(())
                 raise MappingError(
-                    f"{at}: detect is missing: add keys that only files of this format have, as `detect: {{all: [key]}}`"
+                    f"{at}: detect is missing: add keys that only files of this format have: `detect: {{all: [key]}}`"
                 )
             for tower in mapping.layouts:
                 if tower not in hub.layouts:

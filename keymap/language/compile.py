@@ -163,7 +163,7 @@ def _with_own_layouts(hub: Format) -> Format:
     for rule in hub.rules:
         shown = evidence.setdefault(rule.tower, {hub.name: Evidence()})
         shown[hub.name] = Evidence(any=(*shown[hub.name].any, Clue(rule.source)))
-    return replace(hub, layouts={tower: (hub.name,) for tower in evidence}, layout_evidence=evidence)
+    return replace(hub, layouts=dict.fromkeys(evidence, (hub.name,)), layout_evidence=evidence)
 
 
 def evidence_in(text: str) -> tuple[Evidence, bool] | None:

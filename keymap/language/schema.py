@@ -111,7 +111,9 @@ def _faults(marked: Marked, names: HubNames) -> list[SchemaFault]:
         return [SchemaFault(("kind",), f"{marked.at(('kind',))}: {other}")]
     if kind == "hub":
         names = ANY_NAME  # its own are what it says
-    errors = list(islice(_validator(kind if isinstance(kind, str) else "", names).iter_errors(marked.data), _MAX_FAULTS))
+    errors = list(
+        islice(_validator(kind if isinstance(kind, str) else "", names).iter_errors(marked.data), _MAX_FAULTS)
+    )
     errors.sort(key=lambda error: list(map(str, error.absolute_path)))
     found = [fault for error in errors for fault in in_words(marked, error, _schema(names))]
     if faults:  # under an old kind the other fields may be those of another kind: report what has a new name

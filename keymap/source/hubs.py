@@ -134,9 +134,7 @@ def _named(registry: Registry, argument: str, given: PathLike) -> tuple[Registry
     return extended, _Named(argument, found, (extended.hub_of(header),), True, bool(header.hub))
 
 
-def _chosen(
-    registry: Registry, wanted: str | None, named: list[_Named], model: Mapping[str, Shaped] | None
-) -> str:
+def _chosen(registry: Registry, wanted: str | None, named: list[_Named], model: Mapping[str, Shaped] | None) -> str:
     """The one hub that all arguments allow."""
     if wanted is not None:
         for one in named:
@@ -180,9 +178,7 @@ def _of_model(claiming: list[str], registry: Registry, model: Mapping[str, Shape
     return claiming[0] if claiming else registry.default
 
 
-def _of_another_hub(
-    one: _Named, allowed: list[str], claiming: list[str], model: Mapping[str, Shaped]
-) -> MappingError:
+def _of_another_hub(one: _Named, allowed: list[str], claiming: list[str], model: Mapping[str, Shaped]) -> MappingError:
     keys = f"the model's keys ({some(model)}) are those of hub {_or(claiming)}"
     advice = "pass a format of that hub, or None to detect it"
     if one.is_file and not one.states:

@@ -17,8 +17,8 @@ from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
-from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.hubs import Asked, PathLike
+from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text
 from keymap.source.search import (
     REFUSED,

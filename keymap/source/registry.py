@@ -238,21 +238,24 @@ class Registry:
         """
         new = {path.resolve(): read_header(path, shown_path(path)) for path in paths}
         known = {path: header for path, header in self.files.items() if path.resolve() not in new}
-        result = Registry({**known, **{h.path: h for h in new.values()}}, self.released, self.foreign)
+        files = {**known, **{header.path: header for header in new.values()}}
+        result = Registry(files, self.released.intersection(known), self.foreign.intersection(known))
         result._evidence.update(self._evidence)
         result._tables.update({path: marked for path, marked in self._tables.items() if path in known})
         by_hub: dict[str, list[Path]] = {}
         for header in new.values():
             hub = result.hub_of(header)
             if hub not in result.hubs:
-                raise MappingError(f"{shown_path(header.path)}:{header.line}:1: there is no hub {hub!r}{did_you_mean(hub, result.hubs)}")
+                place = f"{shown_path(header.path)}:{header.line}:1"
+                raise MappingError(f"{place}: there is no hub {hub!r}{did_you_mean(hub, result.hubs)}")
             by_hub.setdefault(hub, []).append(header.path)
         names: dict[Path, str] = {}
-        for hub, catalogue in self._compiled.items():
-            result._compiled[hub] = replace(catalogue, shared=result.shared, _paths={})
-        for hub, files in by_hub.items():
+        left = {self.hub_of(header) for path, header in self.files.items() if path not in known} - by_hub.keys()
+        for hub in self._compiled.keys() - left:
+            result._compiled[hub] = replace(self._compiled[hub], shared=result.shared, _paths={})
+        for hub, paths in by_hub.items():
             result._evidence.pop(hub, None)
-            names |= result._add(hub, files, self, check)
+            names |= result._add(hub, paths, self, check)
         return result, [names[header.path] for header in new.values()]
 
     def _add(self, hub: str, new: list[Path], before: Registry, check: _Check | None) -> dict[Path, str]:

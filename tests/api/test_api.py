@@ -385,7 +385,10 @@ RELEASES = {  # what happened to the installation, and what listing its formats 
     ),
     "no hub": (lambda place: (place / "keymap/mappings/open_clip/open_clip.yaml").unlink(), "there must be one hub"),
     "a damaged record": (_written_to("*.dist-info/RECORD", "\na,b,c,d\n"), "True True"),
-    "another record": (_written_to("*.dist-info/RECORD", "keymap/mappings/open_clip/hf_clip.yaml,md5=a,1\n"), "True True"),
+    "another record": (
+        _written_to("*.dist-info/RECORD", "keymap/mappings/open_clip/hf_clip.yaml,md5=a,1\n"),
+        "True True",
+    ),
 }
 
 

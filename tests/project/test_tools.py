@@ -48,7 +48,11 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_path, capsys):
     old, new, words, placed = BROKEN[name]
-    text = (MAPPINGS / "open_clip" / "hf_clip.yaml").read_text(encoding="utf-8").replace("format: hf_clip", "format: broken")
+    text = (
+        (MAPPINGS / "open_clip" / "hf_clip.yaml")
+        .read_text(encoding="utf-8")
+        .replace("format: hf_clip", "format: broken")
+    )
     line = text.partition(old)[0].count("\n") + 1
     file = tmp_path / "broken.yaml"
     file.write_text(text.replace(old, new), encoding="utf-8")
@@ -78,7 +82,7 @@ def test_check_mappings_refuses_a_name_that_is_taken(tool, tmp_path, capsys):
 def test_make_docs_writes_every_page_and_sees_a_stale_one(tool, tmp_path, capsys):
     make_docs = tool("make_docs")
     assert make_docs.main(["--folder", str(tmp_path)]) == 0
-    names = {file.stem for file in tmp_path.glob("*.md")}
+    names = {file.stem for file in tmp_path.rglob("*.md")}
     assert names == {"README", *(file.stem for file in MAPPINGS.rglob("*.yaml"))}
     assert make_docs.main(["--folder", str(tmp_path), "--check"]) == 0
     page = tmp_path / "openai.md"
