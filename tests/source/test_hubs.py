@@ -128,3 +128,102 @@ def test_a_clip_loads_as_before(nano, tmp_path):
     theirs = openclip.clip()
     torch.save(theirs.state_dict(), tmp_path / "clip.pt")
     assert keymap.load_checkpoint(openclip.clip(), tmp_path / "clip.pt").report.plan.format == hubs().default
+
+
+# --- rules that lead to a model's own names ---
+
+MINE = r"""format: theirs_to_mine
+hub: any
+title: their names to mine
+towers:
+  model:
+    encoder.layer_(\d+)/(w|b): blocks.\1.<2:end>
+    head/w: {to: out.weight, view: in out -> out in}
+    head/b: out.bias
+lookups:
+  end: {w: weight, b: bias}
+"""
+
+
+class Mine(nn.Module):
+    """A model that no hub knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.out = nn.Linear(4, 3)
+
+
+def theirs_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same weights under their names, by hand."""
+    state = model.state_dict()
+    found = {f"encoder.layer_{i}/{end[0]}": state[f"blocks.{i}.{end}"] for i in (0, 1) for end in ("weight", "bias")}
+    return {**found, "head/w": state["out.weight"].t().contiguous(), "head/b": state["out.bias"]}
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The path of a mapping to the model's own names."""
+    file = tmp_path / "theirs_to_mine.yaml"
+    file.write_text(MINE, encoding="utf-8")
+    return file
+
+
+def test_a_mapping_leads_to_the_names_of_any_model_and_back(mine, tmp_path):
+    theirs, model = Mine(), Mine()
+    torch.save(theirs_of(theirs), tmp_path / "theirs.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "theirs.pt", mapping=mine)
+    assert result.report.plan.hub == "any" and not result.missing_keys
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    back, expected = keymap.convert_state_dict(model.state_dict(), to=mine), theirs_of(model)
+    assert back.keys() == expected.keys() and all(torch.equal(back[key], expected[key]) for key in back)
+    forth = keymap.convert_state_dict(expected, "any", mapping=mine)
+    assert all(torch.equal(forth[key], value) for key, value in model.state_dict().items())
+    keymap.save_checkpoint(model, tmp_path / "again.safetensors", mine)
+    assert keymap.compare_checkpoints(tmp_path / "again.safetensors", tmp_path / "theirs.pt").equal
+    assert keymap.compare_checkpoints(tmp_path / "theirs.pt", model, mapping_a=mine).equal
+    assert keymap.map_key("out.bias", "any", mine) == "head/b"
+    assert keymap.map_key("head/w", mine, "any") == "out.weight"
+
+
+def test_what_does_not_fit_the_model_is_refused_and_the_model_stays_as_it_was(mine, tmp_path):
+    state = theirs_of(Mine())
+    del state["head/b"]
+    state["more"] = torch.zeros(2)
+    torch.save(state, tmp_path / "theirs.pt")
+    model = Mine()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.load_checkpoint(model, tmp_path / "theirs.pt", mapping=mine)
+    assert "out.bias" in str(caught.value) and "more" in str(caught.value)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    allowed = {"allow_missing": "out.bias", "allow_unexpected": "more"}
+    assert keymap.load_checkpoint(model, tmp_path / "theirs.pt", mapping=mine, **allowed).missing_keys == ["out.bias"]
+
+
+def test_a_mapping_to_own_names_serves_a_model_that_a_hub_knows(mine, nano, tmp_path):
+    file = tmp_path / "to_nano.yaml"
+    rule = "towers:\n  model:\n    x.(.+): transformer.\\1\n    y: lm_head.weight\n"
+    file.write_text(f"format: to_nano\nhub: any\ntitle: t\n{rule}", encoding="utf-8")
+    theirs, model = Nano(), Nano()
+    state = {f"x.{k.removeprefix('transformer.')}": v for k, v in theirs.state_dict().items() if k[0] == "t"}
+    torch.save({**state, "y": theirs.lm_head.weight.detach()}, tmp_path / "x.pt")
+    keymap.load_checkpoint(model, tmp_path / "x.pt", mapping=file)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.state_dict().items())
+
+
+def test_a_registered_mapping_to_own_names_is_used_by_its_name_alone(fresh, mine, tmp_path):
+    assert keymap.register_mappings(mine) == ["theirs_to_mine"]
+    model = Mine()
+    written = keymap.convert_state_dict(model.state_dict(), "theirs_to_mine")
+    assert written.keys() == theirs_of(model).keys()
+    torch.save(written, tmp_path / "theirs.pt")
+    assert keymap.inspect_checkpoint(tmp_path / "theirs.pt").format is None
+    keymap.load_checkpoint(Mine(), tmp_path / "theirs.pt", mapping="theirs_to_mine")
+
+
+def test_a_model_that_no_hub_knows_loads_a_file_with_its_own_names(tmp_path):
+    theirs, model = Mine(), Mine()
+    torch.save(theirs.state_dict(), tmp_path / "mine.pt")
+    keymap.load_checkpoint(model, tmp_path / "mine.pt")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.state_dict().items())
