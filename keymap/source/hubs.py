@@ -54,6 +54,7 @@ def ask(
     mapping: PathLike | None = None,
     to: PathLike | None = None,
     model: Mapping[str, Shaped] | None = None,
+    as_mapping: str = "mapping",
 ) -> Asked:
     """The hub that a call is about, and the mappings that the caller names.
 
@@ -65,15 +66,16 @@ def ask(
         mapping: name of the source's format, or the path of a mapping file; None to detect the format.
         to: name or path of the target.
         model: tensors of the model by key, where there is one.
+        as_mapping: the argument that the caller calls ``mapping``, for messages.
 
     Raises:
         MappingError: there is no such hub, format or file, the file is wrong, or the mappings belong to two hubs.
         PlanError: the model's keys are those of several hubs.
     """
-    known, names = _asked(hub, {"mapping": mapping, "to": to}, model)
+    known, names = _asked(hub, {as_mapping: mapping, "to": to}, model)
     if mapping is not None:
-        _check_is_format(known, names["mapping"], "mapping")
-    return Asked(known, names.get("mapping"), names.get("to", ""))
+        _check_is_format(known, names[as_mapping], as_mapping)
+    return Asked(known, names.get(as_mapping), names.get("to", ""))
 
 
 def ask_for_two(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peers import openclip
@@ -11,6 +16,7 @@ import keymap
 from keymap.source import registry as registry_module
 from keymap.source.registry import hubs
 
+ROOT = Path(__file__).parents[2]
 HUB = r"""format: nano
 kind: hub
 title: nanoGPT's GPT
@@ -227,3 +233,164 @@ def test_a_model_that_no_hub_knows_loads_a_file_with_its_own_names(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "mine.pt")
     keymap.load_checkpoint(model, tmp_path / "mine.pt")
     assert all(torch.equal(model.state_dict()[key], value) for key, value in theirs.state_dict().items())
+
+
+# --- which hub ---
+
+TWIN = HUB.replace("format: nano", "format: twin").replace("nanoGPT's GPT", "a second hub with the same names")
+
+
+@pytest.fixture
+def twin(nano, tmp_path):
+    """A second hub with nano's names and a format of the same name."""
+    folder = tmp_path / "twin"
+    folder.mkdir()
+    (folder / "twin.yaml").write_text(TWIN, encoding="utf-8")
+    (folder / "conv_gpt.yaml").write_text(GPT2.replace("hub: nano", "hub: twin"), encoding="utf-8")
+    assert keymap.register_mappings(folder) == ["conv_gpt", "twin"]
+
+
+def test_a_model_of_two_hubs_is_refused_and_hub_chooses(twin, tmp_path):
+    theirs, model = Nano(), Nano()
+    torch.save(gpt2_of(theirs), tmp_path / "x.pt")
+    with pytest.raises(keymap.PlanError, match=r"are those of 2 hubs; choose one with hub=: 'nano', 'twin'"):
+        keymap.load_checkpoint(model, tmp_path / "x.pt")
+    assert keymap.load_checkpoint(model, tmp_path / "x.pt", hub="twin").report.plan.hub == "twin"
+    assert keymap.plan_load(model, tmp_path / "x.pt", hub="nano").hub == "nano"
+
+
+def test_a_name_that_two_hubs_have_is_refused_and_hub_chooses(twin):
+    state = Nano().state_dict()
+    with pytest.raises(keymap.MappingError, match=r"to='conv_gpt': several hubs .* hub=: 'nano', 'twin'"):
+        keymap.convert_state_dict(state, "conv_gpt")
+    written = keymap.convert_state_dict(state, "conv_gpt", hub="twin")
+    assert keymap.convert_state_dict(written, "nano", mapping="conv_gpt").keys() == state.keys()  # the hub of `to`
+    with pytest.raises(keymap.MappingError, match=r"source='conv_gpt': several hubs"):
+        keymap.map_key("wte.weight", "conv_gpt", "conv_gpt")
+    assert keymap.map_key("wpe.weight", "conv_gpt", "nano") == "transformer.wpe.weight"
+
+
+def test_a_name_is_resolved_by_the_hub_of_the_model(nano, fresh, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    text = HUB.replace("format: nano", "format: other").replace("transformer.", "decoder.")
+    (other / "other.yaml").write_text(text, encoding="utf-8")
+    (other / "conv_gpt.yaml").write_text(
+        GPT2.replace("hub: nano", "hub: other").replace("transformer.", "decoder."), encoding="utf-8"
+    )
+    keymap.register_mappings(other)
+    theirs = Nano()
+    torch.save(gpt2_of(theirs), tmp_path / "x.pt")
+    assert keymap.load_checkpoint(Nano(), tmp_path / "x.pt", mapping="conv_gpt").report.plan.hub == "nano"
+    found = keymap.inspect_checkpoint(tmp_path / "x.pt")
+    assert (found.format, found.hub) == ("conv_gpt", "nano")
+    assert any("conv_gpt of hub other (choose with hub='other')" in note for note in found.notes)
+    assert keymap.inspect_checkpoint(tmp_path / "x.pt", hub="other").hub == "other"
+
+
+@pytest.mark.parametrize("hub", ["nanno", 3, "", ["nano"]])
+def test_an_unknown_hub_is_refused_by_every_function(hub, nano, tmp_path):
+    torch.save(Nano().state_dict(), tmp_path / "x.pt")
+    calls = (
+        lambda: keymap.load_checkpoint(Nano(), tmp_path / "x.pt", hub=hub),
+        lambda: keymap.plan_load(Nano(), tmp_path / "x.pt", hub=hub),
+        lambda: keymap.inspect_checkpoint(tmp_path / "x.pt", hub=hub),
+        lambda: keymap.convert_state_dict(Nano().state_dict(), "conv_gpt", hub=hub),
+        lambda: keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "conv_gpt", hub=hub),
+        lambda: keymap.save_checkpoint(Nano(), tmp_path / "y.pt", "conv_gpt", hub=hub),
+        lambda: keymap.compare_checkpoints(tmp_path / "x.pt", tmp_path / "x.pt", hub=hub),
+        lambda: keymap.map_key("wte.weight", "conv_gpt", "nano", hub=hub),
+        lambda: keymap.list_formats(hub),
+    )
+    for call in calls:
+        with pytest.raises(keymap.MappingError, match=r"hub=.*(did you mean 'nano'|open_clip)"):
+            call()
+
+
+def test_mappings_of_two_hubs_do_not_meet(nano, mine, tmp_path):
+    state = Nano().state_dict()
+    with pytest.raises(keymap.MappingError, match=r"mapping 'hf_clip' belongs to hub open_clip, to 'conv_gpt' to hub"):
+        keymap.convert_state_dict(state, "conv_gpt", mapping="hf_clip")
+    with pytest.raises(keymap.MappingError, match=r"hub='nano': to 'hf_clip' belongs to hub open_clip"):
+        keymap.convert_state_dict(state, "hf_clip", hub="nano")
+    torch.save(gpt2_of(Nano()), tmp_path / "x.pt")
+    with pytest.raises(
+        keymap.MappingError, match=r"belongs to hub open_clip, but the model's keys .* of hub nano; pass"
+    ):
+        keymap.load_checkpoint(Nano(), tmp_path / "x.pt", mapping="hf_clip")
+    text = MINE.replace("hub: any\n", "reference: r\nlayouts: {image: native_vit}\ndetect: {any: [head/b]}\n")
+    mine.write_text(text.replace("model:", "image:").replace(": blocks", ": visual").replace(": out", ": visual.out")
+                    .replace("to: out", "to: visual.out"), encoding="utf-8")  # fmt: skip
+    with pytest.raises(keymap.MappingError, match=r"write `hub: nano` into the file, or `hub: any`"):
+        keymap.load_checkpoint(Nano(), tmp_path / "x.pt", mapping=mine)
+
+
+def test_the_formats_of_each_hub_are_listed(nano):
+    assert set(keymap.list_formats("nano")) == {"nano", "conv_gpt"}
+    assert {"nano", "conv_gpt", "hf_clip", "any"} <= set(keymap.list_formats())
+    assert "nano" not in keymap.list_formats("open_clip")
+
+
+# --- files ---
+
+WRONG_FILES = {
+    "a hub that does not exist": (
+        GPT2.replace("hub: nano", "hub: nanno"),
+        r"conv_gpt.yaml:2:1: there is no hub 'nanno'",
+    ),
+    "a format without evidence": (
+        "\n".join(line for line in GPT2.splitlines() if not line.startswith("detect")) + "\n",
+        r"conv_gpt.yaml:1:1: detect is missing",
+    ),
+    "a tower of another hub": (GPT2.replace("  text:", "  image:"), r"'image' is not a tower; write one of: text"),
+    "a layout that the hub does not have": (
+        GPT2.replace("towers:", "layouts: {text: native}\ntowers:"),
+        "the hub has no text layout 'native'",
+    ),
+    "a key that the hub does not have": (GPT2.replace(": transformer.wpe", ": wpe"), "the hub has no such name"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_of_a_hub_is_refused_with_its_place(name, nano):
+    text, words = WRONG_FILES[name]
+    (nano / "conv_gpt.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(keymap.MappingError, match=words):
+        keymap.register_mappings(nano / "conv_gpt.yaml")
+    assert keymap.list_formats("nano")["conv_gpt"] == "GPT-2 with kernels of (in, out)"
+
+
+def test_one_hub_alone_can_be_that_of_files_that_name_none(fresh, tmp_path):
+    (tmp_path / "nano.yaml").write_text(HUB.replace("kind: hub\n", "kind: hub\ndefault: true\n"), encoding="utf-8")
+    with pytest.raises(keymap.MappingError, match=r"there must be one hub .*open_clip.yaml, .*nano.yaml"):
+        keymap.register_mappings(tmp_path)
+
+
+def test_tables_that_name_no_hub_serve_every_hub(nano, tmp_path):
+    tables = GPT2[GPT2.index("tables:") :]
+    (tmp_path / "gpt_block.yaml").write_text(f"format: gpt_block\nkind: tables\ntitle: t\n{tables}", encoding="utf-8")
+    keymap.register_mappings(tmp_path / "gpt_block.yaml")
+    text = GPT2.replace(tables, "").replace("hub: nano\n", "hub: nano\nuses: [gpt_block]\n")
+    (nano / "conv_gpt.yaml").write_text(text, encoding="utf-8")
+    keymap.register_mappings(nano / "conv_gpt.yaml")
+    model = Nano()
+    assert keymap.convert_state_dict(model.state_dict(), "conv_gpt").keys() == gpt2_of(model).keys()
+
+
+def test_a_load_compiles_no_file_of_another_hub(nano, tmp_path):
+    """In a process of its own: what a CLIP needs of other hubs is their evidence."""
+    code = (
+        "import sys, torch, keymap\n"
+        "from peers import openclip\n"
+        "from keymap.source.registry import hubs\n"
+        "hubs()\n"
+        "model = openclip.clip()\n"
+        "torch.save(model.state_dict(), sys.argv[1])\n"
+        "keymap.load_checkpoint(model, sys.argv[1])\n"
+        "print(*hubs()._compiled, len(hubs().hubs) > 1)\n"
+    )
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, str(tmp_path / "clip.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["open_clip", "True"], done.stderr
