@@ -21,8 +21,8 @@ test: $(DONE)
 # slow ones.
 check-format: $(DONE)
 	@test -n "$(NAME)" || { echo "name a format: make check-format NAME=hf_clip"; exit 2; }
-	@test -f mappings/$(NAME).yaml || $(BIN)/python -m pytest --collect-only tests/formats/test_ownership.py --format=$(NAME)
-	$(BIN)/python tools/check_mappings.py mappings/$(NAME).yaml
+	@test -n "$(wildcard mappings/*/$(NAME).yaml mappings/$(NAME).yaml)" || $(BIN)/python -m pytest --collect-only tests/formats/test_ownership.py --format=$(NAME)
+	$(BIN)/python tools/check_mappings.py $(wildcard mappings/*/$(NAME).yaml mappings/$(NAME).yaml)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/formats --format=$(NAME) -m "not slow"
 
 # Compare docs/coverage.md with what the last `make test` proved: a stale page or a worse cell fails. `coverage-page`

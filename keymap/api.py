@@ -20,28 +20,28 @@ from keymap.load.shared import sharing
 from keymap.plan.allowed import check_missing_patterns
 from keymap.plan.choose import choose, choose_for_towers
 from keymap.plan.collecting import without_gc
-from keymap.plan.describe import Described, configurations_for, describe, found_towers
+from keymap.plan.describe import Described, by_likeness, configurations_for, describe, found_towers, text_of
 from keymap.plan.join import Chosen
-from keymap.plan.model import ModelView, view_model
+from keymap.plan.model import ModelView, state_of, view_model
 from keymap.plan.plan import Plan, dtype_name, without_failed
 from keymap.plan.request import Request, check_model, checked_flag, checked_wrapper, checked_wrappers, make_request
 from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
 from keymap.source.detect import ambiguous
-from keymap.source.open import Opened, PathLike, open_source
-from keymap.source.registry import registry
+from keymap.source.hubs import Asked, PathLike, ask, ask_each
+from keymap.source.open import Opened, open_in_each, open_source
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
 
 def _open(
-    path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | Mapping[str, str] | None
+    path: PathLike, weights_only: bool, asked: Asked, wrapper: str | Mapping[str, str] | None
 ) -> list[tuple[str, Opened]]:
     """What to load from: one state dict for all towers, whose name here is "", or one for each tower."""
-    chosen = checked_wrappers(wrapper, registry().hub) if wrapper is not None else None
+    chosen = checked_wrappers(wrapper, asked.known.hub) if wrapper is not None else None
     if not isinstance(chosen, dict):
-        return [("", open_source(path, weights_only, mapping, chosen))]
-    return [(tower, open_source(path, weights_only, mapping, name)) for tower, name in chosen.items()]
+        return [("", open_source(path, weights_only, asked, chosen))]
+    return [(tower, open_source(path, weights_only, asked, name)) for tower, name in chosen.items()]
 
 
 def _choose(opened: Sequence[tuple[str, Opened]], model: ModelView, request: Request) -> Chosen:
@@ -68,11 +68,13 @@ def load_checkpoint(
     allow_missing: Sequence[str] | str = (),
     allow_unexpected: Sequence[str] | str = (),
     progress: Progress | None = None,
+    hub: str | None = None,
 ) -> LoadResult:
-    """Load a checkpoint of any known format into an OpenCLIP model.
+    """Load a checkpoint of any known format into a model.
 
     Args:
-        model: a CLIP, CustomTextCLIP or CoCa model, or any module with their keys.
+        model: a model whose keys a hub knows, such as OpenCLIP's CLIP, CustomTextCLIP and CoCa; any module, if the file
+            has its names, or with a mapping file that leads to them.
         checkpoint_path: a .pt, .pth, .bin, .safetensors or .npz file, an index of shards, or a folder. Files are
             recognised by their content.
         strict: every key of the model must be filled, and every key of the file must be used or known to hold no
@@ -98,6 +100,7 @@ def load_checkpoint(
         progress: called in this thread with the bytes of the model's tensors that are done, and with their bytes in
             all: first ``(0, total)``, last ``(total, total)``, never with fewer bytes than before. An exception that
             it raises ends the load; after the first call the model may then be half loaded, and the error says so.
+        hub: the name of the model's hub; None finds it by the model's keys.
 
     Returns:
         The missing and unexpected keys, and ``.report``. It unpacks to the two lists.
@@ -109,16 +112,17 @@ def load_checkpoint(
     check_model(model)
     strict, assign = checked_flag("strict", strict), checked_flag("assign", assign)
     weights_only, target_device = checked_flag("weights_only", weights_only), checked_device(device)
-    opened = _open(checkpoint_path, weights_only, mapping, wrapper)
-    known, file = opened[0][1].known, opened[0][1].file
-    hub = known.hub
+    state = state_of(model)
+    asked = ask(hub, mapping, model=state.tensors)
+    opened = _open(checkpoint_path, weights_only, asked, wrapper)
+    known, file = asked.known, opened[0][1].file
     request = make_request(known, file, strict, towers, source_grid, facts, allow_missing, allow_unexpected)
-    view = view_model(model, hub)
+    view = view_model(model, known.hub, state)
     plan, tensors = _choose(opened, view, request)
     shared: Mapping[int, str] = {}
     if assign:
         shared = sharing(view, plan)
-        refuse_unassignable(view, plan, hub.causal_masks, target_device, shared)
+        refuse_unassignable(view, plan, known.hub.causal_masks, target_device, shared)
     else:
         refuse_unwritable(view, plan)
     refuse_hooks(view, plan, strict)
@@ -151,6 +155,7 @@ def plan_load(
     weights_only: bool = True,
     allow_missing: Sequence[str] | str = (),
     allow_unexpected: Sequence[str] | str = (),
+    hub: str | None = None,
 ) -> Plan:
     """A dry run of `load_checkpoint`: the plan, made from names, shapes and dtypes alone.
 
@@ -164,22 +169,34 @@ def plan_load(
     """
     check_model(model)
     strict, weights_only = checked_flag("strict", strict), checked_flag("weights_only", weights_only)
-    opened = _open(checkpoint_path, weights_only, mapping, wrapper)
-    known, file = opened[0][1].known, opened[0][1].file
+    state = state_of(model)
+    asked = ask(hub, mapping, model=state.tensors)
+    opened = _open(checkpoint_path, weights_only, asked, wrapper)
+    known, file = asked.known, opened[0][1].file
     request = make_request(known, file, strict, towers, source_grid, facts, allow_missing, allow_unexpected)
-    return _choose(opened, view_model(model, known.hub), request).plan
+    return _choose(opened, view_model(model, known.hub, state), request).plan
 
 
 @without_gc()
-def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: str | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: PathLike, *, weights_only: bool = True, wrapper: str | None = None, hub: str | None = None
+) -> Inspection:
     """What a checkpoint is: container, format, wrappers, keys. No weights are read.
 
     A file of an unknown format is not an error: ``.format`` is None, and ``.evidence`` holds the reasons.
 
+    Args:
+        path: as ``checkpoint_path`` of `load_checkpoint`.
+        weights_only: as in `load_checkpoint`.
+        wrapper: which state dict of the file.
+        hub: the name of the hub whose formats are tried; None tries those of all hubs. If formats of several hubs match
+            the file, the one that explains most of its keys is reported, and the notes name the others.
+
     Raises:
         CheckpointError: the file cannot be read, or holds no state dict.
     """
-    opened = open_source(path, checked_flag("weights_only", weights_only), None, checked_wrapper(wrapper))
+    safe, chosen = checked_flag("weights_only", weights_only), checked_wrapper(wrapper)
+    opened, *further = by_likeness(open_in_each(path, safe, ask_each(hub), chosen))
     source, others = opened.top[0], opened.inner
     refusal = source.refusal
     if source.found is None and not source.refused and others:
@@ -207,6 +224,7 @@ def inspect_checkpoint(path: PathLike, *, weights_only: bool = True, wrapper: st
         tensors=tensors,
         dtypes=dict(Counter(dtype_name(dtype) for _, dtype in tensors.values())),
         config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
-        notes=(*source.notes, *unwrapped.remarks),
-        parts=found_towers(opened),
+        notes=(*source.notes, *unwrapped.remarks, *(f"also read as {text_of(other)}" for other in further)),
+        parts=tuple(tower for one in (opened, *further) for tower in found_towers(one)),
+        hub=source.known.hub.name if found is not None else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -9,7 +10,6 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, VerifyError, some
-from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.load.copying import Read, materialise
 from keymap.load.preflight import failed_checks
@@ -19,7 +19,8 @@ from keymap.plan.model import has_memory
 from keymap.plan.request import checked_facts, checked_wrapper, request_for_towers
 from keymap.read import LazyTensor
 from keymap.read.lazy import brief
-from keymap.source.open import PathLike, catalogue_with, open_tree
+from keymap.source.hubs import Asked, PathLike, ask
+from keymap.source.open import open_tree
 from keymap.write.tensors import cast
 
 __all__ = ["convert_state_dict"]
@@ -27,25 +28,27 @@ __all__ = ["convert_state_dict"]
 
 def convert_state_dict(
     state_dict: Mapping[str, torch.Tensor],
-    to: str,
+    to: PathLike,
     *,
     mapping: PathLike | None = None,
     wrapper: str | None = None,
     towers: Sequence[str] | str | None = None,
     facts: Mapping[str, int] | None = None,
+    hub: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Rewrite a state dict in memory, from any known format to another.
 
     Args:
         state_dict: tensors by key; it is not changed.
-        to: the name of a format; or of a bridge, which gives the hub's keys with that tower in the second
-            layout. For example, ``open_clip`` writes ``text.*`` as CustomTextCLIP has it, ``open_clip_flat`` writes
-            the text tower without ``text.``, as CLIP has it.
+        to: the name of a format, or the path of a mapping file; or the name of a bridge, which gives the hub's keys
+            with that tower in the second layout. For example, ``open_clip`` writes ``text.*`` as CustomTextCLIP has
+            it, ``open_clip_flat`` writes the text tower without ``text.``, as CLIP has it.
         mapping: the name of the source format, or the path of a YAML file; None detects the format.
         wrapper: which state dict within it to convert, for example ``"model.vision_tower"``.
         towers: convert only these towers, for example ``("image",)``.
         facts: settings that shapes cannot show and the target's shapes need, for example
             ``{"image.heads": 12, "text.heads": 8}``. One that contradicts the shapes is refused.
+        hub: the name of the hub, where several have a format with the name ``to``.
 
     Returns:
         A new dict. Tensors that are only renamed are the caller's own; the others are new and contiguous.
@@ -53,34 +56,34 @@ def convert_state_dict(
     Raises:
         KeymapError: the source is incomplete, a key has no place in the target, or a fact is missing.
     """
-    known, wanted, target = _checked(state_dict, to, mapping)
-    facts = checked_facts(facts, known)
+    asked, target = _checked(state_dict, to, mapping, hub)
+    facts = checked_facts(facts, asked.known)
     lazy = {
         key: LazyTensor(tuple(value.shape), value.dtype, partial(plain_values, value))
         for key, value in state_dict.items()
     }
-    source = only_reading(open_tree(known, wanted, lazy, checked_wrapper(wrapper), facts))
-    planned = export(source, target, request_for_towers(towers, known.hub), facts)
+    source = only_reading(open_tree(asked, lazy, checked_wrapper(wrapper), facts))
+    planned = export(source, target, request_for_towers(towers, asked.known.hub), facts)
 
     def read(key: str) -> torch.Tensor:
         return source.unwrapped.tensors[key].read()
 
     failed = failed_checks(planned.checks, read)
     if failed:
-        raise VerifyError(f"the state dict cannot be written as {to}", [text for _, text in failed])
+        raise VerifyError(f"the state dict cannot be written as {target.name}", [text for _, text in failed])
     return {key: _written(key, one, read) for key, one in planned.tensors.items()}
 
 
 def _checked(
-    state_dict: Mapping[str, torch.Tensor], to: str, mapping: PathLike | None
-) -> tuple[Catalogue, str | None, Format]:
-    """The mappings, the name of the source's format if the caller gives one, and the target."""
-    if not isinstance(state_dict, Mapping) or not isinstance(to, str):
+    state_dict: Mapping[str, torch.Tensor], to: PathLike, mapping: PathLike | None, hub: str | None
+) -> tuple[Asked, Format]:
+    """The mappings with the name of the source's format if the caller gives one, and the target."""
+    if not isinstance(state_dict, Mapping) or not isinstance(to, (str, os.PathLike)):
         raise PlanError(
             f"expected a dict of tensors and the name of a format, not {type(state_dict).__name__} and {to!r}"
         )
-    known, wanted = catalogue_with(mapping)
-    target = target_format(known, to)
+    asked = ask(hub, mapping, to)
+    target = target_format(asked.known, asked.to)
     wrong = [brief(key) for key in state_dict if not isinstance(key, str)]
     if wrong:
         raise PlanError(f"the state dict has keys that are not strings: {some(wrong)}; rename or remove them")
@@ -91,7 +94,7 @@ def _checked(
     if faults:
         count = "1 tensor" if len(faults) == 1 else f"{len(faults)} tensors"
         raise PlanError(f"{count} of the state dict cannot be converted", faults)
-    return known, wanted, target
+    return asked, target
 
 
 def _why_unreadable(value: torch.Tensor) -> str:

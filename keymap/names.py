@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ from keymap.language.rules import Rule, RuleTable
 from keymap.plan.export import target_format
 from keymap.plan.to_hub import tower_of
 from keymap.read.lazy import MAX_KEY, brief
-from keymap.source.open import PathLike, catalogue_with
+from keymap.source.hubs import PathLike, ask
 
 __all__ = ["map_key"]
 
@@ -29,14 +30,14 @@ _MAX_NAMES = 1000  # that one name may become
 Names = tuple[str, ...]
 
 
-def map_key(name: str, source: PathLike, to: str) -> str | tuple[str, ...]:
+def map_key(name: str, source: PathLike, to: PathLike, *, hub: str | None = None) -> str | tuple[str, ...]:
     """What a name of one format is called in another, for names that are not in a file: of parameters in an optimizer's
     groups, of modules that adapters are put on.
 
     Args:
         name: a key of the source format, or the name of a module, which is what keys have before ``.weight``.
         source: the name of the source's format, or the path of a YAML file.
-        to: as in `convert_state_dict`.
+        to, hub: as in `convert_state_dict`.
 
     Returns:
         The name. A tuple of names, in the order of their parts, where the target cuts the tensor into several; an
@@ -51,12 +52,13 @@ def map_key(name: str, source: PathLike, to: str) -> str | tuple[str, ...]:
     """
     if not isinstance(name, str) or not 0 < len(name) <= MAX_KEY:
         raise PlanError(f"name={brief(name)}: expected the name of a tensor or of a module")
-    if not isinstance(to, str):
+    if not isinstance(to, (str, os.PathLike)):
         raise PlanError(f"to={brief(to)}: pass the name of a format")
-    known, wanted = catalogue_with(source)
-    if wanted is None:
+    if source is None:
         raise PlanError("source=None: pass the name of a format")
-    way = _Way(known, known.get(wanted), target_format(known, to))
+    known, wanted, target = ask(hub, source, to, as_mapping="source")
+    assert wanted is not None, "the source is named"
+    way = _Way(known, known.get(wanted), target_format(known, target))
     names = way.key(name)
     if not names:
         below = _module(name, way)
@@ -64,7 +66,7 @@ def map_key(name: str, source: PathLike, to: str) -> str | tuple[str, ...]:
     if names is None or (not names and way.open(name)):
         near = get_close_matches(name[:_MAX_COMPARED], way.samples(), 3, 0.7)
         hint = f"; did you mean one like {', '.join(near)}?" if near else ""
-        what = f"{wanted} has no key and no module" if names is None else f"{to} has no place for the key or module"
+        what = f"{wanted} has no key and no module" if names is None else f"{target} has no place for the key or module"
         raise PlanError(f"{what} {name!r}{hint}")
     return names[0] if len(names) == 1 else names
 

@@ -82,7 +82,7 @@ class Inspection:
 
     Attributes:
         path, container: the file, and its container, for example ``safetensors``.
-        format: its format; None where no format claims it.
+        format, hub: its format, and the hub that the format belongs to; None where no format claims it.
         evidence: the keys by which the format was detected; the reasons where no format claims the file.
         wrapper, prefixes: the dict that was unwrapped, and the key prefixes that were stripped.
         other_wrappers: further state dicts in the file.
@@ -93,7 +93,7 @@ class Inspection:
         config_hints: settings from the format and from a configuration file, in the checkpoint or beside it.
         notes: which file of a folder this is, and what else the file holds.
         parts: every tower in the file, also those within a larger state dict; `FoundTower` has ``prefix``, ``format``,
-            ``tower``, ``layout``, ``sizes`` and ``configurations``.
+            ``tower``, ``layout``, ``sizes``, ``configurations`` and ``hub``.
     """
 
     path: str
@@ -110,6 +110,7 @@ class Inspection:
     config_hints: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     parts: tuple[FoundTower, ...] = ()
+    hub: str | None = None
 
     def __repr__(self) -> str:
         form = f"format {self.format}" if self.format else "unknown format"
@@ -122,7 +123,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; tensors as ``{key: {"shape": [...], "dtype": "float32"}}``."""
-        plain = {name: getattr(self, name) for name in ("path", "container", "format", "wrapper")}
+        plain = {name: getattr(self, name) for name in ("path", "container", "format", "hub", "wrapper")}
         for name in ("evidence", "other_wrappers", "prefixes", "notes", "configurations"):
             plain[name] = list(getattr(self, name))
         for name in ("layouts", "dtypes", "config_hints"):

@@ -19,6 +19,7 @@ from keymap.load.preflight import failed_checks
 from keymap.load.progress import Counter, Progress, ProgressError
 from keymap.plan.export import Export, export, not_read, only_reading, target_format
 from keymap.plan.live import open_model
+from keymap.plan.model import state_of
 from keymap.plan.plan import dtype_name
 from keymap.plan.repository import repository_files, repository_of
 from keymap.plan.request import (
@@ -30,7 +31,8 @@ from keymap.plan.request import (
     sizes_of,
     with_own,
 )
-from keymap.source.open import PathLike, catalogue_with, open_source
+from keymap.source.hubs import PathLike, ask
+from keymap.source.open import open_source
 from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_folder, check_place, check_set, remove, whole_files, whole_folder
@@ -85,7 +87,7 @@ class WriteResult(NamedTuple):
 def convert_checkpoint(
     source: PathLike,
     destination: PathLike,
-    to: str,
+    to: PathLike,
     *,
     mapping: PathLike | None = None,
     wrapper: str | None = None,
@@ -96,6 +98,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     weights_only: bool = True,
     progress: Progress | None = None,
+    hub: str | None = None,
 ) -> WriteResult:
     """Convert a checkpoint on disk to another format, one tensor after the other.
 
@@ -117,6 +120,7 @@ def convert_checkpoint(
         progress: called in this thread with the bytes that are written and the bytes in all: first ``(0, total)``,
             last ``(total, total)``, never with fewer bytes than before. An exception that it raises ends the
             conversion, and nothing is written.
+        hub: as in `convert_state_dict`.
 
     Returns:
         The files and what they hold.
@@ -125,12 +129,12 @@ def convert_checkpoint(
         KeymapError: the source or the target is refused (see `convert_state_dict`), or the file cannot be written.
             Then the destination is what it was.
     """
-    known, _ = catalogue_with(mapping)
-    target, place = target_format(known, _text(to)), _destination(destination)
-    opened = open_source(source, checked_flag("weights_only", weights_only), mapping, checked_wrapper(wrapper))
-    hub, reading = opened.known.hub, only_reading(opened)
-    given = with_own(checked_settings(facts, opened.known), reading.settings.facts, hub, opened.file)
-    planned = export(reading, target, request_for_towers(towers, hub), sizes_of(given))
+    asked = ask(hub, mapping, _name(to))
+    target, place = target_format(asked.known, asked.to), _destination(destination)
+    opened = open_source(source, checked_flag("weights_only", weights_only), asked, checked_wrapper(wrapper))
+    known, reading = opened.known, only_reading(opened)
+    given = with_own(checked_settings(facts, known), reading.settings.facts, known.hub, opened.file)
+    planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
     result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
     return result._replace(notes=(*reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted")))
@@ -139,7 +143,7 @@ def convert_checkpoint(
 def save_checkpoint(
     model: nn.Module,
     destination: PathLike,
-    to: str,
+    to: PathLike,
     *,
     towers: Sequence[str] | str | None = None,
     facts: Mapping[str, Scalar] | None = None,
@@ -147,6 +151,7 @@ def save_checkpoint(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    hub: str | None = None,
 ) -> WriteResult:
     """Write a model's weights in a format, from any device, one tensor after the other.
 
@@ -156,17 +161,19 @@ def save_checkpoint(
         KeymapError: as `convert_checkpoint`.
     """
     check_model(model)
-    known, _ = catalogue_with(None)
-    target, place = target_format(known, _text(to)), _destination(destination)
-    opened, own = open_model(model, known)
+    state = state_of(model)
+    asked = ask(hub, None, _name(to), state.tensors)
+    known = asked.known
+    target, place = target_format(known, asked.to), _destination(destination)
+    opened, own = open_model(model, known, state)
     stated = {name: (value, "the model") for name, value in own.items()}
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(only_reading(opened), target, request_for_towers(towers, known.hub), sizes_of(given))
     return _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
 
 
-def _text(to: object) -> str:
-    if not isinstance(to, str):
+def _name(to: PathLike) -> PathLike:
+    if not isinstance(to, (str, os.PathLike)):
         raise PlanError(f"to={to!r}: pass the name of a format")
     return to
 

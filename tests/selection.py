@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from keymap.source.registry import registry
+from keymap.source.registry import hubs, registry
 
 
 def formats_of(item: pytest.Item) -> set[str]:
@@ -22,17 +22,18 @@ def formats_of(item: pytest.Item) -> set[str]:
     for value in callspec.params.values() if callspec is not None else ():
         if isinstance(value, (str, Path)):
             found.add(value.stem if isinstance(value, Path) else value)
-    return found & set(registry().mappings)
+    return found & {header.name for header in hubs().files.values()}
 
 
 def refuse_unknown(name: str) -> None:
     """Raise a usage error if no format has this name. It gives near names, or the formats to check instead."""
-    known = registry()
-    selectable = sorted(m.name for m in known.mappings.values() if m.kind in ("hub", "format", "bridge"))
+    headers = hubs().files.values()
+    selectable = sorted({header.name for header in headers if header.kind in ("hub", "format", "bridge")})
     if name in selectable:
         return
-    kind = known.mappings[name].kind if name in known.mappings else None
+    kind = next((header.kind for header in headers if header.name == name), None)
     if kind == "tables":
+        known = registry()
         users = [m.name for m in known.mappings.values() if name in known.files[m.name].data.get("uses", ())]
         raise pytest.UsageError(f"{name} is a file of tables: check a format that uses it: {', '.join(users)}")
     if kind is not None:

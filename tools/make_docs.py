@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keymap.language.format import Format
 from keymap.language.rules import Rule
-from keymap.language.yaml_marks import parse_yaml
-from keymap.paths import data_folder
-from keymap.source.registry import Catalogue, list_formats
+from keymap.source.registry import hubs, list_formats
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-PAGES = Path(__file__).resolve().parents[1] / "docs" / "formats"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = ROOT / "docs" / "formats"
 KINDS = {
     "format": "Formats",
     "hub": "The hub",
@@ -184,10 +183,19 @@ def writing(mapping: Format) -> Iterator[str]:
 # --- pages ---------------------------------------------------------------------------------------------------
 
 
-def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
-    """The page of one mapping."""
+def page(data: Data, mapping: Format, shared: dict[str, Data], place: str, hub: str) -> str:
+    """The page of one mapping.
+
+    Args:
+        data: of the file.
+        mapping: compiled.
+        shared: the data of the files whose tables it may use, by name.
+        place: the path of the file in the repository.
+        hub: the name of its hub.
+    """
+    up = "../" if page_folder(hub) else ""
     lines = [
-        f"<!-- Written by tools/make_docs.py from mappings/{mapping.name}.yaml: edit that file. -->",
+        f"<!-- Written by tools/make_docs.py from {place}: edit that file. -->",
         f"# {mapping.name}",
         "",
         f"{mapping.title}.",
@@ -200,6 +208,8 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
             lines.extend([f"## {title}", "", *found, ""])
 
     about = [f"- kind: {mapping.kind}"]
+    if mapping.kind in ("format", "bridge"):
+        about.append(f"- hub: [{hub}]({hub}.md)")
     if mapping.reference:
         about.append(f"- source of the names: {mapping.reference}")
     if mapping.kind != "hub":
@@ -207,7 +217,7 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
     if mapping.kind == "bridge":
         about.append(f"- {mapping.tower} tower: from layout {code(mapping.between[0])} to {code(mapping.between[1])}")
     if "uses" in data:
-        about.append(f"- uses tables of: {', '.join(f'[{name}]({name}.md)' for name in data['uses'])}")
+        about.append(f"- uses tables of: {', '.join(f'[{name}]({up}{name}.md)' for name in data['uses'])}")
     if mapping.config is not None:
         about.append(f"- configuration: {code(mapping.config.file)} beside the checkpoint, if it exists")
     if mapping.rules:  # a command, not the pictures: 32 files, 1.6 MB, and all with the same template
@@ -215,20 +225,22 @@ def page(data: Data, mapping: Format, shared: dict[str, Data]) -> str:
         about.append(f"- picture: {code(command)} draws these rules as a page, from key to key")
     lines.extend([*about, ""])
     section("Notes", (f"- {note}" for note in data.get("notes", ())))
-    if "detect" in data:
+    if isinstance(data.get("detect"), dict):
         section("Detection", [f"keymap detects this format if {evidence(data['detect'])}."])
+    elif mapping.rules and mapping.kind != "bridge":
+        section("Detection", ["Only the name leads to it."])
     section("Layouts", _layouts(data))
     section("Aliases", _aliases(data))
     section("Ignored keys", _ignored(data))
     for tower, entries in data.get("unsupported", {}).items():
         section(f"Unsupported keys: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
     section("Refused files", _refused(data))
-    there = f"{mapping.between[1]} key" if mapping.kind == "bridge" else "OpenCLIP key"
+    there = f"{mapping.between[1]} key" if mapping.kind == "bridge" else f"{hub} key"
     for tower, entries in data.get("towers", {}).items():
         section(f"Rules: {tower}", rules(entries, there))
     for number, variant in enumerate(data.get("variants", ()), 1):
         body = [f"These rules apply to a file if {evidence(variant['when'])}."]
-        body += [f"They apply to an OpenCLIP model that is written if {evidence(variant['when_hub'])}.", ""]
+        body += [f"They apply to a model of the hub that is written if {evidence(variant['when_hub'])}.", ""]
         for tower, entries in variant["towers"].items():
             body += [f"{tower}:", "", *rules(entries, there), ""]
         section(f"Variant {number}", body[:-1])
@@ -277,7 +289,7 @@ def _reached(field: str, data: Data, shared: dict[str, Data], tables: Data | Non
 
 def _layouts(data: Data) -> Iterator[str]:
     """The hub's layouts, with what shows each."""
-    if data.get("kind") != "hub":
+    if data.get("kind") != "hub" or "layouts" not in data:
         return
     yield "The first layout that fits is used."
     yield ""
@@ -393,7 +405,7 @@ def _fixed(data: Data) -> Iterator[str]:
         yield f"- {code(key)} is written with shape {shape}"
 
 
-def index(mappings: Sequence[Format]) -> str:
+def index(mappings: Sequence[tuple[str, Format]]) -> str:
     """The list of all pages."""
     lines = [
         "<!-- Written by tools/make_docs.py from mappings/: edit the files there. -->",
@@ -406,25 +418,39 @@ def index(mappings: Sequence[Format]) -> str:
         "",
     ]
     for kind, title in KINDS.items():
-        some = [mapping for mapping in mappings if mapping.kind == kind]
+        some = [(folder, mapping) for folder, mapping in mappings if mapping.kind == kind]
         if some:
-            lines += [f"## {title}", "", *(f"- [{m.name}]({m.name}.md): {m.title}" for m in some), ""]
+            lines += [f"## {title}", "", *(f"- [{m.name}]({at}{m.name}.md): {m.title}" for at, m in some), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def pages() -> dict[str, str]:
     """Every page by its file name."""
-    files = sorted(data_folder("mappings").glob("*.yaml"))
-    known = Catalogue()
-    known.add(files)
-    data = {file.stem: parse_yaml(file.read_text(encoding="utf-8"), file.name).data for file in files}
-    made = {f"{name}.md": page(data[name], known.mappings[name], data) for name in data}
-    return {"README.md": index([known.mappings[name] for name in data]), **made}
+    registry = hubs()
+    made: dict[str, str] = {}
+    every: list[tuple[str, Format]] = []
+    for hub in registry.hubs:
+        known = registry.catalogue(hub)
+        folder = page_folder(hub)
+        data = {name: marked.data for name, marked in known.files.items()}
+        tables = {one.name: registry.shared(one.name) for one in registry.files.values() if one.kind == "tables"}
+        shared = {name: marked.data for name, marked in tables.items() if marked is not None}
+        for name in sorted(known.mappings):
+            if f"{name}.md" not in made:  # containers of all hubs
+                every.append((folder, known.mappings[name]))
+                place = known.places[name].relative_to(ROOT).as_posix()
+                made[f"{folder}{name}.md"] = page(data[name], known.mappings[name], {**shared, **data}, place, hub)
+    return {"README.md": index(every), **made}
+
+
+def page_folder(hub: str) -> str:
+    """Where the pages of a hub lie: those of files that name no hub at the top."""
+    return "" if hub == hubs().default else f"{hub}/"
 
 
 def stale(made: dict[str, str], folder: Path) -> list[str]:
     """How the folder differs from the pages."""
-    there = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")}
+    there = {str(file.relative_to(folder)): file.read_text(encoding="utf-8") for file in folder.rglob("*.md")}
     lines = [f"{name} is missing" for name in made if name not in there]
     lines += [f"{name} is stale" for name in made if name in there and there[name] != made[name]]
     return lines + [f"{name} belongs to no mapping" for name in there if name not in made]
@@ -435,8 +461,13 @@ def readme(text: str) -> str:
     before, mark, rest = text.partition("<!-- formats:")
     comment, line, rest = rest.partition("\n")
     _, end, after = rest.partition("<!-- end of formats -->")
-    rows = [f"| [{name}](docs/formats/{name}.md) | {title} |" for name, title in list_formats().items()]
-    return before + mark + comment + line + "\n".join(["| format | files |", "|---|---|", *rows, ""]) + end + after
+    rows = [
+        f"| [{name}](docs/formats/{page_folder(hub)}{name}.md) | {hub} | {title} |"
+        for hub in hubs().hubs
+        for name, title in list_formats(hub).items()
+    ]
+    head = ["| format | hub | files |", "|---|---|---|"]
+    return before + mark + comment + line + "\n".join([*head, *rows, ""]) + end + after
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -454,10 +485,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"docs/formats/{word}: run tools/make_docs.py")
         return 1 if found else 0
     asked.folder.mkdir(parents=True, exist_ok=True)
-    for file in asked.folder.glob("*.md"):
-        if file.name not in made:
+    for file in asked.folder.rglob("*.md"):
+        if str(file.relative_to(asked.folder)) not in made:
             file.unlink()
     for name, text in made.items():
+        (asked.folder / name).parent.mkdir(exist_ok=True)
         (asked.folder / name).write_text(text, encoding="utf-8")
     if asked.folder == PAGES:
         README.write_text(readme(front), encoding="utf-8")

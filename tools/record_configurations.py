@@ -3,7 +3,7 @@
     python tools/record_configurations.py            write both files
     python tools/record_configurations.py --check    exit status 1 if one of them would change
 
-It writes mappings/open_clip_configurations.yaml, and mappings/open_clip_keys.json, with which the checks of a mapping
+It writes mappings/open_clip/open_clip_configurations.yaml, and open_clip_keys.json, with which the checks of a mapping
 file find a misspelt target. Models are built on the meta device: names and shapes, no memory, no download.
 """
 
@@ -30,7 +30,7 @@ from keymap.plan.to_hub import tower_of
 from keymap.source.detect import tower_layout
 from keymap.source.registry import registry
 
-FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip_configurations.yaml"
+FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip" / "open_clip_configurations.yaml"
 HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json
 # Written by tools/record_configurations.py; run it again for another release of OpenCLIP.
 format: open_clip_configurations

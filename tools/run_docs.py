@@ -140,7 +140,7 @@ def without_times(text: str) -> str:
 def _in_a_mapping(text: str) -> Iterator[str]:
     """The lines of a part of a mapping that no shipped file has."""
     there = {
-        line.strip() for file in (ROOT / "mappings").glob("*.yaml") for line in file.read_text("utf-8").split("\n")
+        line.strip() for file in (ROOT / "mappings").rglob("*.yaml") for line in file.read_text("utf-8").split("\n")
     }
     yield from (line for line in text.splitlines() if line.strip() not in there)
 
@@ -227,15 +227,15 @@ def working_folder(folder: Path) -> Iterator[None]:
     """Run there, with nothing registered but what the document registers, and with gradients."""
     import torch
 
-    before, known = Path.cwd(), list(registry._known)
-    registry._known[:] = []
+    before, known = Path.cwd(), list(registry._registry)
+    registry._registry[:] = []
     os.chdir(folder)
     try:
         with torch.enable_grad(), small_models.known_to_libraries():
             yield
     finally:
         os.chdir(before)
-        registry._known[:] = known
+        registry._registry[:] = known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

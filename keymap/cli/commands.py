@@ -76,15 +76,15 @@ def _write_page(path: Path, page: str) -> None:
 
 
 @cli.command("inspect", short_help="Show what a checkpoint is.")
-@options.apply(options.SOURCE, options.WRAPPER, options.UNSAFE)
+@options.apply(options.SOURCE, options.HUB, options.WRAPPER, options.UNSAFE)
 @click.option("--tensors", is_flag=True, help="List every tensor with its shape and dtype.")
 @answers
-def inspect_command(path: str, wrapper: str | None, unsafe_pickle: bool, tensors: bool) -> Answer:
+def inspect_command(path: str, hub: str | None, wrapper: str | None, unsafe_pickle: bool, tensors: bool) -> Answer:
     """Show what a checkpoint is. Needs no model and reads no weights.
 
     A file of no known format is not an error: the reasons are shown.
     """
-    found = keymap.inspect_checkpoint(path, weights_only=not unsafe_pickle, wrapper=wrapper)
+    found = keymap.inspect_checkpoint(path, weights_only=not unsafe_pickle, wrapper=wrapper, hub=hub)
 
     def show(screen: Screen) -> None:
         _report(screen, str(found))
@@ -143,7 +143,8 @@ def plan_command(
         model = targets.named(model_name)
     else:
         assert like is not None, "one of the two is given"
-        model = targets.like(like, like_wrapper, like_mapping, arguments["facts"], arguments["weights_only"])
+        options_of_like = arguments["facts"], arguments["weights_only"], arguments["hub"]
+        model = targets.like(like, like_wrapper, like_mapping, *options_of_like)
     plan = keymap.plan_load(model, path, **arguments)
     explanation = plan.explain(explain) if explain is not None else None
     if page is not None:
@@ -188,7 +189,9 @@ def load_command(path: str, model_name: str, **asked: Any) -> Answer:
         warnings.simplefilter("ignore", keymap.ConfigurationWarning)  # the report has them
         report = keymap.load_checkpoint(model, path, progress=progress, **arguments).report
     wrapper = arguments["wrapper"] if isinstance(arguments["wrapper"], str) else None
-    inspection = keymap.inspect_checkpoint(path, weights_only=arguments["weights_only"], wrapper=wrapper)
+    inspection = keymap.inspect_checkpoint(
+        path, weights_only=arguments["weights_only"], wrapper=wrapper, hub=arguments["hub"] or report.plan.hub
+    )
     rows = parity.parity(report.plan, inspection, model)
     equal = all(row.equal is not False for row in rows)
 
@@ -228,6 +231,7 @@ def convert_command(
     destination: str,
     to: str,
     mapping: str | None,
+    hub: str | None,
     wrapper: str | None,
     towers: Sequence[str],
     facts: Sequence[str],
@@ -251,6 +255,7 @@ def convert_command(
             destination,
             to,
             mapping=mapping,
+            hub=hub,
             wrapper=wrapper,
             towers=towers or None,
             facts=settings,
@@ -293,39 +298,44 @@ def diff_command(first: str, second: str, *, facts: Sequence[str], unsafe_pickle
 
 
 @cli.command("formats", short_help="List the formats.")
+@options.apply(options.HUB)
 @answers
-def formats_command() -> Answer:
+def formats_command(hub: str | None) -> Answer:
     """List the formats that keymap reads and writes, and the bridges between layouts."""
-    from keymap.source.registry import registry
+    from keymap.source.registry import hubs, registry
 
-    titles = keymap.list_formats()
-    kinds = {name: registry().get(name).kind for name in titles}
+    entries = [
+        {"name": name, "hub": each, "kind": registry(each).get(name).kind, "title": title}
+        for each in (hubs().hubs if hub is None else (hubs().checked(hub),))
+        for name, title in keymap.list_formats(each).items()
+    ]
 
     def show(screen: Screen) -> None:
-        screen.table(("name", "kind", "files"), [(name, kinds[name], title) for name, title in titles.items()])
+        rows = [(entry["name"], entry["hub"], entry["kind"], entry["title"]) for entry in entries]
+        screen.table(("name", "hub", "kind", "files"), rows)
 
-    entries = [{"name": name, "kind": kinds[name], "title": title} for name, title in titles.items()]
     return Answer({"formats": entries}, show)
 
 
 @cli.command("explain", short_help="Describe a format.")
 @click.argument("name", metavar="FORMAT", shell_complete=complete_format)
+@options.apply(options.HUB)
 @click.option("--html", metavar="FILE", type=options.PATH, help="Write the format as a page of HTML.")
 @answers
-def explain_command(name: str, html: str | None) -> Answer:
-    """Describe a format: its keys, and the keys of OpenCLIP that they become.
+def explain_command(name: str, hub: str | None, html: str | None) -> Answer:
+    """Describe a format: its keys, and the keys of its hub that they become.
 
     FORMAT is a name that `keymap formats` lists, or the path of a mapping file.
     """
     from keymap.cli.explain import described, show_format
-    from keymap.source.open import find_mapping
+    from keymap.source.hubs import find_mapping
 
     page = _checked_page(html, [Path(name)]) if html is not None else None
-    found = described(find_mapping(name)[1])
+    found = described(find_mapping(name, hub)[1])
     if page is not None:
         from keymap.picture import format_page
 
-        _write_page(page, format_page(name))
+        _write_page(page, format_page(name, hub))
 
     def show(screen: Screen) -> None:
         show_format(screen, found)

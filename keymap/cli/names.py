@@ -20,7 +20,7 @@ _NAME = re.compile(r"([^\s,:]+): \[")
 def format_names() -> list[str]:
     """The names of the formats and bridges that keymap ships."""
     found = []
-    for file in sorted(data_folder("mappings").glob("*.yaml")):
+    for file in sorted(data_folder("mappings").rglob("*.yaml")):
         kind = _KIND.search(file.read_text(encoding="utf-8"))
         if kind is None or kind[1] in _WITH_RULES:
             found.append(file.stem)
@@ -30,7 +30,7 @@ def format_names() -> list[str]:
 def model_names() -> list[str]:
     """The names of the model configurations that keymap knows."""
     kind = re.compile(r"^kind: *configurations$", re.MULTILINE)
-    texts = (file.read_text(encoding="utf-8") for file in data_folder("mappings").glob("*configurations.yaml"))
+    texts = (file.read_text(encoding="utf-8") for file in data_folder("mappings").rglob("*configurations.yaml"))
     return sorted(
         name for text in texts if kind.search(text) for entry in _NAMES.findall(text) for name in _NAME.findall(entry)
     )

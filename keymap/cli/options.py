@@ -12,6 +12,7 @@ import click
 from keymap.cli.names import complete_format, complete_model
 
 __all__ = [
+    "HUB",
     "PATH",
     "SOURCE",
     "TARGET_MODEL",
@@ -53,6 +54,7 @@ FACT = click.option(
     multiple=True,
     help="A number that shapes cannot show, such as that of heads.",
 )
+HUB = click.option("--hub", metavar="NAME", help="The hub, where several know the keys or have such a format.")
 WRAPPER = click.option("--wrapper", metavar="NAME", help="Which state dict of the file.")
 WRAPPERS = click.option(
     "--wrapper",
@@ -91,13 +93,14 @@ def apply(*options: Option) -> Callable[[F], F]:
     return decorate
 
 
-reading = apply(MAPPING, WRAPPER, TOWER, FACT, UNSAFE)  # of a conversion
-request = apply(_STRICT, MAPPING, WRAPPERS, TOWER, FACT, _SOURCE_GRID, _MISSING, _UNEXPECTED, UNSAFE)  # of a load
+reading = apply(MAPPING, HUB, WRAPPER, TOWER, FACT, UNSAFE)  # of a conversion
+request = apply(_STRICT, MAPPING, HUB, WRAPPERS, TOWER, FACT, _SOURCE_GRID, _MISSING, _UNEXPECTED, UNSAFE)  # of a load
 sides = apply(  # of a comparison
     click.option("--mapping-a", metavar="NAME|YAML", shell_complete=complete_format, help="The format of A."),
     click.option("--mapping-b", metavar="NAME|YAML", shell_complete=complete_format, help="The format of B."),
     click.option("--wrapper-a", metavar="NAME", help="Which state dict of A."),
     click.option("--wrapper-b", metavar="NAME", help="Which state dict of B."),
+    HUB,
     TOWER,
     FACT,
     UNSAFE,
@@ -108,6 +111,7 @@ def load_arguments(
     *,
     no_strict: bool,
     mapping: str | None,
+    hub: str | None,
     wrappers: Sequence[str],
     towers: Sequence[str],
     facts: Sequence[str],
@@ -124,6 +128,7 @@ def load_arguments(
     return {
         "strict": not no_strict,
         "mapping": mapping,
+        "hub": hub,
         "wrapper": _wrapper(wrappers),
         "towers": towers or None,
         "facts": pairs_of(facts),

@@ -46,7 +46,7 @@ def parity(plan: Plan, inspection: Inspection, model: nn.Module) -> list[Row]:
         inspection: of the same file.
         model: that was loaded.
     """
-    known = registry()
+    known = registry(plan.hub)
     view = view_model(model, known.hub)
     rows = [_row("tensors", "loaded", len(plan.entries), len(view.tensors))]
     rows += _tensors(inspection.tensors.values(), [(tuple(t.shape), t.dtype) for t in view.tensors.values()])

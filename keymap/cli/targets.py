@@ -18,6 +18,7 @@ from keymap.advice import renaming
 from keymap.errors import PlanError, printable
 from keymap.plan.export import only_reading
 from keymap.plan.to_hub import to_hub
+from keymap.source.hubs import ask
 from keymap.source.open import open_source
 
 __all__ = ["like", "named"]
@@ -83,7 +84,12 @@ class _Described(nn.Module):
 
 
 def like(
-    path: str, wrapper: str | None, mapping: str | None, facts: Mapping[str, int] | None, weights_only: bool
+    path: str,
+    wrapper: str | None,
+    mapping: str | None,
+    facts: Mapping[str, int] | None,
+    weights_only: bool,
+    hub: str | None,
 ) -> nn.Module:
     """A module with the names and shapes that a checkpoint has after a translation to OpenCLIP's names.
 
@@ -91,7 +97,7 @@ def like(
         KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
     """
     with renaming({"wrapper": "like_wrapper", "mapping": "like_mapping"}):
-        source = only_reading(open_source(path, weights_only, mapping, wrapper))
+        source = only_reading(open_source(path, weights_only, ask(hub, mapping), wrapper))
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

@@ -19,10 +19,12 @@ from keymap.language.format import Scalar
 from keymap.language.rules import Check
 from keymap.plan.export import not_read
 from keymap.plan.live import open_model
+from keymap.plan.model import state_of
 from keymap.plan.plan import dtype_name
 from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
 from keymap.read.lazy import brief
-from keymap.source.open import Opened, PathLike, catalogue_with, open_source
+from keymap.source.hubs import Asked, PathLike, ask_for_two
+from keymap.source.open import Opened, open_source
 
 __all__ = ["compare_checkpoints"]
 
@@ -41,6 +43,7 @@ def compare_checkpoints(
     mapping_b: PathLike | None = None,
     facts: Mapping[str, int] | None = None,
     check_dtype: bool = False,
+    hub: str | None = None,
 ) -> Comparison:
     """Compare the weights of two checkpoints, whatever their formats, containers and dtypes are.
 
@@ -61,6 +64,7 @@ def compare_checkpoints(
         mapping_a, mapping_b: the format of the file, or the path of a YAML file; None detects it.
         facts: settings that shapes do not show, where a conversion needs them, as in `convert_state_dict`.
         check_dtype: an unlike dtype is a difference.
+        hub: the name of the hub under whose names files of two formats are compared.
 
     Returns:
         The differences. The memory that is needed is that of the two largest tensors and some megabytes.
@@ -71,8 +75,12 @@ def compare_checkpoints(
     """
     limit = _checked_tolerance(tolerance)
     safe, strict_dtype = checked_flag("weights_only", weights_only), checked_flag("check_dtype", check_dtype)
-    one, own_a = _open("a", a, safe, mapping_a, wrapper_a)
-    other, own_b = _open("b", b, safe, mapping_b, wrapper_b)
+    _refuse_options_of_models({"a": (a, mapping_a, wrapper_a), "b": (b, mapping_b, wrapper_b)})
+    model = next((side for side in (a, b) if isinstance(side, nn.Module)), None)
+    state = state_of(model).tensors if model is not None else None
+    asked_a, asked_b = ask_for_two(hub, mapping_a, mapping_b, state)
+    one, own_a = _open("a", a, safe, asked_a, wrapper_a)
+    other, own_b = _open("b", b, safe, asked_b, wrapper_b)
     asked = request_for_towers(towers, one.known.hub)
     source_a, source_b = readings(one, other)
     both = same_names(source_a, source_b, asked, sizes_of({**own_a, **own_b}) | dict(checked_facts(facts, one.known)))
@@ -95,18 +103,22 @@ def _checked_tolerance(tolerance: object) -> float:
     return value
 
 
+def _refuse_options_of_models(sides: Mapping[str, tuple[object, object, object]]) -> None:
+    for name, (side, mapping, wrapper) in sides.items():
+        if isinstance(side, nn.Module) and (mapping is not None or wrapper is not None):
+            raise PlanError(f"{name} is a model: leave mapping_{name}= and wrapper_{name}= out")
+
+
 def _open(
-    name: str, where: object, weights_only: bool, mapping: PathLike | None, wrapper: object
+    name: str, where: object, weights_only: bool, asked: Asked, wrapper: object
 ) -> tuple[Opened, Mapping[str, Scalar]]:
     """A file or a model, opened, and the facts that a model states."""
     if isinstance(where, nn.Module):
-        if mapping is not None or wrapper is not None:
-            raise PlanError(f"{name} is a model: leave mapping_{name}= and wrapper_{name}= out")
-        return open_model(where, catalogue_with(None)[0])
+        return open_model(where, asked.known)
     if not isinstance(where, (str, os.PathLike)):
         raise PlanError(f"{name}={brief(where)}: pass the path of a checkpoint, or a model")
     with of_side(name):
-        return open_source(where, weights_only, mapping, checked_wrapper(wrapper)), {}
+        return open_source(where, weights_only, asked, checked_wrapper(wrapper)), {}
 
 
 def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype: bool) -> Comparison:

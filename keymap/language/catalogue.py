@@ -5,7 +5,7 @@ For each tower bridges form a forest, so a path between two layouts is unique or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +20,7 @@ from keymap.language.schema import known_right
 from keymap.language.schema_words import did_you_mean
 from keymap.language.yaml_marks import Marked, read_yaml
 
-__all__ = ["Bridge", "Catalogue"]
+__all__ = ["Bridge", "Catalogue", "shown_path"]
 
 
 class Bridge(NamedTuple):
@@ -32,19 +32,25 @@ class Bridge(NamedTuple):
     target: str
 
 
+def _no_tables(_name: str) -> Marked | None:
+    return None
+
+
 @dataclass
 class Catalogue:
-    """Mappings by name.
+    """The mappings of one hub, by name.
 
     Attributes:
         mappings: compiled.
         files: parsed, for the tables that other files use.
         places: the paths of the files; a file that is added again replaces its earlier content.
+        shared: gives a file of tables that several hubs use, by its name.
     """
 
     mappings: dict[str, Format] = field(default_factory=dict)
     files: dict[str, Marked] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
+    shared: Callable[[str], Marked | None] = field(default=_no_tables, repr=False)
     _paths: dict[tuple[str, str], dict[str, list[Bridge]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -55,6 +61,11 @@ class Catalogue:
     def formats(self) -> list[Format]:
         """The formats that a file can have: all formats, and the hub."""
         return [m for m in self.mappings.values() if m.kind in ("format", "hub")]
+
+    @property
+    def detectable(self) -> list[Format]:
+        """The formats that a file can have without being told so."""
+        return [m for m in self.formats if m.kind == "hub" or not m.by_name]
 
     @property
     def containers(self) -> Containers:
@@ -85,14 +96,14 @@ class Catalogue:
         self,
         files: Iterable[Path],
         check: Callable[[Catalogue, Iterable[str]], None] | None = None,
-        released: bool = False,
+        released: Collection[Path] = (),
     ) -> list[Format]:
         """Compile files and add them, all or none.
 
         Args:
             files: YAML files.
             check: given all mappings and the names of the new ones, raises MappingError where they may not be added.
-            released: they were checked before the release, and are not checked again.
+            released: those that were checked before a release, and are not checked again.
 
         Raises:
             MappingError: a file is wrong, a name is taken, bridges would form a cycle, or ``check`` refuses.
@@ -100,17 +111,20 @@ class Catalogue:
         parsed = dict(self.files)
         texts: list[tuple[Path, Marked]] = []
         for file in files:
-            marked = read_yaml(file, _shown(file))
+            marked = read_yaml(file, shown_path(file))
             name = marked.data.get("format") if isinstance(marked.data, dict) else None
             if isinstance(name, str):
                 parsed[name] = marked
-            if released:
+            if file in released:
                 known_right(marked)
             texts.append((file, marked))
         added: dict[str, Format] = {}
-        places = dict(self.places)
+        places, checked = dict(self.places), {file.resolve() for file in released}
+        hub = next((one for one in parsed.values() if one.data.get("kind") == "hub"), None)
         for file, marked in texts:
-            mapping = compile_marked(marked, parsed.get, released, parsed)
+            mapping = compile_marked(
+                marked, lambda name: parsed.get(name) or self.shared(name), file in released, parsed, hub
+            )
             name, place = mapping.name, parsed[mapping.name].at(("format",))
             taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
             if taken is not None:
@@ -118,17 +132,21 @@ class Catalogue:
             if file.stem != name:
                 raise MappingError(f"{place}: format {name!r} belongs in {name}.yaml; rename one of them")
             added[name], places[name] = mapping, file.resolve()
-        together = Catalogue({**self.mappings, **added}, parsed, places)
-        if not released:
-            together._check()
+        together = Catalogue({**self.mappings, **added}, parsed, places, self.shared)
+        new = [name for name, mapping in added.items() if places[name] not in checked]
+        if new:
+            together._check(new)
         if check is not None:
             check(together, tuple(added))
         self._paths.clear()
         self.mappings, self.files, self.places = together.mappings, together.files, together.places
         return list(added.values())
 
-    def _check(self) -> None:
+    def _check(self, new: Collection[str]) -> None:
         """Check what only all files together show: one hub, known towers and layouts, bridges without a circle.
+
+        Args:
+            new: the names of the files that were not checked before.
 
         Raises:
             MappingError: with the first kind of fault found.
@@ -136,21 +154,28 @@ class Catalogue:
         hubs = [m for m in self.mappings.values() if m.kind == "hub"]
         if len(hubs) != 1:
             raise MappingError(f"there must be one hub, these files are hubs: {[m.file for m in hubs]}")
-        for mapping in self.mappings.values():
+        (hub,) = hubs
+        checked = [self.mappings[name] for name in (self.mappings if hub.name in new else new)]
+        for mapping in checked:
+            if mapping.kind == "format" and mapping.by_name and not hub.by_name:
+                at = self.files[mapping.name].at(())
+                raise MappingError(
+                    f"{at}: detect is missing: add keys that only files of this format have: `detect: {{all: [key]}}`"
+                )
             for tower in mapping.layouts:
-                if tower not in hubs[0].layouts:
+                if tower not in hub.layouts:
                     at = self.files[mapping.name].at(("layouts", tower))
-                    raise MappingError(f"{at}: the hub has no tower {tower!r}; known: {', '.join(hubs[0].layouts)}")
-        for tower, layouts in hubs[0].layouts.items():
-            self._check_layouts(tower, layouts)
+                    raise MappingError(f"{at}: the hub has no tower {tower!r}; known: {', '.join(hub.layouts)}")
+        for tower, layouts in hub.layouts.items():
+            self._check_layouts(checked, tower, layouts)
             self._check_bridges(tower, layouts)
-        lost = [fault for mapping in self.mappings.values() for fault in _strays(hubs[0], mapping)]
+        lost = [fault for mapping in checked for fault in _strays(hub, mapping)]
         if lost:
             raise MappingError("rules write keys that the hub does not have", lost)
 
-    def _check_layouts(self, tower: str, layouts: Iterable[str]) -> None:
+    def _check_layouts(self, checked: Iterable[Format], tower: str, layouts: Iterable[str]) -> None:
         """Refuse a layout of the tower that the hub does not have."""
-        for mapping in self.mappings.values():
+        for mapping in checked:
             field = "between" if mapping.tower == tower else "layouts"
             named = mapping.between if mapping.tower == tower else mapping.layouts.get(tower, ())
             unknown = [name for name in named if name not in layouts]
@@ -220,7 +245,7 @@ def _strays(hub: Format, mapping: Format) -> Iterable[str]:
         yield f"{place}: {texts[0]}" + (f" (and {len(texts) - 1} more keys)" if len(texts) > 1 else "")
 
 
-def _shown(file: Path) -> str:
+def shown_path(file: Path) -> str:
     """A path as messages show it: relative to the working folder where it lies in it."""
     try:
         return str(file.relative_to(Path.cwd()))

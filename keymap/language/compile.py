@@ -9,6 +9,7 @@ file without faults: no two rules may match one key.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from keymap.errors import MappingError
 from keymap.language.compile_fields import (
@@ -23,13 +24,15 @@ from keymap.language.compile_fields import (
 from keymap.language.compile_repository import compile_repository
 from keymap.language.compile_rules import Compiler, Library
 from keymap.language.cross_checks import cross_faults
-from keymap.language.format import Alias, Evidence, Format, Ignored, Refusal, Unsupported, Variant
+from keymap.language.format import Alias, Clue, Evidence, Format, Ignored, Refusal, Unsupported, Variant
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
-from keymap.language.schema import schema_faults, without_faults
+from keymap.language.schema import names_of_hub, schema_faults, without_faults
 from keymap.language.yaml_marks import Marked, parse_yaml
 
-__all__ = ["compile_mapping", "compile_marked"]
+__all__ = ["compile_mapping", "compile_marked", "evidence_in"]
+
+NEVER = "never"  # the `detect` of a hub whose models are found by its name alone
 
 
 def compile_mapping(text: str, file: str, library: Library = lambda name: None) -> Format:
@@ -51,6 +54,7 @@ def compile_marked(
     library: Library = lambda name: None,
     released: bool = False,
     neighbours: Mapping[str, Marked] | None = None,
+    hub: Marked | None = None,
 ) -> Format:
     """Compile a parsed mapping file; see `compile_mapping`.
 
@@ -59,12 +63,14 @@ def compile_marked(
         library: as for `compile_mapping`.
         released: the rules have been compared with each other before, and are not compared again.
         neighbours: all known files by name, for messages that say which of them has a missing table.
+        hub: the file of the hub, which has the names of towers and layouts; without it that of the neighbours.
 
     Raises:
         MappingError: as `compile_mapping`.
     """
-    broken = schema_faults(marked)
-    sound = without_faults(marked, broken) if broken else marked
+    names = names_of_hub(hub or _hub_of(neighbours or {}))
+    broken = schema_faults(marked, names)
+    sound = without_faults(marked, broken, names) if broken else marked
     faults = [fault.text for fault in broken]
     mapping = None
     if sound is not None:
@@ -81,6 +87,10 @@ def compile_marked(
         summary = summary if isinstance(marked.data, dict) else "is not a mapping"
         raise MappingError(f"{marked.file} {summary}", sorted(dict.fromkeys(faults), key=_place))
     return mapping
+
+
+def _hub_of(files: Mapping[str, Marked]) -> Marked | None:
+    return next((one for one in files.values() if isinstance(one.data, dict) and one.data.get("kind") == "hub"), None)
 
 
 def _place(fault: str) -> tuple[str, int, int]:
@@ -100,7 +110,8 @@ def _compiled(compiler: Compiler) -> Format:
         tower: {name: compiler.evidence(one, ("layouts", tower, name)) for name, one in entries.items()}
         for tower, entries in (towers.items() if is_hub else ())
     }
-    return Format(
+    detect = data.get("detect", NEVER)
+    mapping = Format(
         name=data.get("format", ""),
         kind=data.get("kind", "format"),
         title=data.get("title", ""),
@@ -108,7 +119,9 @@ def _compiled(compiler: Compiler) -> Format:
         reference=data.get("reference", ""),
         notes=tuple(data.get("notes", ())),
         layouts={tower: (one,) if isinstance(one, str) else tuple(one) for tower, one in towers.items()},
-        detect=compiler.evidence(data.get("detect", {}), ("detect",)),
+        hub=data.get("hub", ""),
+        detect=compiler.evidence(detect if detect != NEVER else {}, ("detect",)),
+        by_name=detect == NEVER,
         ignore=tuple(_ignored(compiler)),
         unsupported=tuple(_unsupported(compiler)),
         refuse=tuple(_refusals(compiler)),
@@ -141,6 +154,39 @@ def _compiled(compiler: Compiler) -> Format:
         configurations=compile_configurations(data),
         containers=compile_containers(data, compiler),
     )
+    return _with_own_layouts(mapping) if is_hub and not evidence else mapping
+
+
+def _with_own_layouts(hub: Format) -> Format:
+    """A hub that lists no layouts: each tower has one, with the hub's name, which any key of the tower shows."""
+    evidence: dict[str, dict[str, Evidence]] = {}
+    for rule in hub.rules:
+        shown = evidence.setdefault(rule.tower, {hub.name: Evidence()})
+        shown[hub.name] = Evidence(any=(*shown[hub.name].any, Clue(rule.source)))
+    return replace(hub, layouts=dict.fromkeys(evidence, (hub.name,)), layout_evidence=evidence)
+
+
+def evidence_in(text: str) -> tuple[Evidence, bool] | None:
+    """The `detect` of a hub, from the text of this field alone; None where it cannot be read so.
+
+    Returns:
+        The evidence, and whether it says that only the hub's name leads to it.
+    """
+    try:
+        marked = parse_yaml(text, "")
+    except MappingError:
+        return None
+    detect = marked.data.get("detect") if isinstance(marked.data, dict) else None
+    if detect == NEVER:
+        return Evidence(), True
+    if not isinstance(detect, dict) or not all(isinstance(clues, list) for clues in detect.values()):
+        return None
+    compiler = Compiler(marked)
+    try:
+        found = compiler.evidence(detect, ("detect",))
+    except (KeyError, TypeError):  # it does not follow the schema
+        return None
+    return (found, False) if found != Evidence() and not compiler.faults else None
 
 
 def _sides(compiler: Compiler, field: str) -> tuple[Side, ...]:

@@ -89,7 +89,7 @@ class Compiler:
     def __init__(
         self,
         marked: Marked,
-        library: Library,
+        library: Library = lambda name: None,
         written: Marked | None = None,
         neighbours: Mapping[str, Marked] | None = None,
     ) -> None:

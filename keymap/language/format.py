@@ -299,6 +299,8 @@ class Format:
     """One mapping file, compiled. Fields are as in the schema.
 
     Attributes:
+        hub: the hub that the file names; "" if it names none.
+        by_name: it has no evidence: only a caller who names it, or its hub, gets it.
         rules: those of all towers.
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
         layout_evidence: (hub) the evidence of each layout of a tower.
@@ -311,6 +313,8 @@ class Format:
     kind: str
     title: str
     file: str
+    hub: str = ""
+    by_name: bool = False
     reference: str = ""
     notes: tuple[str, ...] = ()
     layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def review(known: Catalogue, name: str) -> list[str]:
     mapping, marked = known.mappings[name], known.files[name]
     faults: list[tuple[str, str]] = []
     if mapping.kind in ("format", "bridge"):
-        faults += _layouts(marked, mapping, known.hub)
+        faults += _layouts(marked, mapping, known)
         faults += wrong_targets(marked, mapping, known)
         faults += _evidence(marked, mapping)
     faults += _facts(marked, known, name)
@@ -54,9 +54,11 @@ def _order(fault: tuple[str, str]) -> tuple[int, int]:
 # --- layouts ---
 
 
-def _layouts(marked: Marked, mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
-    """Towers with rules whose layout is not named."""
-    for tower in marked.data.get("towers", {}) if mapping.kind == "format" else ():
+def _layouts(marked: Marked, mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
+    """Towers with rules whose layout is not named, where the hub lists layouts."""
+    hub = known.hub
+    listed = mapping.kind == "format" and known.files[hub.name].data.get("layouts")
+    for tower in marked.data.get("towers", {}) if listed else ():
         if tower in hub.layouts and tower not in mapping.layouts:
             names = " or ".join(hub.layouts[tower])
             yield marked.at(("towers", tower)), f"layouts lacks this tower: add `{tower}: {names}` to layouts"

@@ -27,9 +27,9 @@ class _Checked(NamedTuple):
 
 def wrong_targets(marked: Marked, mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
     """Place and text of every fault of a target; one for each rule, and one for a tower whose layout is wrong."""
-    place = known.places.get(known.hub.name)
-    folder = place.parent if place is not None else data_folder("mappings")
-    recorded = read_recorded_keys(folder / f"{known.hub.name}_keys.json")
+    place, name = known.places.get(known.hub.name), f"{known.hub.name}_keys.json"
+    beside = [place.with_name(name)] if place is not None else [*data_folder("mappings").rglob(name)]
+    recorded = read_recorded_keys(beside[0]) if beside else None
     if recorded is None:
         return
     closed = [rule.source for rule in known.hub.rules if all(slot.kind == "alts" for slot in rule.source.slots)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple
@@ -169,7 +169,7 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
     today = _OLD_FIELDS.get(name, "")
     if re.fullmatch(_NO_SPACE, name) and name.partition(":")[0] in known:
         return _with_colon(name)
-    if name in root["$defs"]["tower"]["enum"] and "between" in known:
+    if name in _towers(root) and "between" in known:
         today = f"between: {{{name}: [...]}}"
     if today and today.partition(":")[0] in known:
         return f"{name!r} is now called {today!r}"
@@ -188,7 +188,7 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
 def _belongs_elsewhere(name: str, known: list[str], root: Mapping[str, Any]) -> str:
     """A field of another place, at the top level of a file; empty for a name that is no field."""
     kinds = [kind for kind, branch in root["$defs"]["kinds"]["$defs"].items() if name in branch["properties"]]
-    if name in root["$defs"]["tower"]["enum"] and "towers" in known:
+    if name in _towers(root) and "towers" in known:
         return f"{name!r} is a tower: write it under `towers:`, indented by two spaces"
     if name in root["$defs"]["config"]["properties"] and "config" in known:
         return f"{name!r} belongs under `config:` in this kind of file" + (
@@ -201,6 +201,12 @@ def _belongs_elsewhere(name: str, known: list[str], root: Mapping[str, Any]) -> 
     return ""
 
 
+def _towers(root: Mapping[str, Any]) -> Sequence[str]:
+    """The towers of the file's hub; none if the hub is not known."""
+    towers: Sequence[str] = root["$defs"]["tower"].get("enum", ())
+    return towers
+
+
 def _rule_fields(root: Mapping[str, Any]) -> Iterable[str]:
     fields: Iterable[str] = root["$defs"]["rule"]["anyOf"][1]["properties"]
     return fields
@@ -209,7 +215,7 @@ def _rule_fields(root: Mapping[str, Any]) -> Iterable[str]:
 def _missing(error: Any, root: Mapping[str, Any]) -> str:
     """Of a required field; empty where it is there under its old name, which is a fault already."""
     name = next((name for name in error.validator_value if f"'{name}'" in error.message), "")
-    towers = root["$defs"]["tower"]["enum"]
+    towers = _towers(root)
     if any(_OLD_FIELDS.get(key) == name or (name == "between" and key in towers) for key in error.instance):
         return ""
     if any(_OTHER_WORDS.get(key, "").startswith(f"{name}:") for key in error.instance):

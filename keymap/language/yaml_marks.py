@@ -13,7 +13,7 @@ from typing import Any
 
 from keymap.errors import MappingError
 
-__all__ = ["Marked", "Path", "parse_yaml", "read_yaml"]
+__all__ = ["Marked", "Path", "parse_yaml", "read_text", "read_yaml"]
 
 Path = tuple[str | int, ...]
 
@@ -61,7 +61,16 @@ def read_yaml(path: FilePath, file: str) -> Marked:
     """Read a file that holds one YAML document.
 
     Raises:
-        MappingError: it cannot be read, is not a regular file, or as `parse_yaml`.
+        MappingError: as `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, file), file)
+
+
+def read_text(path: FilePath, file: str) -> str:
+    """The text of a file, no more of it than `parse_yaml` reads.
+
+    Raises:
+        MappingError: it cannot be read, or is not a regular file.
     """
     try:
         if path.is_dir():
@@ -69,7 +78,7 @@ def read_yaml(path: FilePath, file: str) -> Marked:
         if not path.is_file():  # opening a pipe would wait for ever
             raise MappingError(f"{file} cannot be read: there is no such file")
         with path.open(encoding="utf-8") as source:
-            text = source.read(_MAX_BYTES + 1)
+            return source.read(_MAX_BYTES + 1)
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode(errors="replace")
         place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
@@ -77,7 +86,6 @@ def read_yaml(path: FilePath, file: str) -> Marked:
         raise MappingError(f"{file} cannot be read", [what]) from None
     except (OSError, ValueError) as error:
         raise MappingError(f"{file} cannot be read: {error}") from None
-    return parse_yaml(text, file)
 
 
 def parse_yaml(text: str, file: str) -> Marked:

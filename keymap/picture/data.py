@@ -122,7 +122,7 @@ def sections_of(plan: Plan) -> tuple[Section, ...]:
         draft = drafts.setdefault(entry.tower or _NO_TOWER, _Draft(plan.sources))
         rules = tuple(dict.fromkeys((rule.text, rule.place) for rule, _, _ in steps_to(entry.key, makers)))
         draft.enter(entry, rules[::-1])
-    hub = registry().hub
+    hub = registry(plan.hub).hub
     for key, why in {**dict.fromkeys(plan.missing_keys, ""), **plan.mismatched}.items():
         draft = drafts.setdefault(tower_of(hub, key) or _NO_TOWER, _Draft(plan.sources))
         kind = "mismatch" if key in plan.mismatched else "missing"

@@ -14,7 +14,7 @@ from keymap.picture.data import Picture, picture_of, plain
 from keymap.picture.sample import picture_of_format
 from keymap.plan.collecting import without_gc
 from keymap.plan.plan import Plan
-from keymap.source.open import PathLike, find_mapping
+from keymap.source.hubs import PathLike, find_mapping
 
 __all__ = ["format_page", "plan_page", "render"]
 
@@ -42,7 +42,7 @@ def plan_page(plan: Plan) -> str:
 
 
 @without_gc()
-def format_page(format: PathLike) -> str:
+def format_page(format: PathLike, hub: str | None = None) -> str:
     """The rules of a format as the same page, without a checkpoint.
 
     The keys are made up from the rules: there may be any number of layers, and shapes are shown only where an
@@ -50,6 +50,7 @@ def format_page(format: PathLike) -> str:
 
     Args:
         format: the name of a format or a bridge, or the path of a mapping file.
+        hub: the name of its hub, where several have a format of that name.
 
     Returns:
         The page, as `plan_page` returns it.
@@ -57,7 +58,7 @@ def format_page(format: PathLike) -> str:
     Raises:
         MappingError: there is no such format or file, the file is wrong, or it has no rules.
     """
-    known, mapping = find_mapping(format)
+    known, mapping = find_mapping(format, hub)
     return render(picture_of_format(mapping, known))
 
 

@@ -94,6 +94,7 @@ def _plan(mapping: Format, known: Catalogue, variant: int, found: list[Sample]) 
         notes=(),
         steps=tuple(applied.steps),
         sources={key: (shape, torch.float32) for key, shape in shapes.items() if key in used},
+        hub=known.hub.name,
     )
 
 

@@ -7,7 +7,7 @@ derived buffers and keys whose absence means a value. Equal fingerprints load in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from keymap.errors import some
@@ -18,17 +18,20 @@ from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import tower_layout
-from keymap.source.open import Opened
+from keymap.source.open import Opened, Source
+from keymap.source.search import owned_keys
 
 __all__ = [
     "Described",
     "FoundTower",
     "Tower",
+    "by_likeness",
     "configurations_for",
     "describe",
     "difference",
     "found_towers",
     "in_words",
+    "text_of",
 ]
 
 
@@ -74,6 +77,7 @@ class FoundTower(NamedTuple):
         layout: how its keys are named.
         sizes: lengths that its shapes show, by the hub's names for them.
         configurations: names of model configurations whose tower it fits.
+        hub: the hub that the format belongs to.
     """
 
     prefix: str
@@ -82,6 +86,7 @@ class FoundTower(NamedTuple):
     layout: str
     sizes: Mapping[str, int]
     configurations: tuple[str, ...]
+    hub: str = ""
 
 
 def in_words(towers: Described) -> str:
@@ -110,13 +115,42 @@ def found_towers(opened: Opened) -> tuple[FoundTower, ...]:
     top = [source for source in opened.top if source.found is not None]
     inside = [group[0] for group in opened.inner if not top or not group[0].alone or group[0].unwrapped.outside]
     found = []
+    hub = opened.known.hub.name
     for source in (*top, *inside):
         assert source.found is not None, "sources without a format are left out"
         for name, tower in describe(opened.known, to_hub(source.found, {}).tensors).items():
             names = tuple(configurations_for(opened.known, {name: tower}))
             prefix = source.unwrapped.wrapper
-            found.append(FoundTower(prefix, source.found.mapping.name, name, tower.layout, tower.sizes, names))
+            found.append(FoundTower(prefix, source.found.mapping.name, name, tower.layout, tower.sizes, names, hub))
     return tuple(found)
+
+
+def by_likeness(opened: Sequence[Opened]) -> list[Opened]:
+    """Of a file opened under each of several hubs those that find something in it, the likeliest first.
+
+    A hub whose format is that of the file goes before one that only finds state dicts within it, and one whose format
+    names more of the keys before another. If none finds anything, the first.
+    """
+    found = [one for one in opened if any(source.found is not None for source in one.top)]
+    if len(found) > 1:
+        found.sort(key=lambda one: -max(_explained(source) for source in one.top))
+    whole = set(map(id, found))
+    found += [one for one in opened if id(one) not in whole and one.inner]
+    return found or list(opened[:1])
+
+
+def _explained(source: Source) -> int:
+    """How many keys the rules of the format name."""
+    return len(owned_keys(source.found.mapping, source.found.tensors)) if source.found is not None else 0
+
+
+def text_of(opened: Opened) -> str:
+    """The format of a file under another hub, for a note."""
+    hub = opened.known.hub.name
+    sources = [source.found for source in opened.top] if opened.top[0].found is not None else []
+    sources = sources or [group[0].found for group in opened.inner]
+    names = ", ".join(dict.fromkeys(found.mapping.name for found in sources if found is not None))
+    return f"{names} of hub {hub} (choose with hub={hub!r})"
 
 
 def difference(known: Catalogue, title: str, file: Described, model: Described) -> str:

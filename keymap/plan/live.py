@@ -12,9 +12,10 @@ from torch import nn
 from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Scalar
-from keymap.plan.model import has_memory, view_model
+from keymap.plan.model import State, has_memory, view_model
 from keymap.plan.request import sizes_of
 from keymap.read import LazyTensor
+from keymap.source.hubs import Asked
 from keymap.source.open import Opened, open_tree
 
 __all__ = ["open_model", "plain_values"]
@@ -22,17 +23,18 @@ __all__ = ["open_model", "plain_values"]
 _NAME = "the model"
 
 
-def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, Mapping[str, Scalar]]:
+def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -> tuple[Opened, Mapping[str, Scalar]]:
     """A model's state dict with the hub's names, and the facts that the model states, for example its head counts.
 
     Args:
         model: its tensors may be on any device; each is copied to the CPU when it is read.
-        known: all mappings.
+        known: all mappings of its hub.
+        state: `state_of` the model, if the caller has it.
 
     Raises:
         CheckpointError: it has no tensors.
     """
-    facts = view_model(model, known.hub).facts
+    facts = view_model(model, known.hub, state).facts
     readers: dict[object, Callable[[], torch.Tensor]] = {}  # one for tied weights, so that they are known as such
     lazy = {
         key: LazyTensor(
@@ -41,7 +43,7 @@ def open_model(model: nn.Module, known: Catalogue) -> tuple[Opened, Mapping[str,
         for key, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }
-    opened = open_tree(known, known.hub.name, lazy, None, sizes_of(facts))
+    opened = open_tree(Asked(known, known.hub.name), lazy, None, sizes_of(facts))
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from keymap.errors import PlanError, some
 from keymap.language.format import Fact, Format, Scalar
 from keymap.language.layout import Layout, whole
 
-__all__ = ["ModelView", "has_memory", "modules_of", "view_model"]
+__all__ = ["ModelView", "State", "has_memory", "modules_of", "state_of", "view_model"]
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,15 @@ def _why_unloadable(tensor: torch.Tensor) -> str:
     return "is a view that negates or conjugates: clone it" if tensor.is_neg() or tensor.is_conj() else ""
 
 
-def view_model(model: nn.Module, hub: Format) -> ModelView:
-    """Read a model's keys and facts; the model is not changed.
+class State(NamedTuple):
+    """A model's state dict: its tensors, and the keys of parameters and buffers that have no shape yet."""
+
+    tensors: Mapping[str, torch.Tensor]
+    lazy: tuple[str, ...] = ()
+
+
+def state_of(model: nn.Module) -> State:
+    """The parameters and persistent buffers of a model, in its own memory.
 
     Raises:
         PlanError: a tensor of the model is sparse, quantized, or a view that negates or conjugates; or the model has
@@ -184,6 +191,21 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
     unloadable = [f"{key} {why}" for key, value in tensors.items() if (why := _why_unloadable(value))]
     if unloadable:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")
+    return State(tensors, lazy)
+
+
+def view_model(model: nn.Module, hub: Format, state: State | None = None) -> ModelView:
+    """Read a model's keys and facts; the model is not changed.
+
+    Args:
+        model: the module.
+        hub: the hub of its keys, which says where a model has facts.
+        state: `state_of` the model, if the caller has it.
+
+    Raises:
+        PlanError: as `state_of`.
+    """
+    tensors, lazy = state_of(model) if state is None else state
     facts: dict[str, Scalar] = {}
     paths: dict[str, str] = {}
     grids: dict[str, tuple[int, int]] = {}

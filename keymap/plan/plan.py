@@ -75,6 +75,7 @@ class Plan:
     Attributes:
         file, container: the checkpoint.
         format, title: the format that was detected, or that the caller named.
+        hub: the hub whose names the model has.
         evidence: the keys by which it was detected.
         wrapper, prefixes: the dict that was unwrapped, and the key prefixes that were stripped.
         other_wrappers: further state dicts in the file, which are not loaded.
@@ -117,6 +118,7 @@ class Plan:
     parts: tuple[Part, ...] = ()
     settings: tuple[Compared, ...] = ()
     sources: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False, default_factory=dict)
+    hub: str = ""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -164,6 +166,7 @@ class Plan:
             "file": self.file,
             "container": self.container,
             "format": self.format,
+            "hub": self.hub,
             "evidence": list(self.evidence),
             "wrapper": self.wrapper,
             "other_wrappers": list(self.other_wrappers),

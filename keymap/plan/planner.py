@@ -75,6 +75,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
         settings=settings,
         parts=(Part(tuple(towers), found.mapping.name, unwrapped.start),),
         sources={key: (lazy.shape, lazy.dtype) for key, lazy in unwrapped.tensors.items()},
+        hub=known.hub.name,
     )
 
 

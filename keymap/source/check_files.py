@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keymap.errors import MappingError
-from keymap.language.catalogue import Catalogue
+from keymap.language.catalogue import Catalogue, shown_path
 from keymap.language.compile import compile_marked
 from keymap.language.format import Format
+from keymap.language.header import Header, read_header
 from keymap.language.review import review
+from keymap.language.schema_words import did_you_mean
 from keymap.language.yaml_marks import Marked, read_yaml
 from keymap.paths import data_folder
-from keymap.source.registry import yaml_files
+from keymap.source.registry import Registry, yaml_files
 from keymap.source.samples import evidence_faults
 
 __all__ = ["Checked", "FileCheck", "check_files", "shipped_files"]
@@ -56,11 +58,11 @@ class Checked(NamedTuple):
 
 def shipped_files() -> list[Path]:
     """The mapping files that keymap ships."""
-    return sorted(data_folder("mappings").glob("*.yaml"))
+    return sorted(data_folder("mappings").rglob("*.yaml"))
 
 
 def check_files(paths: Sequence[Path]) -> Checked:
-    """Check mapping files, together with those that keymap ships.
+    """Check mapping files, together with those of their hubs that keymap ships.
 
     Args:
         paths: files, or folders with ``*.yaml`` files.
@@ -69,14 +71,45 @@ def check_files(paths: Sequence[Path]) -> Checked:
         MappingError: a path does not exist, or a folder has no ``.yaml`` file.
     """
     named = list(dict.fromkeys(file.resolve() for path in paths for file in yaml_files(path)))
-    marked, faults = _parsed(dict.fromkeys([*(file.resolve() for file in shipped_files()), *named]))
+    headers: dict[Path, Header] = {}
+    faults: list[str] = []
+    for file in dict.fromkeys([*(file.resolve() for file in shipped_files()), *named]):
+        try:
+            headers[file] = read_header(file, shown_path(file))
+        except MappingError as error:
+            faults += _faults_of(error)
+    registry = Registry(headers)
+    by_hub: dict[str, list[Path]] = {}
+    for file in (file for file in named if file in headers):
+        by_hub.setdefault(registry.hub_of(headers[file]), []).append(file)
+    checks: dict[Path, FileCheck] = {}
+    for hub, files in by_hub.items():
+        if hub not in registry.hubs:
+            unknown = f"there is no hub {hub!r}{did_you_mean(hub, registry.hubs)}"
+            faults += [f"{shown_path(file)}:{headers[file].line}:1: {unknown}" for file in files]
+            continue
+        right, wrong = _check_hub(registry, hub, files)
+        checks |= right
+        faults += wrong
+    faults = sorted(faults, key=_order_of)
+    places = {_place_of(fault).split(":")[0] for fault in faults}
+    found = tuple(checks[file] for file in named if file in checks and checks[file].file not in places)
+    untouched = sum(not any(shown_path(file) in fault for fault in faults) for file in named)
+    return Checked(found, tuple(faults), len(named), len(found) if not faults else untouched)
+
+
+def _check_hub(registry: Registry, hub: str, named: Sequence[Path]) -> tuple[dict[Path, FileCheck], list[str]]:
+    """Check files of one hub, together with its other files; what is right by path, and the faults."""
+    marked, faults = _parsed(registry.paths_of(hub))
     by_name = {str(one.data.get("format")): one for one in marked.values() if isinstance(one.data, dict)}
-    checks: dict[str, FileCheck] = {}  # by file
+    checks: dict[Path, FileCheck] = {}
     compiled: dict[str, Format] = {}
     for file in list(marked):
         start = time.perf_counter()
         try:
-            mapping = compile_marked(marked[file], by_name.get, neighbours=by_name)
+            mapping = compile_marked(
+                marked[file], lambda name: by_name.get(name) or registry.shared(name), neighbours=by_name
+            )
         except MappingError as error:
             faults += _faults_of(error)
             del marked[file]
@@ -84,28 +117,19 @@ def check_files(paths: Sequence[Path]) -> Checked:
         spent = (time.perf_counter() - start) * 1000
         compiled[mapping.name] = mapping
         if file in named:
-            place = marked[file].file
-            checks[place] = FileCheck(place, mapping.name, mapping.kind, _count(mapping), spent)
+            checks[file] = FileCheck(marked[file].file, mapping.name, mapping.kind, _count(mapping), spent)
     try:
-        Catalogue().add(marked)
+        Catalogue(shared=registry.shared).add(marked)
     except MappingError as error:  # what only all files together show: names, layouts, paths of bridges
         faults += _faults_of(error)
-    known = Catalogue(compiled, by_name)
+    known = Catalogue(compiled, by_name, shared=registry.shared)
     names = [str(marked[file].data["format"]) for file in named if file in marked]
     places = {_place_of(fault) for fault in faults}
-    for fault in (fault for name in names for fault in review(known, name)):
-        faults += [fault] if _place_of(fault) not in places else []
-    faults = sorted(faults, key=_order_of) or list(evidence_faults(known, names))
-    wrong = {_place_of(fault).split(":")[0] for fault in faults}
-    right = tuple(check for file, check in checks.items() if file not in wrong)
-    untouched = sum(not any(_shown(file) in fault for fault in faults) for file in named)
-    return Checked(right, tuple(faults), len(named), len(right) if not faults else untouched)
-
-
-def _shown(file: Path) -> str:
-    """A path as messages show it."""
-    folder = Path.cwd()
-    return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
+    if any(mapping.kind == "hub" for mapping in compiled.values()):
+        for fault in (fault for name in names for fault in review(known, name)):
+            faults += [fault] if _place_of(fault) not in places else []
+        faults = faults or list(evidence_faults(known, names))
+    return checks, faults
 
 
 def _count(mapping: Format) -> int:
@@ -124,7 +148,7 @@ def _parsed(files: Iterable[Path]) -> tuple[dict[Path, Marked], list[str]]:
     faults: list[str] = []
     for file in files:
         try:
-            marked[file] = read_yaml(file, _shown(file))
+            marked[file] = read_yaml(file, shown_path(file))
         except MappingError as error:
             faults += _faults_of(error)
     return marked, faults

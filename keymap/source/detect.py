@@ -196,7 +196,7 @@ def claims(
     """
     found: list[Detection] = []
     names = sorted(tensors)
-    for mapping in [known.get(wanted)] if wanted is not None else known.formats:
+    for mapping in [known.get(wanted)] if wanted is not None else known.detectable:
         detection = claim(mapping, tensors, facts or {}, names)
         if detection is None and wanted is not None:
             renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)

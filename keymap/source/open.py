@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keymap.errors import CheckpointError, DetectionError, MappingError
+from keymap.errors import CheckpointError, DetectionError
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
@@ -17,8 +17,9 @@ from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
+from keymap.source.hubs import Asked, PathLike
 from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
-from keymap.source.registry import Catalogue, path_text, registry
+from keymap.source.registry import Catalogue, path_text
 from keymap.source.search import (
     REFUSED,
     Reading,
@@ -32,9 +33,7 @@ from keymap.source.search import (
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["Opened", "PathLike", "Source", "catalogue_with", "find_mapping", "layouts_of", "open_source", "open_tree"]
-
-PathLike = str | os.PathLike[str]
+__all__ = ["Opened", "PathLike", "Source", "layouts_of", "open_in_each", "open_source", "open_tree"]
 
 
 class Source(NamedTuple):
@@ -164,48 +163,6 @@ def _tower(hub: Format, key: str) -> str:
     return found[0].tower if found is not None else ""
 
 
-def catalogue_with(mapping: PathLike | None) -> tuple[Catalogue, str | None]:
-    """All known mappings and the name of the wanted one, for the argument ``mapping`` of the public functions.
-
-    Args:
-        mapping: name of a format, path of a mapping file to add, or None to detect the format.
-
-    Raises:
-        MappingError: there is no such format or file, or the file is wrong.
-    """
-    known = registry()
-    if mapping is None:
-        return known, None
-    name = path_text(mapping, MappingError, "pass the name of a format or the path of a YAML file as mapping=")
-    if not name.endswith((".yaml", ".yml")) and os.sep not in name:
-        kind = known.get(name).kind
-        if kind not in ("format", "hub"):
-            formats = ", ".join(sorted(m.name for m in known.formats))
-            raise MappingError(
-                f"mapping={name!r}: no file has this format, because its kind is {kind}; pass one of: {formats}"
-            )
-        return known, name
-    file = Path(name)
-    if not os.path.isfile(file):
-        raise MappingError(f"{name}: the mapping file does not exist; check the path")
-    extended = Catalogue(dict(known.mappings), dict(known.files), dict(known.places))
-    return extended, extended.add([file])[0].name
-
-
-def find_mapping(mapping: PathLike) -> tuple[Catalogue, Format]:
-    """A mapping of any kind by its name, or by the path of its file, and all mappings.
-
-    Raises:
-        MappingError: there is none, or the file is wrong.
-    """
-    name = path_text(mapping, MappingError, "pass the name of a format or the path of a YAML file")
-    known = registry()
-    if name not in known.mappings:
-        known, found = catalogue_with(mapping)
-        name = found or name
-    return known, known.get(name)
-
-
 def layouts_of(tensors: Mapping[str, LazyTensor], start: str = "") -> dict[str, Layout]:
     """The layout of each tensor, its own elements in their order, by its key without ``start``."""
     if not start:
@@ -213,38 +170,47 @@ def layouts_of(tensors: Mapping[str, LazyTensor], start: str = "") -> dict[str, 
     return {key[len(start) :]: whole(key, lazy.shape, lazy.dtype) for key, lazy in tensors.items()}
 
 
-def open_source(path: PathLike, weights_only: bool, mapping: PathLike | None, wrapper: str | None) -> Opened:
+def open_source(path: PathLike, weights_only: bool, asked: Asked, wrapper: str | None) -> Opened:
     """Open a checkpoint: choose its file, read it, unwrap its state dict and detect its format.
 
     Args:
         path: a checkpoint file, an index of shards, or a folder.
         weights_only: see `open_checkpoint`.
-        mapping: see `catalogue_with`.
+        asked: the mappings, and the name of the format if the caller gives it.
         wrapper: dotted path of the wanted state dict in the file, or None.
 
     Raises:
         CheckpointError: the file cannot be read, or has no state dict.
     """
-    known, wanted = catalogue_with(mapping)
+    return open_in_each(path, weights_only, [asked], wrapper)[0]
+
+
+def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wrapper: str | None) -> list[Opened]:
+    """A checkpoint, opened under each of several hubs; it is read once. See `open_source`."""
     text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
-    file_path = Path(text)
-    refuse_hub_id(file_path, text, {name for entry in known.configurations for name in entry.names})
-    choice = Choice((file_path,), ())
-    if os.path.isdir(file_path):  # without permission this is False, not an error
-        choice = choose_file(file_path, known.containers)
-    files = choice.files
-    checkpoint = open_checkpoint(files[0], weights_only) if len(files) == 1 else open_shards(files, weights_only)
-    return _Reader(known, wanted, checkpoint, (*choice.notes, *checkpoint.notes)).opened(wrapper)
+    file_path, found = Path(text), []
+    checkpoints: dict[tuple[Path, ...], Checkpoint] = {}
+    for one in asked:
+        known = one.known
+        refuse_hub_id(file_path, text, {name for entry in known.configurations for name in entry.names})
+        choice = Choice((file_path,), ())
+        if os.path.isdir(file_path):  # without permission this is False, not an error
+            choice = choose_file(file_path, known.containers)
+        files = choice.files
+        if files not in checkpoints:
+            is_one = len(files) == 1
+            checkpoints[files] = open_checkpoint(files[0], weights_only) if is_one else open_shards(files, weights_only)
+        checkpoint = checkpoints[files]
+        notes = (*choice.notes, *checkpoint.notes)
+        found.append(_Reader(known, one.mapping, checkpoint, notes).opened(wrapper))
+    return found
 
 
-def open_tree(
-    known: Catalogue, wanted: str | None, tree: Mapping[str, Any], wrapper: str | None, facts: Mapping[str, int]
-) -> Opened:
+def open_tree(asked: Asked, tree: Mapping[str, Any], wrapper: str | None, facts: Mapping[str, int]) -> Opened:
     """A state dict in memory, unwrapped and detected as that of a file is.
 
     Args:
-        known: all mappings.
-        wanted: the name of its format, or None.
+        asked: the mappings, and the name of its format if the caller gives it.
         tree: tensors by key.
         wrapper: dotted path of the wanted state dict, or None.
         facts: settings that aliases may need.
@@ -253,7 +219,7 @@ def open_tree(
         CheckpointError: there is no state dict.
     """
     checkpoint = Checkpoint(Path("the state dict"), "", tree, {})
-    return _Reader(known, wanted, checkpoint, (), facts).opened(wrapper)
+    return _Reader(asked.known, asked.mapping, checkpoint, (), facts).opened(wrapper)
 
 
 @dataclass(frozen=True)

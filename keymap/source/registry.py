@@ -1,20 +1,42 @@
-"""All mappings that this process knows: keymap's own, those of installed packages, and registered ones."""
+"""All mappings that this process knows: keymap's own, those of installed packages, and registered ones.
+
+Of each file the head is read; the files of a hub are compiled when that hub is first used.
+"""
 
 from __future__ import annotations
 
 import os
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 from keymap.errors import KeymapError, MappingError
-from keymap.language.catalogue import Catalogue
+from keymap.language.catalogue import Catalogue, shown_path
+from keymap.language.compile import evidence_in
+from keymap.language.format import Evidence
+from keymap.language.header import Header, read_header
+from keymap.language.layout import Shaped
+from keymap.language.schema import known_right
+from keymap.language.schema_words import did_you_mean
+from keymap.language.yaml_marks import Marked, read_yaml
 from keymap.paths import data_folder
 from keymap.read.lazy import brief
+from keymap.source.detect import matching_keys
 
-__all__ = ["Catalogue", "list_formats", "path_text", "register_mappings", "registry", "yaml_files"]
+__all__ = [
+    "Catalogue",
+    "Registry",
+    "hubs",
+    "list_formats",
+    "path_text",
+    "register_mappings",
+    "registry",
+    "yaml_files",
+]
 
 
 def path_text(path: object, error: type[KeymapError], advice: str) -> str:
@@ -50,9 +72,6 @@ def yaml_files(path: Path) -> list[Path]:
     return [path]
 
 
-_known: list[Catalogue] = []
-
-
 def _released(folder: Path) -> bool:
     """Whether a folder's mappings are byte for byte those of an installed release, which were checked at the release.
 
@@ -68,9 +87,9 @@ def _released(folder: Path) -> bool:
     try:
         installed = {Path(os.path.abspath(file.locate())): file.hash for file in distribution("keymap").files or ()}
         recorded = {
-            path: entry for path, entry in installed.items() if path.parent == folder and path.suffix == ".yaml"
+            path: entry for path, entry in installed.items() if folder in path.parents and path.suffix == ".yaml"
         }
-        return set(folder.glob("*.yaml")) == set(recorded) and all(
+        return set(folder.rglob("*.yaml")) == set(recorded) and all(
             entry is not None and entry.mode == "sha256" and entry.value == hash_of(path)
             for path, entry in recorded.items()
         )
@@ -99,17 +118,183 @@ def _check_fully(known: Catalogue, names: Iterable[str]) -> None:
     _check_evidence(known, names)
 
 
-def registry() -> Catalogue:
-    """All known mappings; reads them on first use."""
-    if not _known:
-        new = Catalogue()
+_Check = Callable[[Catalogue, Iterable[str]], None]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All known mapping files, by hub.
+
+    Attributes:
+        files: the head of each file.
+        released: those that were checked at the release.
+        foreign: those of other packages, whose evidence is compared with that of the others.
+    """
+
+    files: Mapping[Path, Header]
+    released: frozenset[Path] = frozenset()
+    foreign: frozenset[Path] = frozenset()
+    _compiled: dict[str, Catalogue] = field(default_factory=dict, repr=False)
+    _evidence: dict[str, Evidence | None] = field(default_factory=dict, repr=False)
+    _tables: dict[Path, Marked] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def default(self) -> str:
+        """The hub of files that name none."""
+        found = [header for header in self.files.values() if header.kind == "hub" and header.default]
+        if len(found) != 1:
+            names = ", ".join(str(header.path) for header in found) or "none"
+            raise MappingError(
+                f"there must be one hub for files that do not say `hub:`; these say `default: true`: {names}"
+            )
+        return found[0].name
+
+    @cached_property
+    def hubs(self) -> tuple[str, ...]:
+        """The names of all hubs, that of files without ``hub:`` first."""
+        first = self.default
+        names = sorted(header.name for header in self.files.values() if header.kind == "hub")
+        return (first, *(name for name in names if name != first))
+
+    def hub_of(self, header: Header) -> str:
+        """The hub that a file belongs to; a file of tables or of containers that names none is also for the others."""
+        return header.name if header.kind == "hub" else header.hub or self.default
+
+    def having(self, name: str) -> tuple[str, ...]:
+        """The hubs that have a mapping of this name; those where it has rules, if there are any."""
+        found = [header for header in self.files.values() if header.name == name]
+        with_rules = [header for header in found if header.kind in ("format", "bridge", "hub")]
+        return tuple(dict.fromkeys(map(self.hub_of, with_rules or found)))
+
+    def checked(self, hub: object) -> str:
+        """The name of a hub, for the argument ``hub`` of the public functions.
+
+        Raises:
+            MappingError: there is no such hub.
+        """
+        if isinstance(hub, str) and hub in self.hubs:
+            return hub
+        if not isinstance(hub, str):
+            raise MappingError(f"hub={brief(hub)}: pass the name of a hub: {', '.join(self.hubs)}")
+        raise MappingError(f"hub={brief(hub)}: there is no such hub{did_you_mean(hub, self.hubs)}")
+
+    def catalogue(self, hub: str) -> Catalogue:
+        """The mappings of a hub, compiled on first use."""
+        if hub not in self._compiled:
+            paths, new = self.paths_of(hub), Catalogue(shared=self.shared)
+            new.add(paths, self._check_of(paths), self.released.intersection(paths))
+            self._compiled[hub] = new
+        return self._compiled[hub]
+
+    def paths_of(self, hub: str) -> list[Path]:
+        """The files of a hub, and the containers of all hubs."""
+        shared = (path for path, one in self.files.items() if one.kind == "containers" and not one.hub)
+        own = (path for path, one in self.files.items() if self.hub_of(one) == hub)
+        found = {*own, *shared}
+        return [path for path in self.files if path in found]
+
+    def _check_of(self, paths: Iterable[Path]) -> _Check | None:
+        """The check of the evidence of other packages' files; None where none of these are."""
+        names = [self.files[path].name for path in paths if path in self.foreign]
+        return (lambda known, _: _check_evidence(known, names)) if names else None
+
+    def shared(self, name: str) -> Marked | None:
+        """A file of tables that names no hub."""
+        for header in self.files.values():
+            if header.name == name and header.kind == "tables" and not header.hub:
+                if header.path not in self._tables:
+                    self._tables[header.path] = read_yaml(header.path, shown_path(header.path))
+                    if header.path in self.released:
+                        known_right(self._tables[header.path])
+                return self._tables[header.path]
+        return None
+
+    def claiming(self, tensors: Mapping[str, Shaped]) -> tuple[str, ...]:
+        """The hubs whose evidence these keys match."""
+        names = sorted(tensors)
+        found = []
+        for hub in self.hubs:
+            evidence = self._evidence_of(hub)
+            if evidence is not None and matching_keys(evidence, tensors, names) is not None:
+                found.append(hub)
+        return tuple(found)
+
+    def _evidence_of(self, hub: str) -> Evidence | None:
+        """What shows that keys are a hub's; None for one that only its name leads to."""
+        if hub not in self._evidence:
+            header = next(one for one in self.files.values() if one.kind == "hub" and one.name == hub)
+            found = evidence_in(header.detect) if hub not in self._compiled else None
+            if found is None:
+                compiled = self.catalogue(hub).hub
+                found = (compiled.detect, compiled.by_name)
+            self._evidence[hub] = None if found[1] else found[0]
+        return self._evidence[hub]
+
+    def extended(self, paths: Iterable[Path], check: _Check | None = None) -> tuple[Registry, list[str]]:
+        """This registry with further files, and the names of their mappings; a known file is read again.
+
+        Raises:
+            MappingError: a file is wrong, or names an unknown hub.
+        """
+        new = {path.resolve(): read_header(path, shown_path(path)) for path in paths}
+        known = {path: header for path, header in self.files.items() if path.resolve() not in new}
+        files = {**known, **{header.path: header for header in new.values()}}
+        result = Registry(files, self.released.intersection(known), self.foreign.intersection(known))
+        result._evidence.update(self._evidence)
+        result._tables.update({path: marked for path, marked in self._tables.items() if path in known})
+        by_hub: dict[str, list[Path]] = {}
+        for header in new.values():
+            hub = result.hub_of(header)
+            if hub not in result.hubs:
+                place = f"{shown_path(header.path)}:{header.line}:1"
+                raise MappingError(f"{place}: there is no hub {hub!r}{did_you_mean(hub, result.hubs)}")
+            by_hub.setdefault(hub, []).append(header.path)
+        names: dict[Path, str] = {}
+        left = {self.hub_of(header) for path, header in self.files.items() if path not in known} - by_hub.keys()
+        for hub in self._compiled.keys() - left:
+            result._compiled[hub] = replace(self._compiled[hub], shared=result.shared, _paths={})
+        for hub, paths in by_hub.items():
+            result._evidence.pop(hub, None)
+            names |= result._add(hub, paths, self, check)
+        return result, [names[header.path] for header in new.values()]
+
+    def _add(self, hub: str, new: list[Path], before: Registry, check: _Check | None) -> dict[Path, str]:
+        """Compile new files of a hub, with its other files; the names of their mappings."""
+        files = new
+        old = before.catalogue(hub) if hub in before.hubs else None
+        catalogue = Catalogue(shared=self.shared)
+        if old is not None:
+            catalogue = Catalogue(dict(old.mappings), dict(old.files), dict(old.places), self.shared)
+        else:  # the hub itself is new
+            files = [*(path for path in self.paths_of(hub) if path not in new), *new]
+        names = [self.files[path].name for path in files[-len(new) :]]
+        added = catalogue.add(files, (lambda known, _: check(known, names)) if check is not None else None)
+        self._compiled[hub] = catalogue
+        return dict(zip(files, (mapping.name for mapping in added), strict=True))
+
+
+_registry: list[Registry] = []
+
+
+def hubs() -> Registry:
+    """All known mapping files, by hub; looks for them on first use."""
+    if not _registry:
         own = data_folder("mappings")
-        new.add(yaml_files(own), released=_released(own))
+        shipped = sorted(own.rglob("*.yaml"))
+        others: list[Path] = []
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             location = point.load()
-            new.add(yaml_files(Path(location() if callable(location) else location)), check=_check_evidence)
-        _known.append(new)
-    return _known[0]
+            others += yaml_files(Path(location() if callable(location) else location))
+        files = {path: read_header(path, shown_path(path)) for path in (*shipped, *others)}
+        released = frozenset(shipped if _released(own) else ())
+        _registry.append(Registry(files, released, frozenset(others)))
+    return _registry[0]
+
+
+def registry(hub: str | None = None) -> Catalogue:
+    """All mappings of a hub; without a name of the one whose files name none."""
+    known = hubs()
+    return known.catalogue(known.default if hub is None else hub)
 
 
 def register_mappings(path: str | os.PathLike[str]) -> list[str]:
@@ -128,9 +313,25 @@ def register_mappings(path: str | os.PathLike[str]) -> list[str]:
             Then no mapping is added.
     """
     text = path_text(path, MappingError, "pass the path of a YAML file, or of a folder of YAML files")
-    return [mapping.name for mapping in registry().add(yaml_files(Path(text)), check=_check_fully)]
+    extended, names = hubs().extended(yaml_files(Path(text)), _check_fully)
+    _registry[:] = [extended]
+    return names
 
 
-def list_formats() -> dict[str, str]:
-    """Name and title of each format that keymap detects and that `convert_state_dict` writes."""
-    return {m.name: m.title for m in sorted(registry().mappings.values(), key=lambda m: m.name) if m.rules}
+def list_formats(hub: str | None = None) -> dict[str, str]:
+    """Name and title of each format that keymap detects and that `convert_state_dict` writes.
+
+    Args:
+        hub: the name of a hub; None for the formats of all hubs. A name that several hubs have is listed once, with
+            all its titles.
+
+    Raises:
+        MappingError: there is no such hub.
+    """
+    known = hubs()
+    found: dict[str, list[str]] = {}
+    for name in known.hubs if hub is None else (known.checked(hub),):
+        for mapping in known.catalogue(name).mappings.values():
+            if mapping.rules:
+                found.setdefault(mapping.name, []).append(mapping.title)
+    return {name: "; ".join(titles) for name, titles in sorted(found.items())}

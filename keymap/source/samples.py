@@ -240,10 +240,11 @@ def evidence_faults(known: Catalogue, new: Iterable[str] | None = None) -> Itera
         new: check only pairs with one of these formats; None checks all pairs.
     """
     chosen = set(new) if new is not None else set(known.mappings)
-    for mapping in known.formats:
+    formats = [mapping for mapping in known.formats if not mapping.by_name]
+    for mapping in formats:
         others = [
             m
-            for m in known.formats
+            for m in formats
             if m is not mapping and (mapping.name in chosen or m.name in chosen) and not _told_apart(m, mapping)
         ]
         if others or mapping.name in chosen:

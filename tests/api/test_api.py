@@ -352,7 +352,8 @@ def test_the_wheel_holds_mappings_and_schema(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    shipped = {f"keymap/mappings/{path.name}" for path in (ROOT / "mappings").glob("*.yaml")}
+    folder = ROOT / "mappings"
+    shipped = {f"keymap/mappings/{path.relative_to(folder)}" for path in folder.rglob("*.yaml")}
     assert shipped | {"keymap/schemas/mapping.schema.json", "keymap/py.typed"} <= names
     assert not any(name.startswith(("tests/", "tools/")) for name in names)
     code = "import keymap; print(keymap.__file__, len(keymap.list_formats()))"
@@ -373,18 +374,21 @@ def _written_to(name, text):
 
 RELEASES = {  # what happened to the installation, and what listing its formats prints
     "as installed": (lambda place: None, "True False"),
-    "one more comment": (_written_to("keymap/mappings/hf_clip.yaml", "# a comment\n"), "True True"),
+    "one more comment": (_written_to("keymap/mappings/open_clip/hf_clip.yaml", "# a comment\n"), "True True"),
     "a field": (
-        _written_to("keymap/mappings/hf_clip.yaml", "optinal: true\n"),
+        _written_to("keymap/mappings/open_clip/hf_clip.yaml", "optinal: true\n"),
         "no field 'optinal' here",
     ),
     "a file more": (
         lambda place: (place / "keymap/mappings/a.yaml").write_text("format: a\n"),
         "1:1: title is missing",
     ),
-    "no hub": (lambda place: (place / "keymap/mappings/open_clip.yaml").unlink(), "there must be one hub"),
+    "no hub": (lambda place: (place / "keymap/mappings/open_clip/open_clip.yaml").unlink(), "there must be one hub"),
     "a damaged record": (_written_to("*.dist-info/RECORD", "\na,b,c,d\n"), "True True"),
-    "another record": (_written_to("*.dist-info/RECORD", "keymap/mappings/hf_clip.yaml,md5=a,1\n"), "True True"),
+    "another record": (
+        _written_to("*.dist-info/RECORD", "keymap/mappings/open_clip/hf_clip.yaml,md5=a,1\n"),
+        "True True",
+    ),
 }
 
 

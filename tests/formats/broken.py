@@ -7,6 +7,7 @@ what is put there instead (``+``).
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import keymap
-from keymap.source.registry import Catalogue
+from keymap.language.header import read_header
+from keymap.source.registry import Registry
 
 MAPPINGS = Path(__file__).parents[2] / "mappings"
 Edits = list[tuple[str, str]]
@@ -39,18 +41,23 @@ def parsed(rows: str) -> Iterator[Any]:
         yield pytest.param(name, follows, edits, id=f"{name}: {what}")
 
 
+def file_of(form: str) -> Path:
+    """The file of a shipped mapping."""
+    return next(MAPPINGS.rglob(f"{form}.yaml"))
+
+
 def text_of(form: str, lookups: str = "") -> str:
     """A mapping with the tables and lookups that it uses written into it, so that they can be broken too.
 
     ``lookups`` are further lines of that section, which rows use.
     """
-    text = (MAPPINGS / f"{form}.yaml").read_text(encoding="utf-8")
+    text = file_of(form).read_text(encoding="utf-8")
     uses = re.search(r"^uses: \[([\w, ]+)\]\n", text, re.MULTILINE)
     sections = [("lookups", lookups)] if lookups else []
     if uses is not None:
         text = text.replace(uses[0], "")
         for other in uses[1].split(", "):
-            used = (MAPPINGS / f"{other}.yaml").read_text(encoding="utf-8")
+            used = file_of(other).read_text(encoding="utf-8")
             sections += re.findall(r"^(tables|lookups|configs):\n((?:  .*\n)+)", used, re.MULTILINE)
     for section, body in sections:
         if f"\n{section}:\n" not in text:
@@ -72,12 +79,10 @@ def use(form: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if "kind: bridge" not in text:
         (folder / "broken.yaml").write_text(text.replace(f"format: {form}\n", "format: broken\n"), encoding="utf-8")
         return folder / "broken.yaml"
-    for file in MAPPINGS.glob("*.yaml"):
-        (folder / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / f"{form}.yaml").write_text(text, encoding="utf-8")
-    known = Catalogue()
-    known.add(sorted(folder.glob("*.yaml")))
-    monkeypatch.setattr("keymap.source.registry._known", [known])
+    copied = Path(shutil.copytree(MAPPINGS, folder / "mappings"))
+    (copied / file_of(form).relative_to(MAPPINGS)).write_text(text, encoding="utf-8")
+    known = Registry({path: read_header(path, str(path)) for path in sorted(copied.rglob("*.yaml"))})
+    monkeypatch.setattr("keymap.source.registry._registry", [known])
     return None
 
 

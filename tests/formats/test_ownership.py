@@ -322,7 +322,7 @@ def test_a_file_that_claims_the_files_of_another_is_not_registered(clue, owner, 
 
 
 def test_a_copy_of_a_format_under_another_name_is_not_registered_but_used_by_its_path(tmp_path):
-    text = (ROOT / "mappings" / "hf_clip.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "mappings" / "open_clip" / "hf_clip.yaml").read_text(encoding="utf-8")
     with pytest.raises(keymap.MappingError, match=r"hf_clip.yaml.*copy.yaml|copy.yaml.*hf_clip.yaml"):
         registered(tmp_path, text.replace("format: hf_clip", "format: copy"), "copy")
     tensors = {"logit_scale": torch.ones(())}
@@ -416,15 +416,16 @@ def test_a_mapping_compiles_without_the_others():
     for mapping in KNOWN.mappings.values():
         marked = KNOWN.files[mapping.name]
         wanted = set(marked.data.get("uses", ()))
-        text = (ROOT / "mappings" / f"{mapping.name}.yaml").read_text(encoding="utf-8")
+        text = KNOWN.places[mapping.name].read_text(encoding="utf-8")
         again = compile_mapping(
             text, mapping.file, lambda name, allowed=wanted: KNOWN.files[name] if name in allowed else None
         )
         assert [rule.text for rule in again.rules] == [rule.text for rule in mapping.rules]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "mappings").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "mappings").rglob("*.yaml")), ids=lambda file: file.stem)
 def test_a_mapping_is_short_and_names_its_schema(file):
     lines = file.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 150
-    assert lines[0] == "# yaml-language-server: $schema=../schemas/mapping.schema.json"
+    up = "../" * len(file.relative_to(ROOT).parents[1:])
+    assert lines[0] == f"# yaml-language-server: $schema={up}schemas/mapping.schema.json"

@@ -19,6 +19,7 @@ import keymap
 from fuzz.mutate import mutant
 from fuzz.seeds import KINDS, Seed
 from keymap.load.copying import materialise
+from keymap.source.hubs import ask
 from keymap.source.open import open_source
 
 SECONDS = 2.0  # of processor time: what a mutant may take on a machine that does nothing else
@@ -154,7 +155,7 @@ class Kind:
         for key in now.keys() - written - kept:
             if now[key] != _bytes(before[key]):
                 return f"{key} changed, and the report does not say so"
-        sources = open_source(file, True, options.get("mapping"), None).top
+        sources = open_source(file, True, ask(mapping=options.get("mapping")), None).top
         tensors = {key: lazy for one in sources for key, lazy in one.unwrapped.tensors.items()}
         for entry in plan.entries:
             if entry.resize is None:

@@ -146,7 +146,7 @@ def index(folder: Path) -> list[Seed]:
 def yaml(folder: Path) -> list[Seed]:
     sources = {"hf_clip": safetensors(folder)[1], "openai": torchscript(folder)[0], "big_vision_siglip": npz(folder)[0]}
     seeds = []
-    for path in sorted(MAPPINGS.glob("*.yaml")):
+    for path in sorted(MAPPINGS.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         if "\ndetect:" not in text or "kind:" in text:
             continue

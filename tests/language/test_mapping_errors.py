@@ -100,7 +100,7 @@ FIELDS = {
     "a field without a near name": (
         HEAD + "zzz: 1\n" + GOOD,
         "6:1",
-        "there is no field 'zzz' here; known: format, kind, title",
+        "there is no field 'zzz' here; known: format, kind, hub, title",
     ),
     "an unknown operation": (rules("a: {to: b, veiw: a -> a}"), "8:16", "no field 'veiw' here; did you mean 'view'?"),
     "an unknown evidence": (HEAD + "aliases: [{when: {al: [x]}, a: b}]\n" + GOOD, "6:19", "did you mean 'all'?"),

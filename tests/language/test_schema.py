@@ -11,10 +11,12 @@ import yaml
 from jsonschema import Draft202012Validator
 
 import keymap
+from keymap.language.schema import HubNames, names_of_hub, schema_faults
+from keymap.language.yaml_marks import parse_yaml
 
 SCHEMA = json.loads(keymap.schema_path().read_text(encoding="utf-8"))
 ROOT = Draft202012Validator(SCHEMA)
-FILES = sorted((keymap.schema_path().parents[1] / "mappings").glob("*.yaml"))
+FILES = sorted((keymap.schema_path().parents[1] / "mappings").rglob("*.yaml"))
 BRANCHES = SCHEMA["$defs"]["kinds"]["$defs"]
 FIELDS = SCHEMA["$defs"]["fields"]["$defs"]
 KINDS = sorted(BRANCHES)
@@ -54,13 +56,14 @@ def test_the_schema_is_a_schema_with_a_stable_name() -> None:
     assert SCHEMA["$id"] == "urn:keymap:schema:mapping:1"
 
 
-def test_towers_and_layouts_are_those_of_the_hub() -> None:
-    hub = of_kind("hub")
-    assert SCHEMA["$defs"]["tower"]["enum"] == list(hub["towers"])
-    for tower, layouts in hub["layouts"].items():
-        assert SCHEMA["$defs"][f"{tower}_layout"]["enum"] == list(layouts)
-    for field in ("layouts", "between"):
-        assert list(FIELDS[field]["properties"]) == list(hub["layouts"])
+def test_the_schema_allows_the_names_of_any_hub_and_a_check_those_of_the_files_own() -> None:
+    text = yaml.safe_dump({**data("hf_siglip"), "layouts": {"sound": "wide"}})
+    assert ROOT.is_valid(yaml.safe_load(text))
+    faults = schema_faults(parse_yaml(text, "f.yaml"), HubNames(("image", "text"), (("image", ("native",)),)))
+    assert "there is no field 'sound' here" in faults[0].text
+    hub = parse_yaml(yaml.safe_dump(data("open_clip"), sort_keys=False), "open_clip.yaml")
+    assert names_of_hub(hub).towers == tuple(data("open_clip")["towers"])
+    assert dict(names_of_hub(hub).layouts)["text"] == tuple(data("open_clip")["layouts"]["text"])
 
 
 @pytest.mark.parametrize("path", PARTS)

@@ -14,7 +14,7 @@ import keymap
 from keymap.picture.data import KINDS, picture_of, plain
 from keymap.picture.fold import Layers
 from keymap.picture.sample import picture_of_format
-from keymap.source.registry import registry
+from keymap.source.registry import hubs, registry
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ def test_the_plain_data_is_json_and_shows_every_character_of_hostile_names(tmp_p
     assert data["about"].startswith(r"right\u202eleft\nline\u2028end\udcff</script>")
 
 
-@pytest.mark.parametrize("name", sorted(keymap.list_formats()))
-def test_every_format_is_drawn_with_each_of_its_rules(name):
-    known = registry()
+@pytest.mark.parametrize(("hub", "name"), [(hub, name) for hub in hubs().hubs for name in keymap.list_formats(hub)])
+def test_every_format_is_drawn_with_each_of_its_rules(hub, name):
+    known = registry(hub)
     mapping = known.get(name)
     picture = picture_of_format(mapping, known)
     drawn = {rule for section in picture.sections for link in section.links for rule in link.rules}

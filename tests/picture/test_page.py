@@ -40,7 +40,7 @@ def test_hostile_names_stay_data(tmp_path):
 
 def test_a_hostile_title_is_escaped(tmp_path):
     file = tmp_path / "odd.yaml"
-    text = (data_folder("mappings") / "hf_bert.yaml").read_text(encoding="utf-8")
+    text = (data_folder("mappings") / "open_clip" / "hf_bert.yaml").read_text(encoding="utf-8")
     title = re.search(r"^title: .*$", text, re.MULTILINE).group()
     file.write_text(text.replace("format: hf_bert", "format: odd").replace(title, 'title: "</title><b>\u00e9"'))
     page = format_page(file)
@@ -48,7 +48,7 @@ def test_a_hostile_title_is_escaped(tmp_path):
 
 
 def test_a_mapping_file_is_drawn_by_its_path(tmp_path):
-    file = shutil.copy(data_folder("mappings") / "hf_bert.yaml", tmp_path / "own.yaml")
+    file = shutil.copy(data_folder("mappings") / "open_clip" / "hf_bert.yaml", tmp_path / "own.yaml")
     text = file.read_text(encoding="utf-8").replace("format: hf_bert", "format: own")
     file.write_text(text, encoding="utf-8")
     assert "<title>own - keymap</title>" in format_page(file) and "<title>own" in format_page(str(file))

@@ -24,7 +24,7 @@ def tool(monkeypatch):
 def test_check_mappings_passes_on_the_shipped_files(tool, capsys):
     assert tool("check_mappings").main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    files = sorted(MAPPINGS.glob("*.yaml"))
+    files = sorted(MAPPINGS.rglob("*.yaml"))
     assert lines[-1] == f"{len(files)} of {len(files)} files are right, 0 faults"
     assert [line.split()[0] for line in lines[:-1]] == [file.stem for file in files]
 
@@ -48,7 +48,11 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_path, capsys):
     old, new, words, placed = BROKEN[name]
-    text = (MAPPINGS / "hf_clip.yaml").read_text(encoding="utf-8").replace("format: hf_clip", "format: broken")
+    text = (
+        (MAPPINGS / "open_clip" / "hf_clip.yaml")
+        .read_text(encoding="utf-8")
+        .replace("format: hf_clip", "format: broken")
+    )
     line = text.partition(old)[0].count("\n") + 1
     file = tmp_path / "broken.yaml"
     file.write_text(text.replace(old, new), encoding="utf-8")
@@ -59,7 +63,7 @@ def test_check_mappings_fails_on_a_broken_file_with_its_place(name, tool, tmp_pa
 
 
 def test_check_mappings_reports_the_faults_of_all_files(tool, tmp_path, capsys):
-    text = (MAPPINGS / "openai.yaml").read_text(encoding="utf-8")
+    text = (MAPPINGS / "open_clip" / "openai.yaml").read_text(encoding="utf-8")
     for name in ("one", "two"):
         broken = text.replace("format: openai", f"format: {name}").replace("layouts:", "speeks:")
         (tmp_path / f"{name}.yaml").write_text(broken, encoding="utf-8")
@@ -70,7 +74,7 @@ def test_check_mappings_reports_the_faults_of_all_files(tool, tmp_path, capsys):
 
 
 def test_check_mappings_refuses_a_name_that_is_taken(tool, tmp_path, capsys):
-    (tmp_path / "openai.yaml").write_bytes((MAPPINGS / "openai.yaml").read_bytes())
+    (tmp_path / "openai.yaml").write_bytes((MAPPINGS / "open_clip" / "openai.yaml").read_bytes())
     assert tool("check_mappings").main([str(tmp_path / "openai.yaml")]) == 1
     assert "the name 'openai' is taken" in capsys.readouterr().out
 
@@ -78,8 +82,8 @@ def test_check_mappings_refuses_a_name_that_is_taken(tool, tmp_path, capsys):
 def test_make_docs_writes_every_page_and_sees_a_stale_one(tool, tmp_path, capsys):
     make_docs = tool("make_docs")
     assert make_docs.main(["--folder", str(tmp_path)]) == 0
-    names = {file.stem for file in tmp_path.glob("*.md")}
-    assert names == {"README", *(file.stem for file in MAPPINGS.glob("*.yaml"))}
+    names = {file.stem for file in tmp_path.rglob("*.md")}
+    assert names == {"README", *(file.stem for file in MAPPINGS.rglob("*.yaml"))}
     assert make_docs.main(["--folder", str(tmp_path), "--check"]) == 0
     page = tmp_path / "openai.md"
     page.write_text(page.read_text(encoding="utf-8") + "more\n", encoding="utf-8")

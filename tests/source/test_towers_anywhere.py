@@ -10,7 +10,9 @@ from peers.common import assert_unchanged, bits, same_bits
 from safetensors.torch import save_file
 
 import keymap
+from keymap.source.hubs import ask
 from keymap.source.open import open_source
+from keymap.source.registry import registry
 from keymap.source.search import prefixes_to_try
 
 OTHER = {"unet.down.0.weight": torch.randn(8, 3, 3, 3), "language_model.layers.0.q_proj.weight": torch.randn(16, 16)}
@@ -256,7 +258,7 @@ def test_a_wrong_wrapper_is_refused(wrapper, tmp_path):
 
 def test_the_search_is_linear_in_the_number_of_keys():
     """Counted in comparisons that Python makes, not in seconds: ten times the subtrees, ten times the steps."""
-    known = keymap.source.open.catalogue_with(None)[0]
+    known = registry()
 
     def steps(subtrees):
         keys = [f"m.{i}.part.blocks.{j}.attn.qkv.weight" for i in range(subtrees) for j in range(20)]
@@ -281,7 +283,7 @@ def test_the_search_is_linear_in_the_number_of_keys():
 
 def test_a_load_that_fits_at_once_searches_nothing(tmp_path, monkeypatch):
     path = written(state(openclip.clip(seed=1)), tmp_path)
-    opened = open_source(path, True, None, None)
+    opened = open_source(path, True, ask(), None)
     monkeypatch.setattr("keymap.source.open.prefixes_to_try", lambda *_: pytest.fail("it was searched"))
     assert opened.top[0].found is not None
     keymap.load_checkpoint(openclip.clip(), path)

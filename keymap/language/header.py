@@ -1,0 +1,77 @@
+"""The head of a mapping file: what the registry needs to know of it before it is parsed and compiled.
+
+Fields at the top level begin a line, so a search of the text finds them. A file that writes them in another way is
+parsed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keymap.errors import MappingError
+from keymap.language.yaml_marks import parse_yaml, read_text
+
+__all__ = ["Header", "read_header"]
+
+_FIELD = re.compile(r"^(format|kind|hub|default):[ \t]+([\"']?)([A-Za-z0-9_]+)\2[ \t]*(?:#.*)?$", re.MULTILINE)
+_DETECT = re.compile(r"^detect:.*\n?(?:(?:[ \t#].*)?\n)*(?:[ \t#].*)?", re.MULTILINE)
+
+
+class Header(NamedTuple):
+    """A file, and what its top level says.
+
+    Attributes:
+        path: of the file.
+        name, kind: of the mapping; without a ``kind`` it is a format.
+        hub: the hub that it names; "" for none.
+        default: (hub) files that name no hub belong to it.
+        detect: (hub) the text of its evidence.
+        line: where it names its hub.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    hub: str
+    default: bool
+    detect: str
+    line: int = 1
+
+
+def read_header(path: Path, shown: str) -> Header:
+    """The head of a file.
+
+    Args:
+        path: the file.
+        shown: its name in messages.
+
+    Raises:
+        MappingError: it cannot be read.
+    """
+    text = read_text(path, shown)
+    found: dict[str, Any] = {field: value for field, _, value in _FIELD.findall(text)}
+    if "format" not in found:
+        found = _parsed(text, shown)
+    kind = str(found.get("kind", "format"))
+    detect = _DETECT.search(text) if kind == "hub" else None
+    at = re.search(r"^hub:", text, re.MULTILINE)
+    return Header(
+        path,
+        str(found.get("format", "")),
+        kind,
+        str(found.get("hub", "")),
+        str(found.get("default", "")).lower() == "true",
+        detect[0] if detect is not None else "",
+        text.count("\n", 0, at.start()) + 1 if at is not None else 1,
+    )
+
+
+def _parsed(text: str, shown: str) -> dict[str, Any]:
+    """The fields of a file that writes its name in another way; empty for one that is not a mapping."""
+    try:
+        data = parse_yaml(text, shown).data
+    except MappingError:  # it is reported when it is compiled
+        return {}
+    return data if isinstance(data, dict) else {}
