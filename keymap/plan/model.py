@@ -194,6 +194,8 @@ def view_model(model: nn.Module, hub: Format) -> ModelView:
             sides = (value, value) if type(value) is int else value
             if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
                 grids[name] = sides
+        elif isinstance(value, tuple) and value[0] == value[1]:
+            facts[name], paths[name] = value[0], path  # the side of a square
         elif isinstance(value, (str, int, float)):
             facts[name], paths[name] = value, path
     return ModelView(model, tensors, facts, grids, paths, lazy)
