@@ -50,6 +50,7 @@ class WriteResult(NamedTuple):
         nbytes: their size.
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
+        notes: names that a folder's configuration has from a recorded configuration of the same sizes.
     """
 
     files: tuple[str, ...]
@@ -60,17 +61,25 @@ class WriteResult(NamedTuple):
     nbytes: int
     casts: Mapping[str, int]
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""
         plain = self._asdict()
-        return {**plain, "files": list(self.files), "casts": dict(self.casts), "dropped": dict(self.dropped)}
+        return {
+            **plain,
+            "files": list(self.files),
+            "casts": dict(self.casts),
+            "dropped": dict(self.dropped),
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.source} (format {self.source_format}) -> {', '.join(self.files)} (format {self.format})"]
         lines.append(f"  {self.tensors} tensors, {self.nbytes:,} bytes")
         lines += [f"  cast: {count} tensors from {pair}" for pair, count in self.casts.items()]
         lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason(self.dropped).items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(map(printable, lines))
 
 
@@ -199,17 +208,17 @@ def _written(
     if not place.is_folder:
         check_place(path, sources)
         return _write(planned, path, {}, options)
-    texts = repository_files(planned, planned.source.known.hub, given)
+    texts, notes = repository_files(planned, given)
     check_folder(path, sources, overwrite)
     repository = planned.target.repository
     assert repository is not None, "it gave the texts"
     if path.is_dir() and any(path.iterdir()):
         result = _write(planned, path / repository.weights, texts, options)
         remove_others(path, repository.weights, {Path(file).name for file in result.files})
-        return result
+        return result._replace(notes=notes)
     with whole_folder(path) as inner:
         result = _write(planned, inner / repository.weights, texts, options)
-    return result._replace(files=tuple(str(path / Path(file).name) for file in result.files))
+    return result._replace(files=tuple(str(path / Path(file).name) for file in result.files), notes=notes)
 
 
 def _bytes(size: int | str | None) -> int | None:

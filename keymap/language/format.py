@@ -278,10 +278,12 @@ class Configuration(NamedTuple):
     Attributes:
         fingerprints: of each tower, see `describe`.
         names: the configurations, each with the number of positions of its towers, in the order of the fingerprints.
+        facts: by the configuration's name, the names that it gives its towers: facts that no weight shows.
     """
 
     fingerprints: Mapping[str, str]
     names: Mapping[str, tuple[int, ...]]
+    facts: Mapping[str, Mapping[str, Scalar]] = {}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from keymap.plan.from_hub import from_hub
 from keymap.plan.planner import keep_towers
 from keymap.plan.request import Request
 from keymap.plan.rule_faults import with_lacking_facts_once
-from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
+from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub
 from keymap.source.detect import ambiguous, tower_layout
 from keymap.source.open import Opened, Source
 
@@ -47,7 +47,7 @@ class Export(NamedTuple):
         tensors: by the target's keys.
         checks: values to verify before anything is written.
         dropped: keys of the source that hold no weights, and why.
-        towers: those that are written.
+        hub: what is written, by the hub's keys.
     """
 
     source: Source
@@ -55,7 +55,7 @@ class Export(NamedTuple):
     tensors: Mapping[str, Target]
     checks: tuple[Check, ...]
     dropped: Mapping[str, str]
-    towers: frozenset[str]
+    hub: Mapping[str, Layout]
 
 
 def target_format(known: Catalogue, to: str) -> Format:
@@ -115,7 +115,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
-    towers = frozenset(tower_of(known.hub, key) for key in translated.tensors)
+    in_hub = dict(translated.tensors)
     if target.kind == "format":
         from_hub(known.hub, target, translated, facts)
     faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
@@ -130,7 +130,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
-    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, towers)
+    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub)
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

@@ -6,32 +6,47 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isqrt, nextafter
-from typing import Any
+from typing import Any, NamedTuple
 
 from keymap.errors import PlanError
 from keymap.language.format import Cases, Computed, Format, Length, Repository, Scalar, Template, config_text
+from keymap.language.layout import Layout
 from keymap.language.pattern import Side
+from keymap.plan.describe import describe, recorded_facts
 from keymap.plan.export import Export, Target
+from keymap.plan.to_hub import tower_of
 from keymap.source.detect import matching_keys
 from keymap.source.settings import Unknown, in_hub_words
 
-__all__ = ["repository_files"]
+__all__ = ["FolderTexts", "repository_files"]
 
 _ABSENT = object()  # no tensor shows it
 
 
-def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) -> dict[str, str]:
-    """The text of each JSON file of a folder.
+class FolderTexts(NamedTuple):
+    """What lies beside the weights of a folder.
+
+    Attributes:
+        texts: of the JSON files, by name.
+        notes: which values are those of recorded configurations.
+    """
+
+    texts: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def repository_files(planned: Export, given: Mapping[str, Scalar]) -> FolderTexts:
+    """The JSON files of a folder.
 
     Args:
         planned: the conversion.
-        hub: has the labels of settings.
-        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own.
+        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own, and
+            names of recorded configurations of exactly these sizes come last.
 
     Raises:
         PlanError: the format has no folder; a setting is not known, or the format's code does not allow its value.
     """
-    repository = planned.target.repository
+    repository, hub = planned.target.repository, planned.source.known.hub
     if repository is None or repository.none:
         why = f": {repository.none}" if repository is not None else ""
         raise PlanError(
@@ -46,13 +61,32 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
         )
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
-    known = {name: in_hub_words(hub.facts[name], v) for name, v in {**source, **given}.items() if name in hub.facts}
+    recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
+    facts = {**{name: value for name, (value, _) in recorded.items()}, **source, **given}
+    known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
     writer = _Writer(planned.tensors, hub, known)
     data = {name: writer.section(template) for name, template in repository.files.items()}
-    required = {n: None for n in repository.requires if _is_written(planned, n) and writer.lacks(n)}
+    faults = _faults(planned, repository, keys, writer)
+    if faults:
+        files = " and ".join(repository.files)
+        raise PlanError(f"{planned.source.file}: {files} of {planned.target.name} cannot be written", faults)
+    taken = [name for name in recorded if name in writer.used and name not in {**source, **given}]
+    notes = tuple(
+        f"{name} = {config_text(recorded[name][0])}, as in the configuration of these sizes: {recorded[name][1]}"
+        for name in taken
+    )
+    return FolderTexts({name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}, notes)
+
+
+def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout], writer: _Writer) -> list[str]:
+    """What the files cannot say, and a question for what is not known."""
+    hub, known = writer.hub, writer.known
+    written = {tower_of(hub, key) for key in planned.hub}
+    needed = {name: allowed for name, allowed in repository.requires.items() if name.partition(".")[0] in written}
+    required = {name: None for name in needed if writer.lacks(name)}
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
-    faults = [*_forbidden(planned, repository, known), *_unlike(groups, known), *writer.faults]
+    faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
     unknown = {**writer.unknown, **required, **alike}
     if unknown:
         names = "; ".join(f"{name}: {_question(repository, hub, name)}" for name in unknown)
@@ -60,25 +94,16 @@ def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) 
             f"neither shapes nor a configuration show {names}; pass them, for example "
             f"facts={{{next(iter(unknown))!r}: ...}}, or put the source's configuration beside it"
         )
-    if faults:
-        files = " and ".join(repository.files)
-        raise PlanError(f"{planned.source.file}: {files} of {planned.target.name} cannot be written", faults)
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}
+    return faults
 
 
-def _is_written(planned: Export, fact: str) -> bool:
-    """Whether the tower of a fact is written."""
-    return fact.partition(".")[0] in planned.towers
-
-
-def _forbidden(planned: Export, repository: Repository, known: Mapping[str, Scalar]) -> list[str]:
+def _forbidden(needed: Mapping[str, tuple[Scalar, ...]], hub: Format, known: Mapping[str, Scalar]) -> list[str]:
     """Settings of the source that the format's code does not have."""
-    facts = planned.source.known.hub.facts
     return [
-        f"{facts[name].label or name}: {config_text(known[name])} in the source, and the format has only "
+        f"{hub.facts[name].label or name}: {config_text(known[name])} in the source, and the format has only "
         f"{' or '.join(map(config_text, allowed))}"
-        for name, allowed in repository.requires.items()
-        if _is_written(planned, name) and name in known and known[name] not in allowed
+        for name, allowed in needed.items()
+        if name in known and known[name] not in allowed
     ]
 
 
@@ -111,6 +136,7 @@ class _Writer:
         tensors: that are written.
         hub: its facts.
         known: settings by the hub's names.
+        used: the facts that were looked up.
         unknown: the facts that are needed and not known.
         faults: what else is wrong.
     """
@@ -118,6 +144,7 @@ class _Writer:
     tensors: Mapping[str, Target]
     hub: Format
     known: Mapping[str, Scalar]
+    used: set[str] = field(default_factory=set)
     unknown: dict[str, None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -194,6 +221,7 @@ class _Writer:
     def setting(self, computed: Computed) -> Any:
         """A setting in the format's own word."""
         value = self.known.get(computed.fact)
+        self.used.add(computed.fact)
         if value is None:
             if computed.others is not None and self.can(computed.others):
                 return self.value(computed.others)
