@@ -55,7 +55,8 @@ class WriteResult(NamedTuple):
         nbytes: their size.
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
-        notes: which file of a folder was read, what was taken from within it, and what else the file holds.
+        notes: which file of a folder was read, what was taken from within it, what else the file holds, and the names
+            that a folder's configuration has from a recorded configuration of the same sizes.
     """
 
     files: tuple[str, ...]
@@ -137,7 +138,8 @@ def convert_checkpoint(
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
     result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
-    return result._replace(notes=(*reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted")))
+    notes = (*result.notes, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
+    return result._replace(notes=notes)
 
 
 def save_checkpoint(
@@ -221,12 +223,13 @@ def _written(
         return _write(planned, path, {}, sources, options)
     repository = repository_of(planned)
     check_folder(path, sources, overwrite)
-    texts = repository_files(planned, planned.source.known.hub, given)
+    texts, notes = repository_files(planned, given)
     if path.is_dir() and any(path.iterdir()):
-        return _write(planned, path / repository.weights, texts, sources, options)
+        result = _write(planned, path / repository.weights, texts, sources, options)
+        return result._replace(notes=notes)
     with whole_folder(path) as inner:
         result = _write(planned, inner / repository.weights, texts, sources, options)
-    return result._replace(files=tuple(str(path / Path(file).name) for file in result.files))
+    return result._replace(files=tuple(str(path / Path(file).name) for file in result.files), notes=notes)
 
 
 def _bytes(size: int | str | None) -> int | None:

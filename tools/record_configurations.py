@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the builder of full-size models is there
 
+import open_clip
 from peers import full_size, layouts, naflex, openclip
 from torch import nn
 
@@ -54,6 +55,7 @@ _OPTIONS: dict[str, Mapping[str, object]] = {  # options of OpenCLIP that add ke
     "layer scale": {"vision": _LAYER_SCALE, "text": _LAYER_SCALE | {"proj_bias": True, "embed_cls": True}},
 }
 
+Facts = Mapping[str, str | int]
 Prints = tuple[tuple[str, str], ...]
 Keys = dict[str, dict[str, dict[str, None]]]  # by tower and layout ("" where the tower has none), in order
 
@@ -95,13 +97,38 @@ def measured(model: nn.Module) -> tuple[Prints, list[int]]:
     return prints, [found.sizes.get("positions", 0) for found in towers.values()]
 
 
-def text(groups: Iterable[tuple[Prints, Mapping[str, Sequence[int]]]]) -> str:
-    """The text of the file of configurations: names and their positions, by fingerprints."""
+_NAMED = {  # facts that no weight shows: what a configuration calls its towers, and where it says so
+    "image.architecture": ("vision_cfg", "timm_model_name"),
+    "text.hf_name": ("text_cfg", "hf_model_name"),
+    "text.tokenizer": ("text_cfg", "hf_tokenizer_name"),
+    "decoder.context_length": ("multimodal_cfg", "context_length"),
+}
+
+
+def named(name: str) -> Facts:
+    """The names that a configuration gives its towers, and the side of the images of a timm tower."""
+    config = open_clip.get_model_config(name)
+    places = {
+        **_NAMED,
+        **({"image.size": ("vision_cfg", "image_size")} if "timm_model_name" in config["vision_cfg"] else {}),
+    }
+    found = {fact: config.get(section, {}).get(key) for fact, (section, key) in places.items()}
+    return {fact: value for fact, value in found.items() if value is not None}
+
+
+def text(groups: Iterable[tuple[Prints, Mapping[str, Sequence[int]]]], facts: Mapping[str, Facts]) -> str:
+    """The text of the file of configurations: names and their positions, by fingerprints; and facts by name."""
     lines = []
     for prints, names in groups:
         digests = ", ".join(f"{tower}: {digest!r}" for tower, digest in prints)
         rows = ", ".join(f"{name}: [{', '.join(map(str, numbers))}]" for name, numbers in names.items())
-        lines.append(f"  - {{{digests}, names: {{{rows}}}}}\n")
+        stated = {name: facts[name] for name in names if facts.get(name)}
+        of_each = ", ".join(
+            f"{name}: {{{', '.join(f'{fact}: {value}' for fact, value in found.items())}}}"
+            for name, found in stated.items()
+        )
+        more = f", facts: {{{of_each}}}" if of_each else ""
+        lines.append(f"  - {{{digests}, names: {{{rows}}}{more}}}\n")
     return HEAD.format(version=version("open_clip_torch")) + "".join(lines)
 
 
@@ -116,7 +143,7 @@ def recorded() -> dict[Path, str]:
         add_keys(model, keys)
     for model in further_models():
         add_keys(model, keys)
-    return {FILE: text(groups.items()), KEYS: keys_text(keys)}
+    return {FILE: text(groups.items(), {name: named(name) for name in full_size.names()}), KEYS: keys_text(keys)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -118,8 +118,9 @@ def compile_configurations(data: Mapping[str, Any]) -> tuple[Configuration, ...]
     """The recorded models of a ``kind: configurations`` file."""
     return tuple(
         Configuration(
-            {tower: value for tower, value in entry.items() if tower != "names"},
+            {tower: value for tower, value in entry.items() if tower not in ("names", "facts")},
             {name: tuple(rows) for name, rows in entry["names"].items()},
+            entry.get("facts", {}),
         )
         for entry in data.get("configurations", ())
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keymap.language.compile_rules import Compiler
-from keymap.language.format import Computed, Length, Repository, Template, config_text
+from keymap.language.format import Alike, Cases, Computed, Length, Repository, Template, config_text
 from keymap.language.yaml_marks import Path as Where
 
 __all__ = ["compile_repository"]
@@ -18,36 +18,49 @@ def compile_repository(compiler: Compiler) -> Repository | None:
     data: Mapping[str, Any] | None = compiler.repository
     if data is None:
         return None
+    if "none" in data:
+        return Repository("", {}, none=data["none"])
     files = {name: _template(compiler, value, ("repository", "files", name)) for name, value in data["files"].items()}
     requires = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in data.get("requires", {}).items()}
     when = compiler.evidence(data.get("when", {}), ("repository", "when"))
-    return Repository(data["weights"], files, requires, when, tuple(data.get("alike", ())))
+    alike = [
+        Alike(tuple(group["facts"]), compiler.evidence(group.get("when", {}), ("repository", "alike", number)))
+        for number, group in enumerate(data.get("alike", ()))
+    ]
+    return Repository(data["weights"], files, requires, when, tuple(alike))
 
 
 def _template(compiler: Compiler, value: Any, where: Where) -> Template:
-    """A section, a computed value, or a value that is written as it is."""
+    """A section, a list, cases, a computed value, or a value that is written as it is."""
+    if isinstance(value, list):
+        return [_template(compiler, inner, (*where, number)) for number, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    if "from" in value or "fact" in value:
+    if value.keys() & {"from", "fact", "value"}:
         return _computed(compiler, value, where)
+    if value.keys() == {"cases"}:
+        cases = value["cases"].items()
+        return Cases(tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases))
     return {name: _template(compiler, inner, (*where, name)) for name, inner in value.items()}
 
 
 def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Computed:
     words = compiler.words(data, where)
-    inverse: dict[str, Any] = {}
+    inverse: dict[str, Any] = dict(data.get("write", {}))
     for theirs, ours in words.items():
         inverse.setdefault(config_text(ours), _typed(theirs))
-    others = data.get("others")
+    others, divide, times = data.get("others"), data.get("divide", ""), data.get("times", 1)
     return Computed(
         data.get("fact", ""),
         _length(compiler, data["from"], where) if "from" in data else None,
+        data.get("value"),
         inverse,
         _computed(compiler, others, (*where, "others")) if others is not None else None,
         data.get("minus", 0),
+        data.get("per", 1),
         bool(data.get("square")),
-        _length(compiler, data["times"], where) if "times" in data else None,
-        data.get("divide", ""),
+        times if isinstance(times, int) else _length(compiler, times, where),
+        _length(compiler, divide, where) if "[" in divide else divide,
         _length(compiler, data["over"], where) if "over" in data else None,
         data.get("absent"),
         bool(data.get("optional")),

@@ -181,30 +181,52 @@ class Computed(NamedTuple):
 
     Attributes:
         fact: the hub's name of a setting; "" for a value that tensors show.
-        length: what tensors show.
+        length: what tensors show; None without a fact for a fixed ``value``.
+        value: one that is written as it is.
         words: the file's values by the hub's words.
         others: what is taken if the fact is not known, or has no word.
-        minus, square, times: subtracted; whether to take the side of a square with so many elements; multiplied by.
-        divide: a fact to divide by.
+        minus, per: subtracted; a whole number to divide by.
+        square, times: whether to take the side of a square with so many elements; multiplied by.
+        divide: a fact to divide by, or a length.
         over: what the number is divided by, as a fraction.
         absent: the value if there is no such key; None leaves it out.
-        optional: left out if the fact is not known.
+        optional: left out if the fact is not known or has no word.
     """
 
     fact: str
     length: Length | None
+    value: Scalar | None = None
     words: Mapping[str, Scalar | None] = {}
     others: Computed | None = None
     minus: int = 0
+    per: int = 1
     square: bool = False
-    times: Length | None = None
-    divide: str = ""
+    times: Length | int = 1
+    divide: str | Length = ""
     over: Length | None = None
     absent: Scalar | None = None
     optional: bool = False
 
 
-Template = Any  # a dict of templates, a Computed, or a value that is written as it is
+class Cases(NamedTuple):
+    """A value or a section that depends on which keys are written: that of the first key that is there."""
+
+    cases: tuple[tuple[Side | None, Template], ...]
+
+
+Template = Any  # a dict or a list of templates, a Computed, Cases, or a value that is written as it is
+
+
+class Alike(NamedTuple):
+    """Facts that must be equal.
+
+    Attributes:
+        facts: by the hub's names.
+        when: evidence on the keys that are written; without it they may differ.
+    """
+
+    facts: tuple[str, ...]
+    when: Evidence = Evidence()
 
 
 class Repository(NamedTuple):
@@ -215,14 +237,16 @@ class Repository(NamedTuple):
         files: JSON files by name.
         requires: the values that settings must have, by the hub's names: the format's code allows no others.
         when: evidence on the keys that are written; without it there is no folder.
-        alike: facts that must be equal, because the files have one value for them.
+        alike: groups of facts that must be equal, because the files have one value for them.
+        none: why there is no such folder; "" where there is one.
     """
 
     weights: str
     files: Mapping[str, Template]
     requires: Mapping[str, tuple[Scalar, ...]] = {}
     when: Evidence = Evidence()
-    alike: tuple[str, ...] = ()
+    alike: tuple[Alike, ...] = ()
+    none: str = ""
 
 
 class Fact(NamedTuple):
@@ -254,10 +278,12 @@ class Configuration(NamedTuple):
     Attributes:
         fingerprints: of each tower, see `describe`.
         names: the configurations, each with the number of positions of its towers, in the order of the fingerprints.
+        facts: by the configuration's name, the names that it gives its towers: facts that no weight shows.
     """
 
     fingerprints: Mapping[str, str]
     names: Mapping[str, tuple[int, ...]]
+    facts: Mapping[str, Mapping[str, Scalar]] = {}
 
 
 @dataclass(frozen=True)

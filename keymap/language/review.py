@@ -165,21 +165,27 @@ def _named_facts(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]
     repository = data.get("repository", {})
     for fact, value in repository.get("requires", {}).items():
         yield ("repository", "requires", fact), fact, value if isinstance(value, list) else [value]
+    for number, group in enumerate(repository.get("alike", ())):
+        yield from ((("repository", "alike", number, "facts"), fact, []) for fact in group["facts"])
     for name, template in repository.get("files", {}).items():
         yield from _facts_of_template(template, ("repository", "files", name), lookups)
 
 
 def _facts_of_template(value: Any, where: Path, lookups: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]]]:
     """The facts that computed values of a file name, with the words for them."""
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _facts_of_template(inner, (*where, number), lookups)
     if not isinstance(value, dict):
         return
     if isinstance(value.get("fact"), str):
         words = value.get("words", {})
-        yield where, value["fact"], list((lookups.get(words, {}) if isinstance(words, str) else words).values())
-    if isinstance(value.get("divide"), str):
+        known = list((lookups.get(words, {}) if isinstance(words, str) else words).values())
+        yield where, value["fact"], [*known, *value.get("write", {})]
+    if isinstance(value.get("divide"), str) and "[" not in value["divide"]:
         yield where, value["divide"], []
     for name, inner in value.items():
-        if name != "words":
+        if name not in ("words", "write"):
             yield from _facts_of_template(inner, (*where, name), lookups)
 
 

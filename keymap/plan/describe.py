@@ -7,13 +7,13 @@ derived buffers and keys whose absence means a value. Equal fingerprints load in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keymap.errors import some
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Format
+from keymap.language.format import Configuration, Format, Scalar
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.plan.to_hub import to_hub, tower_of
@@ -31,6 +31,7 @@ __all__ = [
     "difference",
     "found_towers",
     "in_words",
+    "recorded_facts",
     "text_of",
 ]
 
@@ -214,11 +215,27 @@ def _uneven(hub: Format, tower: str, keys: Mapping[str, Layout]) -> bool:
 
 def configurations_for(known: Catalogue, towers: Described) -> list[str]:
     """Names of the recorded configurations that all of these towers fit, those with equal positions first."""
-    found = []
+    found = [(resized, name) for _, name, resized in _fitting(known, towers)]
+    return [f"{name} (positions resized)" if resized else name for resized, name in sorted(found)]
+
+
+def _fitting(known: Catalogue, towers: Described) -> Iterator[tuple[Configuration, str, bool]]:
+    """The recorded configurations that all of these towers fit, and whether their numbers of positions differ."""
     for entry in known.configurations:
         fits = all(entry.fingerprints.get(name) == tower.fingerprint for name, tower in towers.items())
-        for name, rows in entry.names.items() if fits and towers else ():
+        for configuration, rows in entry.names.items() if fits and towers else ():
             positions = dict(zip(entry.fingerprints, rows, strict=True))
             resized = any(tower.sizes.get("positions", 0) != positions[name] for name, tower in towers.items())
-            found.append((resized, f"{name} (positions resized)" if resized else name))
-    return [name for _, name in sorted(found)]
+            yield entry, configuration, resized
+
+
+def recorded_facts(known: Catalogue, towers: Described) -> dict[str, tuple[Scalar, str]]:
+    """Facts that no weight shows and on which all recorded configurations of exactly these sizes agree.
+
+    Returns:
+        By the hub's name the value, and the names of the configurations.
+    """
+    same = [(entry.facts.get(name, {}), name) for entry, name, resized in _fitting(known, towers) if not resized]
+    names = some([name for _, name in same])
+    first = same[0][0] if same else {}
+    return {fact: (value, names) for fact, value in first.items() if all(facts.get(fact) == value for facts, _ in same)}

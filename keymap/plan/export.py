@@ -48,6 +48,7 @@ class Export(NamedTuple):
         tensors: by the target's keys.
         checks: values to verify before anything is written.
         dropped: keys of the source that hold no weights, and why.
+        hub: what is written, by the hub's keys.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Export(NamedTuple):
     tensors: Mapping[str, Target]
     checks: tuple[Check, ...]
     dropped: Mapping[str, str]
+    hub: Mapping[str, Layout]
 
 
 def target_format(known: Catalogue, to: str) -> Format:
@@ -132,6 +134,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     for tower in known.hub.layouts:
         bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
     foreign = set(translated.unowned[before:])  # of towers that are faults already
+    in_hub = dict(translated.tensors)
     if target.kind == "format":
         from_hub(known.hub, target, translated, facts)
     if request.towers is not None and not translated.tensors and not translated.unowned:
@@ -146,7 +149,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
-    return Export(source, target, tensors, tuple(translated.checks), translated.dropped)
+    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub)
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

@@ -149,6 +149,11 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
     return None, ""
 
 
+def _side_of_square(value: Any) -> Any:
+    """The side of a square (h, w); any other value as it is."""
+    return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """True where a tensor's elements lie in memory of its own; a subclass with its own dispatch may have none."""
     kind = type(tensor)
@@ -216,8 +221,8 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
             sides = (value, value) if type(value) is int else value
             if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
                 grids[name] = sides
-        elif isinstance(value, (str, int, float)):
-            facts[name], paths[name] = value, path
+        elif isinstance(scalar := _side_of_square(value), (str, int, float)):
+            facts[name], paths[name] = scalar, path
     return ModelView(model, tensors, facts, grids, paths, lazy)
 
 

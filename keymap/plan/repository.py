@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isqrt, nextafter
-from typing import Any
+from typing import Any, NamedTuple
 
 from keymap.errors import PlanError
-from keymap.language.format import Computed, Format, Length, Repository, Scalar, Template, config_text
+from keymap.language.format import Cases, Computed, Format, Length, Repository, Scalar, Template, config_text
+from keymap.language.layout import Layout
+from keymap.language.pattern import Side
+from keymap.plan.describe import describe, recorded_facts
 from keymap.plan.export import Export, Target
+from keymap.plan.to_hub import tower_of
 from keymap.source.detect import matching_keys
 from keymap.source.settings import Unknown, in_hub_words
 
-__all__ = ["repository_files", "repository_of"]
+__all__ = ["FolderTexts", "repository_files", "repository_of"]
 
 _ABSENT = object()  # no tensor shows it
+
+
+class FolderTexts(NamedTuple):
+    """What lies beside the weights of a folder.
+
+    Attributes:
+        texts: of the JSON files, by name.
+        notes: which values are those of recorded configurations.
+    """
+
+    texts: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def repository_of(planned: Export) -> Repository:
@@ -26,9 +42,11 @@ def repository_of(planned: Export) -> Repository:
         PlanError: it has none, or none for the towers that are written.
     """
     repository = planned.target.repository
-    if repository is None:
+    if repository is None or repository.none:
+        why = f": {repository.none}" if repository is not None else ""
         raise PlanError(
-            f"{planned.target.name} has no layout of a folder; pass a file, for example one that ends with .safetensors"
+            f"{planned.target.name} has no layout of a folder{why}; pass a file, for example one that ends with "
+            f".safetensors"
         )
     keys = {key: target.layout for key, target in planned.tensors.items()}
     if matching_keys(repository.when, keys) is None:
@@ -39,50 +57,81 @@ def repository_of(planned: Export) -> Repository:
     return repository
 
 
-def repository_files(planned: Export, hub: Format, given: Mapping[str, Scalar]) -> dict[str, str]:
-    """The text of each JSON file of a folder.
+def repository_files(planned: Export, given: Mapping[str, Scalar]) -> FolderTexts:
+    """The JSON files of a folder.
 
     Args:
         planned: the conversion.
-        hub: has the labels of settings.
-        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own.
+        given: settings by the hub's names: those of the model, or of the caller. They come before the source's own, and
+            names of recorded configurations of exactly these sizes come last.
 
     Raises:
         PlanError: as `repository_of`; a setting is not known, or the format's code does not allow its value.
     """
-    repository = repository_of(planned)
+    repository, hub = repository_of(planned), planned.source.known.hub
+    keys = {key: target.layout for key, target in planned.tensors.items()}
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
-    known = {name: in_hub_words(hub.facts[name], v) for name, v in {**source, **given}.items() if name in hub.facts}
+    recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
+    facts = {**{name: value for name, (value, _) in recorded.items()}, **source, **given}
+    known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
     writer = _Writer(planned.tensors, hub, known)
     data = {name: writer.section(template) for name, template in repository.files.items()}
-    faults = [*_forbidden(repository, hub, known), *writer.faults]
-    if writer.unknown:
-        names = "; ".join(f"{name}: {hub.facts[name].label or name}" for name in writer.unknown)
-        wanted = ", ".join(f"{name!r}: ..." for name in writer.unknown)
+    faults = _faults(planned, repository, keys, writer)
+    if faults:
+        files = " and ".join(repository.files)
+        raise PlanError(f"{planned.source.file}: {files} of {planned.target.name} cannot be written", faults)
+    taken = [name for name in recorded if name in writer.used and name not in {**source, **given}]
+    notes = tuple(
+        f"{name} = {config_text(recorded[name][0])}, as in the configuration of these sizes: {recorded[name][1]}"
+        for name in taken
+    )
+    return FolderTexts({name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}, notes)
+
+
+def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout], writer: _Writer) -> list[str]:
+    """What the files cannot say, and a question for what is not known."""
+    hub, known = writer.hub, writer.known
+    written = {tower_of(hub, key) for key in planned.hub}
+    needed = {name: allowed for name, allowed in repository.requires.items() if name.partition(".")[0] in written}
+    required = {name: None for name in needed if writer.lacks(name)}
+    groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
+    alike = {name: None for group in groups for name in group if writer.lacks(name)}
+    faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
+    unknown = {**writer.unknown, **required, **alike}
+    if unknown:
+        names = "; ".join(f"{name}: {_question(repository, hub, name)}" for name in unknown)
+        wanted = ", ".join(f"{name!r}: ..." for name in unknown)
         faults.append(
             f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or put the source's "
             f"configuration beside it"
         )
-    if faults:
-        files = " and ".join(repository.files)
-        raise PlanError(f"{planned.source.file}: {files} of {planned.target.name} cannot be written", faults)
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}
+    return faults
 
 
-def _forbidden(repository: Repository, hub: Format, known: Mapping[str, Scalar]) -> list[str]:
+def _forbidden(needed: Mapping[str, tuple[Scalar, ...]], hub: Format, known: Mapping[str, Scalar]) -> list[str]:
     """Settings of the source that the format's code does not have."""
-    faults = [
+    return [
         f"{hub.facts[name].label or name}: {config_text(known[name])} in the source, and the format has only "
         f"{' or '.join(map(config_text, allowed))}"
-        for name, allowed in repository.requires.items()
+        for name, allowed in needed.items()
         if name in known and known[name] not in allowed
     ]
-    values = dict.fromkeys(known[name] for name in repository.alike if name in known)
-    if len(values) > 1:
-        names, texts = " and ".join(repository.alike), ", ".join(map(config_text, values))
-        faults.append(f"{names} differ ({texts}), and the format has one value")
-    return faults
+
+
+def _unlike(groups: Iterable[tuple[str, ...]], known: Mapping[str, Scalar]) -> Iterator[str]:
+    """Settings that differ, and for which the format has one value."""
+    for names in groups:
+        values = dict.fromkeys(known[name] for name in names if name in known)
+        if len(values) > 1:
+            texts = ", ".join(map(config_text, values))
+            yield f"{' and '.join(names)} differ ({texts}), and the format has one value"
+
+
+def _question(repository: Repository, hub: Format, name: str) -> str:
+    """What a fact is, and which values the format's code allows."""
+    allowed = " or ".join(map(config_text, repository.requires.get(name, ())))
+    return f"{hub.facts[name].label or name}{f' (the format has only {allowed})' if allowed else ''}"
 
 
 def _fraction(number: int, by: int) -> float:
@@ -99,6 +148,7 @@ class _Writer:
         tensors: that are written.
         hub: its facts.
         known: settings by the hub's names.
+        used: the facts that were looked up.
         unknown: the facts that are needed and not known.
         faults: what else is wrong.
     """
@@ -106,85 +156,111 @@ class _Writer:
     tensors: Mapping[str, Target]
     hub: Format
     known: Mapping[str, Scalar]
+    used: set[str] = field(default_factory=set)
     unknown: dict[str, None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def section(self, template: Mapping[str, Template]) -> dict[str, Any]:
         """A section with its values; inner sections of which no tensor is there are left out."""
-        found: dict[str, Any] = {}
-        for name, value in template.items():
-            if isinstance(value, Computed):
-                computed = self.value(value)
-                if computed is not _ABSENT:
-                    found[name] = computed
-            elif not isinstance(value, dict):
-                found[name] = value
-            elif self.present(value):
-                found[name] = self.section(value)
-        return found
+        found = {name: self.filled(value) for name, value in template.items()}
+        return {name: value for name, value in found.items() if value is not _ABSENT}
+
+    def filled(self, template: Template) -> Any:
+        """A value; ``_ABSENT`` for one that no tensor shows, and for a section or a list of which nothing is there."""
+        if isinstance(template, Computed):
+            return self.value(template)
+        if isinstance(template, Cases):
+            found = next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
+            return self.section(found) if isinstance(found, dict) else self.filled(found)
+        if isinstance(template, list):
+            items = [self.filled(item) for item in template]
+            return _ABSENT if _ABSENT in items else items
+        if not isinstance(template, dict):
+            return template
+        section = self.section(template) if self.present(template) else {}
+        return section if section or not template else _ABSENT
 
     def present(self, template: Mapping[str, Template]) -> bool:
         """Whether a tensor is there that a value of the section is read from; True if none is."""
         lengths = [v.length for v in template.values() if isinstance(v, Computed) and v.length is not None]
-        return not lengths or any(self.matching(length) for length in lengths)
+        return not lengths or any(self.matching(length.side) for length in lengths)
 
-    def matching(self, length: Length) -> list[Target]:
-        side = length.side
+    def matching(self, side: Side | None) -> list[Target]:
         return [target for key, target in self.tensors.items() if side is not None and side.match(key) is not None]
 
     def value(self, computed: Computed) -> Any:
         """A computed value; ``_ABSENT`` if no tensor shows it."""
         if computed.fact:
             return self.setting(computed)
-        assert computed.length is not None, "it is computed from a fact or from a length"
+        if computed.length is None:
+            return computed.value
         number = self.number(computed.length)
         if number is _ABSENT:
             return number if computed.absent is None else computed.absent
-        if computed.length.exists:
+        if computed.words or computed.length.exists:
             return computed.words.get(config_text(number), number)
-        number -= computed.minus
+        number = (number - computed.minus) // computed.per
         if computed.square:
             side = isqrt(number)
             if side * side != number:
                 self.faults.append(f"{number} positions are no square, and the format has square images only")
             number = side
-        if computed.times is not None:
-            number *= self.number(computed.times)
+        number *= computed.times if isinstance(computed.times, int) else self.number(computed.times)
         if computed.divide:
-            by = self.known.get(computed.divide)
-            if not isinstance(by, int):
-                self.unknown[computed.divide] = None
+            by = self.divisor(computed.divide)
+            if by is None:
                 return None
             number //= by
         return number if computed.over is None else _fraction(number, self.number(computed.over))
 
+    def divisor(self, divide: str | Length) -> int | None:
+        """A number to divide by; None for a fact that is not known."""
+        by = self.known.get(divide) if isinstance(divide, str) else self.number(divide)
+        if type(by) is int and by > 0:
+            return by
+        assert isinstance(divide, str), "a section without the key is left out"
+        self.unknown[divide] = None
+        return None
+
+    def without_word(self, computed: Computed, value: Scalar) -> bool:
+        return bool(computed.words) and config_text(value) not in computed.words
+
+    def lacks(self, name: str) -> bool:
+        """Whether a setting is not known that matters, or may matter."""
+        matters = all(self.known.get(other, value) == value for other, value in self.hub.facts[name].only.items())
+        return matters and name not in self.known
+
     def setting(self, computed: Computed) -> Any:
         """A setting in the format's own word."""
         value = self.known.get(computed.fact)
+        self.used.add(computed.fact)
         if value is None:
             if computed.others is not None and self.can(computed.others):
                 return self.value(computed.others)
-            if computed.optional:
+            if computed.optional or not self.lacks(computed.fact):
                 return _ABSENT
             self.unknown[computed.fact] = None
             return None
-        if not computed.words or config_text(value) in computed.words:
+        if not self.without_word(computed, value):
             return computed.words.get(config_text(value), value)
-        if computed.others is not None:
-            return self.value(computed.others)
+        if computed.others is not None or computed.optional:
+            return self.value(computed.others) if computed.others is not None else _ABSENT
         self.faults.append(f"{computed.fact}: the format has no word for {config_text(value)!r}")
         return None
 
     def can(self, computed: Computed) -> bool:
         """Whether a value can be computed from what is known."""
-        names = {computed.fact, computed.divide} - {""}
-        return all(name in self.known for name in names)
+        names = {name for name in (computed.fact, computed.divide) if isinstance(name, str) and name}
+        return all(name in self.known for name in names) or (computed.others is not None and self.can(computed.others))
 
     def number(self, length: Length) -> Any:
-        """The length of an axis, the number of keys, or whether there is a key; ``_ABSENT`` if there is none."""
-        found = self.matching(length)
+        """The length of an axis, the number of keys, or whether there is a key; ``_ABSENT`` without key or axis."""
+        found = self.matching(length.side)
         if length.exists:
             return bool(found)
         if not found:
             return _ABSENT
-        return len(found) if length.axis is None else found[0].shape[length.axis]
+        if length.axis is None:
+            return len(found)
+        shape = found[0].shape
+        return shape[length.axis] if length.axis < len(shape) else _ABSENT

@@ -69,6 +69,7 @@ def assert_recorded(name, model):
     prints, rows = record_configurations.measured(model)
     recorded = [entry for entry in registry().configurations if name in entry.names]
     assert [(tuple(entry.fingerprints.items()), list(entry.names[name])) for entry in recorded] == [(prints, rows)]
+    assert record_configurations.named(name) == next(entry.facts.get(name, {}) for entry in recorded)
     keys: record_configurations.Keys = {}
     record_configurations.add_keys(model, keys)
     recorded = json.loads(record_configurations.KEYS.read_text(encoding="utf-8"))["keys"]
@@ -149,7 +150,8 @@ def test_the_record_of_configurations_is_what_the_tool_writes():
         [
             (tuple(entry.fingerprints.items()), {name: list(rows) for name, rows in entry.names.items()})
             for entry in registry().configurations
-        ]
+        ],
+        {name: facts for entry in registry().configurations for name, facts in entry.facts.items()},
     )
     assert sorted(name for entry in registry().configurations for name in entry.names) == NAMES
 

@@ -27,7 +27,12 @@ def register(base: str, **arguments: object) -> str:
 
         def build(pretrained: bool = False, **overrides: object) -> nn.Module:
             overrides = {k: v for k, v in overrides.items() if not k.startswith(("pretrained_cfg", "cache_dir"))}
-            return timm.create_model(base, pretrained=False, **{**arguments, **overrides})
+            model = timm.create_model(base, pretrained=False, **{**arguments, **overrides})
+            model.pretrained_cfg = model.default_cfg = {
+                **model.pretrained_cfg,
+                "architecture": name,
+            }  # as timm names it
+            return model
 
         build.__name__ = name
         register_model(build)

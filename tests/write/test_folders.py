@@ -105,11 +105,13 @@ def test_settings_that_nothing_states_are_asked_for_by_name(tmp_path):
     keymap.save_checkpoint(model, tmp_path / "x.pt", "open_clip")
     with pytest.raises(keymap.PlanError) as caught:
         keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "out", "hf_clip")
-    for name in ("image.heads", "text.heads", "image.activation", "text.activation", "image.eps", "text.pool"):
-        assert name in str(caught.value)
+    asked = ("image.heads", "text.heads", "image.activation", "text.activation", "image.eps", "text.eps", "text.pool")
+    for name in (*asked, "text.causal", "image.pool"):
+        assert f"{name}: " in str(caught.value)
     assert not (tmp_path / "out").exists()
     facts = {"image.heads": 3, "text.heads": 4, "image.eps": 1e-5, "text.eps": 1e-5, "text.pool": "argmax"}
     facts |= {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}
+    facts |= {"text.causal": True, "image.pool": "tok"}
     keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "out", "hf_clip", facts=facts)
     assert max(features(transformers.CLIPModel.from_pretrained(tmp_path / "out").eval(), model)) < 1e-5
 
@@ -136,11 +138,6 @@ REFUSED = {  # a model, the format of the folder, and what the error says
     ),
     "pooling of the last token": (lambda: openclip.clip(text={"pool_type": "last"}), "hf_clip", "pooling of the text"),
     "a format without a folder": (openclip.clip, "openai", "has no layout of a folder"),
-    "a tower that takes its sizes from a name": (
-        openclip.siglip,
-        "open_clip",
-        "no layout of a folder for these towers",
-    ),
 }
 
 
