@@ -119,6 +119,8 @@ def operation(value: str | Data) -> str:
         does.append(f"split {shares} on axis {value.get('axis', 0)}")
     if "unstack" in value:
         does.append(f"one key for each slice of axis {value.get('axis', 0)}")
+    if "each" in value:
+        does.append(f"view {code(value['each'])} of each")
     if "sizes" in value:
         does.append("where " + ", ".join(f"{code(name)} is {code(size)}" for name, size in value["sizes"].items()))
     if value.get("optional"):
@@ -147,7 +149,7 @@ def rules(entries: Data, there: str) -> Iterator[str]:
 
 
 def facts(some: Iterable[Rule]) -> list[str]:
-    """Facts that views of these rules need: lengths of axes that share a dimension."""
+    """Facts that these rules need: lengths of axes that share a dimension in a view, and lengths of parts."""
     found: dict[str, None] = {}
     for rule in some:
         for view in (rule.before, rule.then, rule.after):
@@ -156,6 +158,7 @@ def facts(some: Iterable[Rule]) -> list[str]:
                     size = rule.sizes.get(name)
                     if isinstance(size, str) and "." in size:
                         found[size] = None
+        found.update(dict.fromkeys(rule.facts_of_parts))
     return list(found)
 
 

@@ -201,7 +201,9 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
         members = {key: _taken(layout, *rule.take) for key, layout in members.items()}
     if rule.before is not None:
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
-    now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
+    now = next(iter(members.values()))
+    if rule.join is not None:
+        now = _join_all(rule, rule.join.within(facts), members)
     zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
     if zeros > _MAX_MADE_UP * (prod(now.shape) - zeros):
         raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
@@ -214,7 +216,7 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
         )
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
-    parts = _cut_all(rule.cut, now) if rule.cut is not None else iter([({}, now, False)])
+    parts = _cut_all(rule.cut.within(facts), now) if rule.cut is not None else iter([({}, now, False)])
     for values, layout, zeros in parts:
         yield _Made(values, layout if rule.after is None else rule.after.apply(layout, sizes), zeros)
 

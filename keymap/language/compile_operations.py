@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from keymap.language.amounts import Amount, parse_amount
 from keymap.language.pattern import PatternError, Side
 from keymap.language.rules import Join
 from keymap.language.view import View, parse_view
@@ -13,6 +14,12 @@ from keymap.language.view import View, parse_view
 __all__ = ["LostGroupError", "compile_operations"]
 
 _ONE_WAY = {"take", "rows", "add", "times", "plus"}
+_NEEDS = {  # an option -> the operations that it goes with
+    "parts": ("concat",),
+    "order": ("concat",),
+    "axis": ("split", "unstack"),
+    "each": ("split", "unstack"),
+}
 
 
 class LostGroupError(PatternError):
@@ -51,9 +58,10 @@ def compile_operations(
     """
     before = parse_view(options["view"]) if "view" in options else None
     then = parse_view(options["then"]) if "then" in options else None
+    after = parse_view(options["each"]) if "each" in options else None
     groups = _groups(options, source, targets, groups_before)
     join = _join(groups.join, options, source, groups.lost, before) if groups.join else None
-    cut = _cut(groups.cut, options, targets[0], groups.gained) if groups.cut else None
+    cut = _cut(groups.cut, options, targets[0], groups.gained, then or before) if groups.cut else None
     _check_options(options, source)
     times = options.get("times", 1.0)
     return {
@@ -62,6 +70,7 @@ def compile_operations(
         "join": join,
         "then": then,
         "cut": cut,
+        "after": after,
         "optional": bool(options.get("optional")),
         "oneway": bool(options.get("oneway")),
         "rest": bool(options.get("rest")),
@@ -101,9 +110,9 @@ def _one_of(options: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _check_options(options: Mapping[str, Any], source: Side) -> None:
-    for name, needs in (("parts", "concat"), ("order", "concat"), ("axis", "split")):
-        if name in options and needs not in options and not (name == "axis" and "unstack" in options):
-            raise PatternError(f"{name} goes with {needs}: add {needs}, or remove {name}")
+    for name, needs in _NEEDS.items():
+        if name in options and not set(needs) & set(options):
+            raise PatternError(f"{name} goes with {' or '.join(needs)}: add {needs[0]}, or remove {name}")
     one_way = sorted(_ONE_WAY & set(options))
     if one_way and not options.get("oneway"):
         raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true")
@@ -133,13 +142,11 @@ def _join(kind: str, options: Mapping[str, Any], source: Side, lost: tuple[str, 
     members = _members(options, tuple(value for value, _ in slots[ordered[-1]].options))
     if kind in ("concat", "rows") and not members:
         raise PatternError(f"{kind} needs a group of alternatives (a|b); for an index (\\d+) use stack")
-    lengths = tuple(None if n == "*" else int(n) for n in options.get("parts", ()))
-    if lengths and (len(lengths) != len(members) or lengths.count(None) > 1):
-        raise PatternError(f"parts {options['parts']}: one length for each of {len(members)} members, at most one '*'")
+    lengths = _lengths("parts", options.get("parts", ()), len(members), "members")
     ranges = tuple((int(a), None if b is None else int(b)) for a, b in options.get("rows", ()))
     if ranges and len(ranges) != len(members):
         raise PatternError(f"rows: one range for each of {len(members)} members")
-    axis = 0 if kind == "rows" else _axis(options[kind], before)
+    axis = 0 if kind == "rows" else _axis(options[kind], before, "`view`")
     return Join(kind, axis, tuple(ordered), members, lengths, ranges)
 
 
@@ -152,27 +159,34 @@ def _members(options: Mapping[str, Any], members: tuple[str, ...]) -> tuple[str 
     return tuple(None if m == 0 else str(m) for m in options["order"])
 
 
-def _cut(kind: str, options: Mapping[str, Any], target: Side, gained: tuple[str, ...]) -> Join:
+def _lengths(name: str, written: Sequence[int | str], count: int, of: str) -> tuple[Amount | None, ...]:
+    """The lengths of parts; empty for equal parts."""
+    if written and (len(written) != count or written.count("*") > 1):
+        shown = f"[{', '.join(map(str, written))}]"
+        raise PatternError(f"{name} {shown}: one length for each of {count} {of}, at most one '*'")
+    return tuple(None if one == "*" else parse_amount(one) for one in written)
+
+
+def _cut(kind: str, options: Mapping[str, Any], target: Side, gained: tuple[str, ...], view: View | None) -> Join:
     if len(gained) > 1:
         raise PatternError(f"{kind} writes one group of the target's own; this target has {len(gained)}")
-    axis = int(options.get("axis", 0))
+    axis = _axis(options.get("axis", 0), view, "the view before it")
     if kind == "unstack":
         name = options["unstack"]
         if gained != (name,):
             raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
         return Join("stack", axis, gained)
     options_of = next(slot for slot in target.slots if slot.names == gained).options
-    lengths = tuple(int(n) for n in options["split"])
-    if len(lengths) != len(options_of):
-        raise PatternError(f"split {list(lengths)}: one number for each of {len(options_of)} alternatives")
+    lengths = _lengths("split", options["split"], len(options_of), "alternatives")
     return Join("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
 
 
-def _axis(axis: int | str, before: View | None) -> int:
+def _axis(axis: int | str, before: View | None, where: str) -> int:
+    """The number of an axis, from its number or from its name on the right side of a view."""
     if isinstance(axis, int):
         return axis
     if before is None or (axis,) not in before.right:
         axes = [group[0] for group in before.right if len(group) == 1] if before is not None else []
         known = f"; axes there: {', '.join(axes)}" if axes else "; write its number, for example 0"
-        raise PatternError(f"axis {axis!r} is not a single axis on the right side of `view`{known}")
+        raise PatternError(f"axis {axis!r} is not a single axis on the right side of {where}{known}")
     return before.right.index((axis,))

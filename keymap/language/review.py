@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from keymap.language.amounts import facts_of, parse_amount
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.overlap import overlap
@@ -225,6 +226,7 @@ def _sizes(marked: Marked, known: Catalogue) -> Iterator[tuple[str, str]]:
         axes = _axes(options, tables, ())
         every |= axes
         yield from _wrong_sizes(marked, (*path, "sizes"), options.get("sizes", {}), axes, known.hub)
+        yield from _wrong_amounts(marked, path, options, known.hub)
     yield from _wrong_sizes(marked, ("sizes",), marked.data.get("sizes", {}), every, known.hub)
 
 
@@ -239,6 +241,16 @@ def _wrong_sizes(
         elif isinstance(size, str) and size not in axes and size not in hub.facts:
             near = did_you_mean(size, [*hub.facts, *sorted(axes)], "facts are")
             yield at, f"{axis}: {size!r} is neither an axis of the view nor a fact{near}"
+
+
+def _wrong_amounts(marked: Marked, path: Path, options: Mapping[str, Any], hub: Format) -> Iterator[tuple[str, str]]:
+    """Lengths of parts by a fact that the hub does not know."""
+    for field in ("split", "parts"):
+        for written in options.get(field, ()):
+            for fact in facts_of([parse_amount(written)]) if written != "*" else ():
+                if fact not in hub.facts:
+                    near = did_you_mean(fact, hub.facts, "facts are")
+                    yield marked.at((*path, field)), f"{field}: there is no fact {fact!r}{near}"
 
 
 def _used_files(marked: Marked, known: Catalogue) -> Iterator[Mapping[str, Any]]:
@@ -264,7 +276,7 @@ def _rules(data: Mapping[str, Any]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _axes(options: Mapping[str, Any], tables: Mapping[str, Any], within: tuple[str, ...]) -> set[str]:
     """The axes that the views of a rule name; of a rule with a table those of the table's rules."""
     found: set[str] = set()
-    for field in ("view", "then"):
+    for field in ("view", "then", "each"):
         try:
             view = parse_view(options[field]) if field in options else None
         except ViewError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from keymap.language.amounts import Amount, amount_in, facts_of
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side, Slot
 from keymap.language.view import View
@@ -35,7 +36,8 @@ class Join(NamedTuple):
         variables: the captures that number the members.
         members: the values of the last variable, in order; None is a member of zeros. Empty for an open index,
             whose members are 0, 1, 2, ...
-        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts.
+        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts. `within`
+            puts numbers in the place of facts.
         ranges: for ``rows``.
     """
 
@@ -43,17 +45,27 @@ class Join(NamedTuple):
     axis: int
     variables: tuple[str, ...]
     members: tuple[str | None, ...] = ()
-    lengths: tuple[int | None, ...] = ()
+    lengths: tuple[Amount | None, ...] = ()
     ranges: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def written_lengths(self) -> list[int | str]:
         """The lengths as in the mapping file."""
-        return ["*" if n is None else n for n in self.lengths]
+        return ["*" if n is None else n if isinstance(n, int) else str(n) for n in self.lengths]
+
+    def within(self, facts: Mapping[str, int]) -> Join:
+        """The join with a number for each length.
+
+        Raises:
+            ValueError: a fact is not known, or not positive.
+        """
+        if not facts_of(self.lengths):
+            return self
+        return self._replace(lengths=tuple(None if n is None else amount_in(n, facts) for n in self.lengths))
 
     def bounds(self, total: int) -> list[tuple[int, int]]:
         """Where each member lies on the axis of a whole that is ``total`` long."""
-        lengths: tuple[int | None, ...] = self.lengths or (1,) * len(self.members)
+        lengths = [n if isinstance(n, int) else None for n in self.lengths] or [1] * len(self.members)
         known = sum(n for n in lengths if n is not None)
         if None in lengths:
             exact = [total - known if n is None else n for n in lengths]
@@ -111,6 +123,17 @@ class Rule:
     def reported_at(self) -> str:
         """The place to report a fault of the rule at, where the table that holds it may be used for other keys."""
         return self.used_at or self.place
+
+    @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """The facts that may be needed to apply the rule."""
+        sizes = (size for size in self.sizes.values() if isinstance(size, str) and "." in size)
+        return tuple(dict.fromkeys((*sizes, *self.facts_of_parts)))
+
+    @cached_property
+    def facts_of_parts(self) -> tuple[str, ...]:
+        """The facts that lengths of parts need."""
+        return facts_of(length for step in (self.join, self.cut) if step is not None for length in step.lengths)
 
     @cached_property
     def renames(self) -> bool:

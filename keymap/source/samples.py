@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 
 from keymap.errors import MappingError
+from keymap.language.amounts import amount_in, facts_of
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
 from keymap.language.pattern import Side
-from keymap.language.rules import Rule
+from keymap.language.rules import Join, Rule
 from keymap.language.view import Group
 from keymap.source.detect import apply_aliases, matching_keys
 
@@ -87,13 +88,29 @@ class _ShapeMaker:
         if isinstance(size, int):
             return size
         if isinstance(size, str) and "." in size:
-            return self.facts.setdefault(size, _FACTS[len(self.facts) % len(_FACTS)])
+            return self._fact(size)
         name = size if isinstance(size, str) else name  # an axis of equal length
         return self.lengths.setdefault(name, _PRIMES[len(self.lengths) % len(_PRIMES)])
 
+    def _fact(self, name: str) -> int:
+        return self.facts.setdefault(name, _FACTS[len(self.facts) % len(_FACTS)])
+
+    def _part_lengths(self, join: Join) -> list[int | None]:
+        """The lengths of parts, with a number for each fact."""
+        for name in facts_of(join.lengths):
+            self._fact(name)
+        return [None if n is None else amount_in(n, self.facts) for n in join.lengths]
+
     def _free_axis(self, group: Group) -> str | None:
-        """The axis of a group whose length the rule does not fix."""
-        return next((name for name in group if not isinstance(self.rule.sizes.get(name), int)), None)
+        """The axis of a group whose length the rule does not fix; one that a fact fixes where there is no other."""
+        free = [name for name in group if not isinstance(self.rule.sizes.get(name), int)]
+        return next((name for name in free if name not in self.rule.sizes), free[0] if free else None)
+
+    def _declared(self, group: Group) -> int:
+        """The product of the lengths in a group that the rule fixes; 1 for an axis that stands alone."""
+        sizes = self.rule.sizes
+        fixed = (n for n in group if isinstance(sizes.get(n), int) or "." in str(sizes.get(n, "")))
+        return prod(self._length(name) for name in fixed) if len(group) > 1 else 1
 
     def _groups(self, rank: int) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
         """The groups of axes of a source key, and of what the join gets."""
@@ -104,6 +121,8 @@ class _ShapeMaker:
             return then.left, then.left
         if then is not None:
             rank = len(then.left) - self.added_axes
+        elif rule.after is not None and rule.cut is not None:
+            rank = len(rule.after.left) + (rule.cut.kind == "stack") - self.added_axes
         named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [rule.root or 0]
         groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
         return groups, groups
@@ -122,11 +141,19 @@ class _ShapeMaker:
         factors = [1] * len(joined)
         if then is not None:
             factors = [prod(n for a in g if isinstance(n := rule.sizes.get(a), int)) for g in then.left]
-        if cut is not None and cut.lengths:
-            name = self._free_axis((then.right if then is not None else joined)[cut.axis])
-            before_then = then.left if then is not None else joined
-            position = next((i for i, group in enumerate(before_then) if name in group), 0)
-            factors[position] *= sum(n or 1 for n in cut.lengths)
+        if cut is not None:
+            whole = then.right if then is not None else joined
+            longer: dict[int, int] = {}  # by axis of what is cut
+            if cut.lengths:
+                longer[cut.axis] = sum(n or 1 for n in self._part_lengths(cut))
+            for number, group in enumerate(rule.after.left if rule.after is not None else ()):
+                axis = number + (cut.kind == "stack" and number >= cut.axis)
+                longer[axis] = longer.get(axis, 1) * self._declared(group)
+            for axis, factor in longer.items():
+                name = self._free_axis(whole[axis])
+                before_then = then.left if then is not None else joined
+                position = next((i for i, group in enumerate(before_then) if name in group), 0)
+                factors[position] *= factor
         return factors
 
     def _fit_join(self, lengths: dict[str, int], right: tuple[Group, ...], values: Mapping[str, str]) -> None:
@@ -137,9 +164,10 @@ class _ShapeMaker:
         if join.kind == "rows":
             lengths[right[0][0]] = max(stop if stop is not None else start + 2 for start, stop in join.ranges)
         elif join.lengths:
-            length = join.lengths[join.members.index(values[join.variables[-1]])]
+            lengths_of_parts = self._part_lengths(join)
+            length = lengths_of_parts[join.members.index(values[join.variables[-1]])]
             name = self._free_axis(right[join.axis]) or right[join.axis][0]
-            if None not in join.lengths:
+            if None not in lengths_of_parts:
                 lengths[name] *= length or 1
             elif length is not None:
                 lengths[name] = length

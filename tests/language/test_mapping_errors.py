@@ -157,7 +157,7 @@ FIELDS = {
     "a part in words": (
         rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"),
         "8:39",
-        "parts: 'x' is a string; write a whole number or '*'",
+        "parts: 'x' has the wrong form; write a number, a fact such as text.heads or text.heads * 2, or '*'",
     ),
     "nothing for a target": (
         rules("a: null"),
@@ -344,7 +344,7 @@ OPERATIONS = {
         "(a|b): {to: c, rows: [[0, 1], [1, 2], [2, null]], oneway: true}",
         "rows: one range for each of 2 members",
     ),
-    "split in another number": ("a: {to: '(b|c)', split: [1, 1, 1]}", "one number for each of 2 alternatives"),
+    "split in another number": ("a: {to: '(b|c)', split: [1, 1, 1]}", "one length for each of 2 alternatives"),
     "split into nothing": ("a: {to: b, split: [1, 1]}", "split needs a group of the target's own: (a|b) for split"),
     "unstack without its index": ("a: {to: b, unstack: l}", "unstack needs a group of the target's own: <name>"),
     "unstack of another index": ("a: {to: 'b.<l>', unstack: k}", "<l> in 'b.<l>': write <k>, as unstack says"),
