@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keymap.language.format import Format
 from keymap.language.rules import Rule
+from keymap.language.shape_form import parse_form, written_form
 from keymap.language.yaml_marks import parse_yaml
 from keymap.paths import data_folder
 from keymap.source.registry import Catalogue, list_formats
@@ -68,8 +69,15 @@ def listed(items: Iterable[object], last: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
+def clue(item: str | Data) -> str:
+    if isinstance(item, str):
+        return code(item)
+    how = f"with {item['ndim']} axes" if "ndim" in item else f"of shape {code(written_form(parse_form(item['shape'])))}"
+    return f"{code(item['key'])} {how}"
+
+
 def clues(items: Sequence[str | Data], last: str) -> str:
-    words = [code(i) if isinstance(i, str) else f"{code(i['key'])} with {i['ndim']} axes" for i in items]
+    words = [clue(item) for item in items]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 

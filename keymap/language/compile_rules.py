@@ -20,6 +20,7 @@ from keymap.language.pattern_syntax import (
 from keymap.language.rules import Rule
 from keymap.language.schema import schema_faults
 from keymap.language.schema_words import did_you_mean
+from keymap.language.shape_form import parse_form
 from keymap.language.view import ViewError
 from keymap.language.yaml_marks import Marked
 from keymap.language.yaml_marks import Path as Where
@@ -185,14 +186,18 @@ class Compiler:
         def clues(name: str) -> tuple[Clue, ...]:
             found = []
             for number, item in enumerate(data.get(name, [])):
-                text, ndim = (item, None) if isinstance(item, str) else (item["key"], item.get("ndim"))
+                options: Mapping[str, Any] = {"key": item} if isinstance(item, str) else item
+                form = parse_form(options["shape"]) if "shape" in options else None
+                text, ndim = options["key"], options.get("ndim") if form is None else len(form)
+                if form is not None and "ndim" in options:
+                    self.fault(self.marked, (*where, name, number), "shape gives the number of axes: remove ndim")
                 side = self.side(text, (*where, name, number))
                 if text == "(.+)":
                     self.fault(
                         self.marked, (*where, name, number), "(.+) matches every file: name a key of this format"
                     )
                 elif side is not None:
-                    found.append(Clue(side, ndim))
+                    found.append(Clue(side, ndim, form))
             return tuple(found)
 
         return Evidence(clues("all"), clues("any"), clues("none"))

@@ -30,6 +30,7 @@ Shape = tuple[int, ...]
 _COUNT = 3  # blocks, layers, experts
 _WORDS = {"word": ("word",), "segment": ("segment",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+_DIVISIBLE = 24  # every length that a form names is a multiple of it
 _FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # not prime, so that a fact never has the length of another axis
 
 
@@ -214,6 +215,17 @@ def _fixed_shape(mapping: Format, known: Catalogue, rule: Rule, key: str, values
     return stated
 
 
+def _form_shapes(evidence: Evidence, shapes: dict[str, Shape]) -> None:
+    """Give the keys that clues name with a form a shape of that form; a name has one length in all of them."""
+    lengths: dict[str, int] = {}
+    for clue in (*evidence.all, *evidence.any):
+        for key in shapes if clue.form is not None else ():
+            if clue.side.match(key) is not None:
+                for axis in clue.form or ():
+                    lengths.setdefault(axis.name, _DIVISIBLE * _PRIMES[len(lengths) % len(_PRIMES)])
+                shapes[key] = tuple(axis.times * (lengths[axis.name] if axis.name else 1) for axis in clue.form or ())
+
+
 def _matches(clue: Clue, shapes: Mapping[str, Shape]) -> bool:
     """Whether any key matches a clue."""
     return any(clue.side.match(key) is not None and clue.ndim in (None, len(s)) for key, s in shapes.items())
@@ -242,6 +254,7 @@ def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
         for clue in evidence.all:
             if not _matches(clue, shapes):
                 shapes |= _clue_keys(clue)
+        _form_shapes(evidence, shapes)
         if when.any and not any(_matches(clue, shapes) for clue in when.any):
             shapes |= _clue_keys(when.any[0])
         without_key = [clue for clue in own.any if not _matches(clue, shapes)]

@@ -48,8 +48,8 @@ def test_a_view_of_each_part_after_the_cut():
     check(rules, {"w": x}, want, more, {"text.kv_heads": groups, "text.head_dim": width})
 
 
-def test_a_view_of_each_slice_of_an_unstack(sizes=(2, 3, 5)):
-    n, h, k = sizes
+def test_a_view_of_each_slice_of_an_unstack():
+    n, h, k = 2, 3, 5
     x = t(n, h * k, 7)
     rules = "scan: {to: l.<layer>, unstack: layer, each: (h k) d -> d h k, sizes: {h: 3}}"
     want = {f"l.{i}": x[i].reshape(h, k, 7).permute(2, 0, 1) for i in range(n)}
