@@ -50,6 +50,7 @@ class WriteResult(NamedTuple):
         nbytes: their size.
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
+        notes: other remarks, for example rows of zeros that the format has at the end of a vocabulary.
     """
 
     files: tuple[str, ...]
@@ -60,17 +61,25 @@ class WriteResult(NamedTuple):
     nbytes: int
     casts: Mapping[str, int]
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""
         plain = self._asdict()
-        return {**plain, "files": list(self.files), "casts": dict(self.casts), "dropped": dict(self.dropped)}
+        return {
+            **plain,
+            "files": list(self.files),
+            "casts": dict(self.casts),
+            "dropped": dict(self.dropped),
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.source} (format {self.source_format}) -> {', '.join(self.files)} (format {self.format})"]
         lines.append(f"  {self.tensors} tensors, {self.nbytes:,} bytes")
         lines += [f"  cast: {count} tensors from {pair}" for pair, count in self.casts.items()]
         lines += [f"  ignored: {some(keys)}: {why}" for why, keys in by_reason(self.dropped).items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(map(printable, lines))
 
 
@@ -262,6 +271,7 @@ def _write(planned: Export, path: Path, texts: Mapping[str, str], options: _Opti
         counter.total,
         _casts(items),
         planned.dropped,
+        planned.notes,
     )
 
 

@@ -102,7 +102,8 @@ def operation(value: str | Data) -> str:
         does.append(f"continues with table {code(value['table'])}")
     if "take" in value:
         first, last = value["take"]
-        does.append(f"take rows {first} to {'the end' if last is None else last - 1}")
+        end = "the end" if last is None else last - 1 if isinstance(last, int) else f"{code(last)} - 1"
+        does.append(f"take rows {first} to {end}")
     if "view" in value:
         does.append(f"view {code(value['view'])}")
     if "concat" in value:
@@ -129,6 +130,13 @@ def operation(value: str | Data) -> str:
         does.append(f"one key for each slice of axis {value.get('axis', 0)}")
     if "each" in value:
         does.append(f"view {code(value['each'])} of each")
+    if isinstance(value.get("pad"), int):
+        does.append(f"rows of zeros up to a multiple of {value['pad']} when it is written")
+    elif "pad" in value:
+        does.append(f"rows of zeros up to a multiple of {value['pad']['multiple']}")
+    if "tied" in value:
+        tied = value["tied"]
+        does.append(f"the file can hold the same values as {listed(tied if isinstance(tied, list) else [tied])}")
     if "sizes" in value:
         does.append("where " + ", ".join(f"{code(name)} is {code(size)}" for name, size in value["sizes"].items()))
     if value.get("optional"):

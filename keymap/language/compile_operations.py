@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 from keymap.language.amounts import Amount, parse_amount
 from keymap.language.pattern import PatternError, Side
+from keymap.language.rows import Rows
 from keymap.language.rules import Join
+from keymap.language.scale import Scale
 from keymap.language.view import View, parse_view
 
 __all__ = ["LostGroupError", "compile_operations"]
 
-_ONE_WAY = {"take", "rows", "add", "times", "plus"}
+_ONE_WAY = {"rows": "", "add": "", "take": ", or pad for a table whose last rows are padding"}  # what else to do
 _NEEDS = {  # an option -> the operations that it goes with
     "parts": ("concat",),
     "order": ("concat",),
@@ -63,9 +66,9 @@ def compile_operations(
     join = _join(groups.join, options, source, groups.lost, before) if groups.join else None
     cut = _cut(groups.cut, options, targets[0], groups.gained, then or before) if groups.cut else None
     _check_options(options, source)
-    times = options.get("times", 1.0)
+    take, pad = _rows(options)
     return {
-        "take": tuple(options["take"]) if "take" in options else None,
+        "take": take,
         "before": before,
         "join": join,
         "then": then,
@@ -75,10 +78,42 @@ def compile_operations(
         "oneway": bool(options.get("oneway")),
         "rest": bool(options.get("rest")),
         "add": _added(options["add"]) if "add" in options else None,
-        "factor": 1.0 if isinstance(times, str) else float(times),
-        "root": int(times.split()[1]) if isinstance(times, str) else None,
-        "term": float(options.get("plus", 0.0)),
+        "scale": _scale(options),
+        "pad": pad,
     }
+
+
+def _rows(options: Mapping[str, Any]) -> tuple[Rows | None, Rows | None]:
+    """The rows that a rule takes, and those that it pads to."""
+    pad = options.get("pad", 0)
+    if "take" not in options:
+        if not isinstance(pad, dict):
+            if pad:
+                raise PatternError(f"pad: {pad} is the inverse of take: [0, text.vocab]: add take; or write pad: "
+                                   f"{{multiple: {pad}, keep: text.vocab}} to add the rows on the way in")  # fmt: skip
+            return None, None
+        return None, Rows(0, parse_amount(pad["keep"]), pad["multiple"])
+    if isinstance(pad, dict):
+        raise PatternError("take and pad: {multiple, keep} are inverses of each other: remove one")
+    start, stop = options["take"][0], None if options["take"][1] is None else parse_amount(options["take"][1])
+    if isinstance(stop, int) and start >= stop:
+        raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
+    if pad and (start or stop is None):
+        raise PatternError("pad: rows of zeros lie at the end: write take: [0, text.vocab], or a number for the fact")
+    return Rows(start, stop, pad), None
+
+
+def _scale(options: Mapping[str, Any]) -> Scale | None:
+    """The arithmetic of a rule."""
+    if "times" not in options and "plus" not in options:
+        return None
+    times, term = options.get("times", 1.0), float(options.get("plus", 0.0))
+    if isinstance(times, str):
+        return Scale(term=term, root=int(times.split()[1]))
+    factor = float(times)
+    if not options.get("oneway") and (not factor or not isfinite(1 / factor) or not isfinite(term)):
+        raise PatternError(f"times: {times} cannot be undone: add oneway: true")
+    return Scale(factor, term)
 
 
 def _groups(options: Mapping[str, Any], source: Side, targets: tuple[Side, ...], groups_before: int) -> _Groups:
@@ -113,12 +148,9 @@ def _check_options(options: Mapping[str, Any], source: Side) -> None:
     for name, needs in _NEEDS.items():
         if name in options and not set(needs) & set(options):
             raise PatternError(f"{name} goes with {' or '.join(needs)}: add {needs[0]}, or remove {name}")
-    one_way = sorted(_ONE_WAY & set(options))
+    one_way = sorted(name for name in _ONE_WAY if name in options and not (name == "take" and "pad" in options))
     if one_way and not options.get("oneway"):
-        raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true")
-    first, last = options.get("take", (0, None))
-    if last is not None and first >= last:
-        raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
+        raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true{_ONE_WAY[one_way[-1]]}")
     if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
         raise PatternError("rest: true needs a pattern with (.+)")
 

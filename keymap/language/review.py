@@ -245,9 +245,11 @@ def _wrong_sizes(
 
 def _wrong_amounts(marked: Marked, path: Path, options: Mapping[str, Any], hub: Format) -> Iterator[tuple[str, str]]:
     """Lengths of parts by a fact that the hub does not know."""
-    for field in ("split", "parts"):
-        for written in options.get(field, ()):
-            for fact in facts_of([parse_amount(written)]) if written != "*" else ():
+    pad = options.get("pad")
+    kept = {"pad": [pad["keep"]]} if isinstance(pad, dict) else {}
+    for field in ("take", "split", "parts", "pad"):
+        for written in kept.get(field) or (options.get(field, ()) if field != "pad" else ()):
+            for fact in facts_of([parse_amount(written)]) if written not in ("*", None) else ():
                 if fact not in hub.facts:
                     near = did_you_mean(fact, hub.facts, "facts are")
                     yield marked.at((*path, field)), f"{field}: there is no fact {fact!r}{near}"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from keymap.language.amounts import Amount, amount_in, facts_of
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side, Slot
+from keymap.language.rows import Rows
+from keymap.language.scale import Scale
 from keymap.language.view import View
 
 __all__ = ["Check", "Fault", "Join", "Rule", "RuleError", "RuleTable", "Sizes", "Step"]
@@ -87,13 +89,15 @@ class Rule:
         place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
         tower: the tower it belongs to, empty for `aliases`.
         source, targets: the sides; more than one target for tied weights.
-        take: the rows [first, last) of axis 0 that are used at all, None for the end.
+        take: the rows of axis 0 that are used at all.
         before, join, then, cut, after: the further operations, in this order.
         optional, oneway, rest: as in the mapping.
         sizes: axis lengths that shapes do not show.
-        add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
-            square root is the factor.
-        tied: the key whose values this one must repeat (the way back of a rule with several targets).
+        add: a key (and row) to add.
+        scale: elementwise arithmetic.
+        pad: rows of zeros that each part gets at its end.
+        twins: other source keys that hold the same values.
+        tied: the key whose values this one must repeat: of a twin, or on the way back of a rule with several targets.
         used_at: for a rule of a table, the place of the outermost rule with ``table:`` that leads to it.
     """
 
@@ -102,7 +106,7 @@ class Rule:
     tower: str
     source: Side
     targets: tuple[Side, ...]
-    take: tuple[int, int | None] | None = None
+    take: Rows | None = None
     before: View | None = None
     join: Join | None = None
     then: View | None = None
@@ -113,9 +117,9 @@ class Rule:
     rest: bool = False
     sizes: Sizes = field(default_factory=dict)
     add: tuple[str, int | None] | None = None
-    factor: float = 1.0
-    root: int | None = None
-    term: float = 0.0
+    scale: Scale | None = None
+    pad: Rows | None = None
+    twins: tuple[Side, ...] = ()
     tied: Side | None = None
     used_at: str = ""
 
@@ -128,18 +132,20 @@ class Rule:
     def facts(self) -> tuple[str, ...]:
         """The facts that may be needed to apply the rule."""
         sizes = (size for size in self.sizes.values() if isinstance(size, str) and "." in size)
-        return tuple(dict.fromkeys((*sizes, *self.facts_of_parts)))
+        padding = facts_of([self.pad.stop if self.pad is not None else None])
+        return tuple(dict.fromkeys((*sizes, *self.facts_of_parts, *padding)))
 
     @cached_property
     def facts_of_parts(self) -> tuple[str, ...]:
-        """The facts that lengths of parts need."""
-        return facts_of(length for step in (self.join, self.cut) if step is not None for length in step.lengths)
+        """The facts that lengths of parts and numbers of rows need."""
+        lengths = (length for step in (self.join, self.cut) if step is not None for length in step.lengths)
+        return facts_of((*lengths, self.take.stop if self.take is not None else None))
 
     @cached_property
     def renames(self) -> bool:
         """True when the rule only renames one key."""
-        does = (self.take, self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
-        return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
+        does = (self.take, self.before, self.join, self.scale, self.then, self.cut, self.after, self.add, self.pad)
+        return len(self.targets) == 1 and self.tied is None and all(thing is None for thing in does)
 
     @cached_property
     def keeps(self) -> bool:
@@ -163,26 +169,29 @@ class Rule:
             return None
         return values
 
-    @cached_property
-    def computes(self) -> bool:
-        return self.factor != 1.0 or self.term != 0.0 or self.root is not None
-
     def inverse(self) -> tuple[Rule, ...]:
-        """The inverse: one rule for each of several tied targets, and none for a one-way rule."""
-        if self.oneway:
+        """The inverse: one rule for each of several tied targets; none for a one-way rule, and none for a twin."""
+        if self.oneway or self.tied is not None:
             return ()
         main = replace(
             self,
             source=self.targets[0],
-            targets=(self.source,),
+            targets=(self.source, *self.twins),
+            twins=self.targets[1:],
+            take=self.pad,
             before=self.after.inverse() if self.after else None,
             join=self.cut,
             then=self.then.inverse() if self.then else None,
             cut=self.join,
             after=self.before.inverse() if self.before else None,
+            scale=self.scale.inverse() if self.scale else None,
+            pad=self.take,
         )
-        twins = [replace(main, source=side, tied=self.targets[0]) for side in self.targets[1:]]
-        return (main, *twins)
+        return main.with_twins()
+
+    def with_twins(self) -> tuple[Rule, ...]:
+        """The rule, and one for each key that holds the same values."""
+        return (self, *(replace(self, source=side, twins=(), tied=self.source, optional=True) for side in self.twins))
 
 
 class Check(NamedTuple):

@@ -65,6 +65,7 @@ _FORMS = {  # what a text of a field with a pattern holds
     "view": _VIEW_FORM,
     "then": _VIEW_FORM,
     "each": _VIEW_FORM,
+    "take": "a number, a fact such as text.vocab, or null",
     "parts": _AMOUNT_FORM,
     "split": _AMOUNT_FORM,
     "times": "a number, or sqrt and the number of an axis",

@@ -66,6 +66,9 @@ def _find(rules: Sequence[Rule], keys: Iterable[str]) -> _Present:
         if found is None:
             continue
         rule, values = found
+        main = next((one for one in rules if one.source is rule.tied), None) if rule.tied is not None else None
+        if main is not None:  # the other key holds the same values
+            present.captures[id(main)].add(tuple(values[name] for name in main.source.variables))
         present.captures[id(rule)].add(tuple(values[name] for name in rule.source.variables))
         index = tuple(values[name] for name in _index_names(rule))
         if index:

@@ -47,6 +47,7 @@ class Export(NamedTuple):
         tensors: by the target's keys.
         checks: values to verify before anything is written.
         dropped: keys of the source that hold no weights, and why.
+        notes: for the report.
     """
 
     source: Source
@@ -54,6 +55,7 @@ class Export(NamedTuple):
     tensors: Mapping[str, Target]
     checks: tuple[Check, ...]
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def target_format(known: Catalogue, to: str) -> Format:
@@ -127,7 +129,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
-    return Export(source, target, tensors, tuple(translated.checks), translated.dropped)
+    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, tuple(translated.notes))
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

@@ -43,6 +43,7 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
     translated.faults += [*applied.faults, *partly]
     translated.checks += applied.checks
     translated.steps += applied.steps
+    translated.notes += applied.notes
 
 
 def _only_in_files(hub: Format, back: RuleTable, key: str) -> bool:

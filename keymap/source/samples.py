@@ -19,6 +19,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
 from keymap.language.pattern import Side
+from keymap.language.rows import Rows
 from keymap.language.rules import Join, Rule
 from keymap.language.view import Group
 from keymap.source.detect import apply_aliases, matching_keys
@@ -79,10 +80,17 @@ class _ShapeMaker:
                 lengths[name] *= factor
         self._fit_join(lengths, right, values)
         shape = tuple(prod(lengths[name] for name in group) for group in left)
-        if self.rule.take is None:
-            return shape
-        start, stop = self.rule.take
-        return (shape[0] + start if stop is None else stop, *shape[1:])
+        take, pad = self.rule.take, self.rule.pad
+        if take is not None:
+            end = self._rows(take)
+            return (shape[0] + take.start if end is None else take.padded(end), *shape[1:])
+        return (self._rows(pad) or 1, *shape[1:]) if pad is not None else shape
+
+    def _rows(self, rows: Rows) -> int | None:
+        """Where rows end; a fact is a multiple of what they are padded to, so that there is no padding to lose."""
+        for name in facts_of([rows.stop]):
+            self.facts.setdefault(name, _COUNT * rows.multiple or self._fact(name))
+        return rows.end(self.facts)
 
     def _length(self, name: str) -> int:
         size = self.rule.sizes.get(name)
@@ -124,7 +132,9 @@ class _ShapeMaker:
             rank = len(then.left) - self.added_axes
         elif rule.after is not None and rule.cut is not None:
             rank = len(rule.after.left) + (rule.cut.kind == "stack") - self.added_axes
-        named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [rule.root or 0]
+        named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [
+            rule.scale.root or 0 if rule.scale is not None else 0
+        ]
         groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
         return groups, groups
 
