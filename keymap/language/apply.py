@@ -264,6 +264,8 @@ def apply_rules(
         pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
     """
     result = Applied()
+    table = table.within(facts)
+    lacking: dict[int, list[Fault]] = {}
     jobs: dict[tuple[int, tuple[tuple[str, str], ...]], _Job] = {}
     for key, layout in tensors.items():
         found = table.find(key)
@@ -274,6 +276,13 @@ def apply_rules(
                 result.left[key] = layout
             continue
         rule, values = found
+        if table.facts_of_names and rule.facts_of_names:
+            names = ", ".join(f"{name!r}: ..." for name in rule.facts_of_names)
+            fault = _fault(
+                rule, values, {(): key}, {(): layout}, f"which keys it owns is not known: pass facts={{{names}}}"
+            )
+            lacking.setdefault(id(rule), []).append(fault)
+            continue
         if rule.renames:
             _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
             continue
@@ -282,6 +291,7 @@ def apply_rules(
         if job not in jobs:
             jobs[job] = _Job(rule, values, {})
         jobs[job].keys[row] = key
+    result.faults += [_one_fault(faults) for faults in lacking.values()]
     _run_jobs(jobs.values(), tensors, _Blocks(facts), result)
     return result
 

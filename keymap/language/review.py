@@ -42,6 +42,7 @@ def review(known: Catalogue, name: str) -> list[str]:
         faults += wrong_targets(marked, mapping, known)
         faults += _evidence(marked, mapping)
     faults += _facts(marked, known, name)
+    faults += _facts_of_names(mapping, known.hub)
     faults += _unused(marked, known, name)
     faults += _sizes(marked, known)
     return [f"{place}: {text}" for place, text in sorted(dict.fromkeys(faults), key=_order)]
@@ -121,6 +122,16 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
             text = "" if value is None or value in hub_words else _wrong_fact(fact, value, allowed, entry.present)
             if text:
                 yield marked.at(path), text
+
+
+def _facts_of_names(mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
+    """Facts in the patterns of rules that the hub does not know."""
+    tables = [mapping.rules, *(variant.rules for variant in mapping.variants)]
+    tables += [block.table.rules for block in mapping.aliases]
+    for rule in (rule for rules in tables for rule in rules):
+        for fact in rule.facts_of_names:
+            if fact not in hub.facts:
+                yield rule.place, f"there is no fact {fact!r}{did_you_mean(fact, hub.facts, 'facts are')}"
 
 
 def _wrong_fact(fact: str, value: Any, allowed: set[Any], decided: bool) -> str:

@@ -137,9 +137,23 @@ class Rule:
 
     @cached_property
     def facts_of_parts(self) -> tuple[str, ...]:
-        """The facts that lengths of parts and numbers of rows need."""
+        """The facts that lengths of parts, numbers of rows and indices need."""
         lengths = (length for step in (self.join, self.cut) if step is not None for length in step.lengths)
-        return facts_of((*lengths, self.take.stop if self.take is not None else None))
+        rows = self.take.stop if self.take is not None else None
+        return tuple(dict.fromkeys((*facts_of((*lengths, rows)), *self.facts_of_names)))
+
+    @cached_property
+    def facts_of_names(self) -> tuple[str, ...]:
+        """The facts that the patterns of the sides need."""
+        sides = (self.source, *self.targets, *self.twins)
+        return tuple(dict.fromkeys(fact for side in sides for fact in side.facts))
+
+    def within(self, facts: Mapping[str, int]) -> Rule:
+        """The rule with the numbers of those facts in its patterns that are known."""
+        if not self.facts_of_names:
+            return self
+        targets, twins = (tuple(side.within(facts) for side in sides) for sides in (self.targets, self.twins))
+        return replace(self, source=self.source.within(facts), targets=targets, twins=twins)
 
     @cached_property
     def renames(self) -> bool:
@@ -344,6 +358,15 @@ class RuleTable:
                     self._seen.setdefault(form, []).append((rule, _like(rule, values)))
                 return rule, values
         return None
+
+    @cached_property
+    def facts_of_names(self) -> bool:
+        """Whether a rule's patterns need facts."""
+        return any(rule.facts_of_names for rule in self.rules)
+
+    def within(self, facts: Mapping[str, int]) -> RuleTable:
+        """The table with the numbers of those facts in its patterns that are known."""
+        return RuleTable(tuple(rule.within(facts) for rule in self.rules)) if self.facts_of_names else self
 
     def inverse(self) -> RuleTable:
         return RuleTable(tuple(back for rule in self.rules for back in rule.inverse()))

@@ -62,7 +62,7 @@ class Translated:
 
 def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     """A detected file under the hub's names, in the layouts of its format."""
-    table = file_rules(found.mapping, found.tensors)
+    table = file_rules(found.mapping, found.tensors).within(facts)
     result = Translated({}, rules=table.rules, source_keys=found.tensors)
     result.faults, result.steps = [*found.faults], [*found.steps]
     kept, unsupported = _sort_out(found, result)

@@ -18,7 +18,7 @@ from keymap.language.amounts import amount_in, facts_of
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
-from keymap.language.pattern import Side
+from keymap.language.pattern import Side, Slot
 from keymap.language.rows import Rows
 from keymap.language.rules import Join, Rule
 from keymap.language.view import Group
@@ -29,7 +29,13 @@ __all__ = ["Sample", "check_evidence", "evidence_faults", "samples"]
 Shape = tuple[int, ...]
 
 _COUNT = 3  # blocks, layers, experts
-_WORDS = {"word": ("word",), "segment": ("segment",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
+_WORDS = {
+    "path": ("deep.",),
+    "word": ("word",),
+    "segment": ("segment",),
+    "rest": ("weight",),
+    "int": tuple(str(n) for n in range(_COUNT)),
+}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _DIVISIBLE = 24  # every length that a form names is a multiple of it
 _FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # not prime, so that a fact never has the length of another axis
@@ -49,9 +55,19 @@ class Sample(NamedTuple):
     facts: Mapping[str, int]
 
 
+def _words(slot: Slot) -> Iterable[str]:
+    """The values of a slot that has no list of them: one word, or the first indices of its range."""
+    if slot.kind != "int" or not slot.bounded:
+        return _WORDS[slot.kind]
+    first = slot.low if isinstance(slot.low, int) else 0
+    return [
+        str(n) for n in range(first, min(first + _COUNT, slot.high if isinstance(slot.high, int) else first + _COUNT))
+    ]
+
+
 def _values(side: Side) -> Iterator[dict[str, str]]:
     """All values for the variables of a side: every alternative and every index."""
-    choices = [[v for v, _ in slot.options] if slot.kind == "alts" else _WORDS[slot.kind] for slot in side.slots]
+    choices = [[v for v, _ in slot.options] if slot.kind == "alts" else _words(slot) for slot in side.slots]
     for chosen in product(*choices):
         yield dict(zip((slot.names[0] for slot in side.slots), chosen, strict=True))
 
@@ -197,7 +213,9 @@ def _rule_keys(
     """Every key that the rules match, with its shape; adds the lengths of facts to ``facts``."""
     shapes: dict[str, Shape] = {}
     additions: list[tuple[str, Rule]] = []
-    for rule in rules:
+    for name in dict.fromkeys(fact for rule in rules for fact in rule.facts_of_names):
+        facts.setdefault(name, _COUNT)  # of layers
+    for rule in (rule.within(facts) for rule in rules):
         maker = _ShapeMaker(rule, facts)
         for values in _values(rule.source):
             key = rule.source.write(values)
