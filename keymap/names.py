@@ -279,6 +279,8 @@ def _texts(side: Side) -> Iterator[str]:
             choices.append([text for _, text in token.options])
         elif token.kind == "int":
             choices.append(["\0"])
+        elif token.kind == "path":
+            choices.append([""])
         else:
             choices.append(["weight", "bias"])
     for number, parts in enumerate(product(*choices)):

@@ -55,8 +55,8 @@ class WriteResult(NamedTuple):
         nbytes: their size.
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
-        notes: which file of a folder was read, what was taken from within it, what else the file holds, and the names
-            that a folder's configuration has from a recorded configuration of the same sizes.
+        notes: which file of a folder was read, what was taken from within it, what else the file holds; names that a
+            folder's configuration has from a recorded one of the same sizes; rows that pad a vocabulary.
     """
 
     files: tuple[str, ...]
@@ -226,10 +226,11 @@ def _written(
     texts, notes = repository_files(planned, given)
     if path.is_dir() and any(path.iterdir()):
         result = _write(planned, path / repository.weights, texts, sources, options)
-        return result._replace(notes=notes)
+        return result._replace(notes=(*result.notes, *notes))
     with whole_folder(path) as inner:
         result = _write(planned, inner / repository.weights, texts, sources, options)
-    return result._replace(files=tuple(str(path / Path(file).name) for file in result.files), notes=notes)
+    files = tuple(str(path / Path(file).name) for file in result.files)
+    return result._replace(files=files, notes=(*result.notes, *notes))
 
 
 def _bytes(size: int | str | None) -> int | None:
@@ -288,6 +289,7 @@ def _write(
         counter.total,
         _casts(items),
         planned.dropped,
+        planned.notes,
     )
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keymap.language.format import Format
 from keymap.language.rules import Rule
+from keymap.language.shape_form import parse_form, written_form
 from keymap.source.registry import hubs, list_formats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,8 +68,15 @@ def listed(items: Iterable[object], last: str = "and") -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
+def clue(item: str | Data) -> str:
+    if isinstance(item, str):
+        return code(item)
+    how = f"with {item['ndim']} axes" if "ndim" in item else f"of shape {code(written_form(parse_form(item['shape'])))}"
+    return f"{code(item['key'])} {how}"
+
+
 def clues(items: Sequence[str | Data], last: str) -> str:
-    words = [code(i) if isinstance(i, str) else f"{code(i['key'])} with {i['ndim']} axes" for i in items]
+    words = [clue(item) for item in items]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
@@ -93,7 +101,8 @@ def operation(value: str | Data) -> str:
         does.append(f"continues with table {code(value['table'])}")
     if "take" in value:
         first, last = value["take"]
-        does.append(f"take rows {first} to {'the end' if last is None else last - 1}")
+        end = "the end" if last is None else last - 1 if isinstance(last, int) else f"{code(last)} - 1"
+        does.append(f"take rows {first} to {end}")
     if "view" in value:
         does.append(f"view {code(value['view'])}")
     if "concat" in value:
@@ -118,6 +127,15 @@ def operation(value: str | Data) -> str:
         does.append(f"split {shares} on axis {value.get('axis', 0)}")
     if "unstack" in value:
         does.append(f"one key for each slice of axis {value.get('axis', 0)}")
+    if "each" in value:
+        does.append(f"view {code(value['each'])} of each")
+    if isinstance(value.get("pad"), int):
+        does.append(f"rows of zeros up to a multiple of {value['pad']} when it is written")
+    elif "pad" in value:
+        does.append(f"rows of zeros up to a multiple of {value['pad']['multiple']}")
+    if "tied" in value:
+        tied = value["tied"]
+        does.append(f"the file can hold the same values as {listed(tied if isinstance(tied, list) else [tied])}")
     if "sizes" in value:
         does.append("where " + ", ".join(f"{code(name)} is {code(size)}" for name, size in value["sizes"].items()))
     if value.get("optional"):
@@ -146,7 +164,7 @@ def rules(entries: Data, there: str) -> Iterator[str]:
 
 
 def facts(some: Iterable[Rule]) -> list[str]:
-    """Facts that views of these rules need: lengths of axes that share a dimension."""
+    """Facts that these rules need: lengths of axes that share a dimension in a view, and lengths of parts."""
     found: dict[str, None] = {}
     for rule in some:
         for view in (rule.before, rule.then, rule.after):
@@ -155,6 +173,7 @@ def facts(some: Iterable[Rule]) -> list[str]:
                     size = rule.sizes.get(name)
                     if isinstance(size, str) and "." in size:
                         found[size] = None
+        found.update(dict.fromkeys(rule.facts_of_parts))
     return list(found)
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from keymap.errors import count_of
 from keymap.language.layout import Layout, Piece, cut, place, renamed, whole
 from keymap.language.pattern import Side
+from keymap.language.rows import padded, taken
 from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable, Sizes, Step
 
 __all__ = ["Applied", "apply_rules"]
@@ -29,6 +31,7 @@ class Applied:
     faults: list[Fault] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _sizes(rule: Rule, facts: Mapping[str, int]) -> Sizes:
@@ -178,14 +181,6 @@ def _check_cut(join: Join, axis: int, layout: Layout) -> None:
         raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MAX_SLICES} long, too much to cut apart")
 
 
-def _taken(layout: Layout, start: int, stop: int | None) -> Layout:
-    """Rows of axis 0."""
-    total = layout.shape[0] if layout.shape else 0
-    if start >= (total if stop is None else min(stop, total)) or (stop or 0) > total:
-        raise RuleError(f"rows [{start}, {'end' if stop is None else stop}) do not exist in {list(layout.shape)}")
-    return cut(layout, 0, start, total if stop is None else stop)
-
-
 class _Made(NamedTuple):
     """A tensor that a rule makes: the captures that its key has besides, and whether it must hold zeros."""
 
@@ -198,25 +193,25 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
     """The operations of a rule, in their order."""
     sizes = _sizes(rule, facts)
     if rule.take is not None:
-        members = {key: _taken(layout, *rule.take) for key, layout in members.items()}
+        members = {key: taken(layout, rule.take, facts) for key, layout in members.items()}
     if rule.before is not None:
         members = {key: rule.before.apply(layout, sizes) for key, layout in members.items()}
-    now = _join_all(rule, rule.join, members) if rule.join is not None else next(iter(members.values()))
+    now = next(iter(members.values()))
+    if rule.join is not None:
+        now = _join_all(rule, rule.join.within(facts), members)
     zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
     if zeros > _MAX_MADE_UP * (prod(now.shape) - zeros):
         raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
-    if rule.computes:
-        if rule.root is not None and rule.root >= len(now.shape):
-            raise RuleError(f"axis {rule.root} does not exist in {list(now.shape)}")
-        factor = rule.factor if rule.root is None else rule.factor * now.shape[rule.root] ** 0.5
-        now = now._replace(
-            pieces=tuple(p._replace(factor=p.factor * factor, term=p.term * factor + rule.term) for p in now.pieces),
-        )
+    if rule.scale is not None and not rule.scale.undo:
+        now = rule.scale.apply(now)
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
-    parts = _cut_all(rule.cut, now) if rule.cut is not None else iter([({}, now, False)])
+    if rule.scale is not None and rule.scale.undo:
+        now = rule.scale.apply(now)
+    parts = _cut_all(rule.cut.within(facts), now) if rule.cut is not None else iter([({}, now, False)])
     for values, layout, zeros in parts:
-        yield _Made(values, layout if rule.after is None else rule.after.apply(layout, sizes), zeros)
+        made = layout if rule.after is None else rule.after.apply(layout, sizes)
+        yield _Made(values, made if rule.pad is None else padded(made, rule.pad, facts), zeros)
 
 
 class _Blocks:
@@ -269,6 +264,8 @@ def apply_rules(
         pass_others: keys that no rule owns keep their name; else they are returned as ``left``.
     """
     result = Applied()
+    table = table.within(facts)
+    lacking: dict[int, list[Fault]] = {}
     jobs: dict[tuple[int, tuple[tuple[str, str], ...]], _Job] = {}
     for key, layout in tensors.items():
         found = table.find(key)
@@ -279,6 +276,13 @@ def apply_rules(
                 result.left[key] = layout
             continue
         rule, values = found
+        if table.facts_of_names and rule.facts_of_names:
+            names = ", ".join(f"{name!r}: ..." for name in rule.facts_of_names)
+            fault = _fault(
+                rule, values, {(): key}, {(): layout}, f"which keys it owns is not known: pass facts={{{names}}}"
+            )
+            lacking.setdefault(id(rule), []).append(fault)
+            continue
         if rule.renames:
             _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
             continue
@@ -287,6 +291,7 @@ def apply_rules(
         if job not in jobs:
             jobs[job] = _Job(rule, values, {})
         jobs[job].keys[row] = key
+    result.faults += [_one_fault(faults) for faults in lacking.values()]
     _run_jobs(jobs.values(), tensors, _Blocks(facts), result)
     return result
 
@@ -303,11 +308,13 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
     """Apply the operations of every job; the errors of one rule become one fault."""
     made = 0  # additional keys
     wrong: dict[int, list[Fault]] = {}
+    notes: dict[int, list[str]] = {}
     for job in jobs:
         rule, keys = job.rule, job.keys
         members = {row: tensors[key] for row, key in keys.items()}
-        if rule.tied is not None:  # the twin's values are written; these must be the same
-            result.checks += _tie_checks(job, rule.tied, tensors)
+        twins = list(_tie_checks(job, rule.tied, tensors)) if rule.tied is not None else []
+        if twins:  # the other key's values are written; these must be the same
+            result.checks += twins
             continue
         try:
             outputs = [
@@ -327,6 +334,8 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
             if made > _MAX_SLICES:
                 break
             continue
+        if rule.take is not None or rule.pad is not None:
+            notes.setdefault(id(rule), []).extend(_row_notes(job, tensors, outputs, blocks.facts))
         for target, layout in outputs:
             if target is None:
                 name = f"the slice of {', '.join(keys.values())} that the format has no key for"
@@ -334,6 +343,24 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
             else:
                 _put(result, target, layout, rule, tuple(keys.values()))
     result.faults += [_one_fault(faults) for faults in wrong.values()]
+    for texts in (texts for texts in notes.values() if texts):
+        result.notes.append(texts[0] + (f" (and {len(texts) - 1} more tensors of this rule)" if texts[1:] else ""))
+
+
+def _row_notes(
+    job: _Job, tensors: Mapping[str, Layout], outputs: Iterable[tuple[str | None, Layout]], facts: Mapping[str, int]
+) -> Iterator[str]:
+    """What a rule does to padding: rows that it leaves out, and rows of zeros that it adds."""
+    take, pad = job.rule.take, job.rule.pad
+    for key in job.keys.values() if take is not None and take.multiple else ():
+        total, kept = tensors[key].shape[0], take.end(facts) if take is not None else None
+        if kept is not None and kept < total:
+            yield f"{key}: rows {kept} to {total - 1} are padding and left out (pad: {take and take.multiple})"
+    for target, layout in outputs if pad is not None else ():
+        row = prod(layout.shape[1:])
+        added = sum(p.numel for p in layout.pieces if p.source is None and not p.add) // row if row else 0
+        if added and target is not None:
+            yield f"{target}: {count_of(added, 'row')} of zeros added at the end (pad: {pad and pad.multiple})"
 
 
 def _tie_checks(job: _Job, tied: Side, tensors: Mapping[str, Layout]) -> Iterator[Check]:

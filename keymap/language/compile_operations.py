@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
+from keymap.language.amounts import Amount, parse_amount
 from keymap.language.pattern import PatternError, Side
+from keymap.language.rows import Rows
 from keymap.language.rules import Join
+from keymap.language.scale import Scale
 from keymap.language.view import View, parse_view
 
 __all__ = ["LostGroupError", "compile_operations"]
 
-_ONE_WAY = {"take", "rows", "add", "times", "plus"}
+_ONE_WAY = {"rows": "", "add": "", "take": ", or pad for a table whose last rows are padding"}  # what else to do
+_NEEDS = {  # an option -> the operations that it goes with
+    "parts": ("concat",),
+    "order": ("concat",),
+    "axis": ("split", "unstack"),
+    "each": ("split", "unstack"),
+}
 
 
 class LostGroupError(PatternError):
@@ -51,25 +61,59 @@ def compile_operations(
     """
     before = parse_view(options["view"]) if "view" in options else None
     then = parse_view(options["then"]) if "then" in options else None
+    after = parse_view(options["each"]) if "each" in options else None
     groups = _groups(options, source, targets, groups_before)
     join = _join(groups.join, options, source, groups.lost, before) if groups.join else None
-    cut = _cut(groups.cut, options, targets[0], groups.gained) if groups.cut else None
+    cut = _cut(groups.cut, options, targets[0], groups.gained, then or before) if groups.cut else None
     _check_options(options, source)
-    times = options.get("times", 1.0)
+    take, pad = _rows(options)
     return {
-        "take": tuple(options["take"]) if "take" in options else None,
+        "take": take,
         "before": before,
         "join": join,
         "then": then,
         "cut": cut,
+        "after": after,
         "optional": bool(options.get("optional")),
         "oneway": bool(options.get("oneway")),
         "rest": bool(options.get("rest")),
         "add": _added(options["add"]) if "add" in options else None,
-        "factor": 1.0 if isinstance(times, str) else float(times),
-        "root": int(times.split()[1]) if isinstance(times, str) else None,
-        "term": float(options.get("plus", 0.0)),
+        "scale": _scale(options),
+        "pad": pad,
     }
+
+
+def _rows(options: Mapping[str, Any]) -> tuple[Rows | None, Rows | None]:
+    """The rows that a rule takes, and those that it pads to."""
+    pad = options.get("pad", 0)
+    if "take" not in options:
+        if not isinstance(pad, dict):
+            if pad:
+                raise PatternError(f"pad: {pad} is the inverse of take: [0, text.vocab]: add take; or write pad: "
+                                   f"{{multiple: {pad}, keep: text.vocab}} to add the rows on the way in")  # fmt: skip
+            return None, None
+        return None, Rows(0, parse_amount(pad["keep"]), pad["multiple"])
+    if isinstance(pad, dict):
+        raise PatternError("take and pad: {multiple, keep} are inverses of each other: remove one")
+    start, stop = options["take"][0], None if options["take"][1] is None else parse_amount(options["take"][1])
+    if isinstance(stop, int) and start >= stop:
+        raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
+    if pad and (start or stop is None):
+        raise PatternError("pad: rows of zeros lie at the end: write take: [0, text.vocab], or a number for the fact")
+    return Rows(start, stop, pad), None
+
+
+def _scale(options: Mapping[str, Any]) -> Scale | None:
+    """The arithmetic of a rule."""
+    if "times" not in options and "plus" not in options:
+        return None
+    times, term = options.get("times", 1.0), float(options.get("plus", 0.0))
+    if isinstance(times, str):
+        return Scale(term=term, root=int(times.split()[1]))
+    factor = float(times)
+    if not options.get("oneway") and (not factor or not isfinite(1 / factor) or not isfinite(term)):
+        raise PatternError(f"times: {times} cannot be undone: add oneway: true")
+    return Scale(factor, term)
 
 
 def _groups(options: Mapping[str, Any], source: Side, targets: tuple[Side, ...], groups_before: int) -> _Groups:
@@ -101,15 +145,12 @@ def _one_of(options: Mapping[str, Any], *names: str) -> str | None:
 
 
 def _check_options(options: Mapping[str, Any], source: Side) -> None:
-    for name, needs in (("parts", "concat"), ("order", "concat"), ("axis", "split")):
-        if name in options and needs not in options and not (name == "axis" and "unstack" in options):
-            raise PatternError(f"{name} goes with {needs}: add {needs}, or remove {name}")
-    one_way = sorted(_ONE_WAY & set(options))
+    for name, needs in _NEEDS.items():
+        if name in options and not set(needs) & set(options):
+            raise PatternError(f"{name} goes with {' or '.join(needs)}: add {needs[0]}, or remove {name}")
+    one_way = sorted(name for name in _ONE_WAY if name in options and not (name == "take" and "pad" in options))
     if one_way and not options.get("oneway"):
-        raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true")
-    first, last = options.get("take", (0, None))
-    if last is not None and first >= last:
-        raise PatternError(f"take: {options['take']} takes no row: give the first row, and the one after the last")
+        raise PatternError(f"{', '.join(one_way)} cannot be undone: add oneway: true{_ONE_WAY[one_way[-1]]}")
     if options.get("rest") and not any(slot.kind == "rest" for slot in source.slots):
         raise PatternError("rest: true needs a pattern with (.+)")
 
@@ -133,13 +174,11 @@ def _join(kind: str, options: Mapping[str, Any], source: Side, lost: tuple[str, 
     members = _members(options, tuple(value for value, _ in slots[ordered[-1]].options))
     if kind in ("concat", "rows") and not members:
         raise PatternError(f"{kind} needs a group of alternatives (a|b); for an index (\\d+) use stack")
-    lengths = tuple(None if n == "*" else int(n) for n in options.get("parts", ()))
-    if lengths and (len(lengths) != len(members) or lengths.count(None) > 1):
-        raise PatternError(f"parts {options['parts']}: one length for each of {len(members)} members, at most one '*'")
+    lengths = _lengths("parts", options.get("parts", ()), len(members), "members")
     ranges = tuple((int(a), None if b is None else int(b)) for a, b in options.get("rows", ()))
     if ranges and len(ranges) != len(members):
         raise PatternError(f"rows: one range for each of {len(members)} members")
-    axis = 0 if kind == "rows" else _axis(options[kind], before)
+    axis = 0 if kind == "rows" else _axis(options[kind], before, "`view`")
     return Join(kind, axis, tuple(ordered), members, lengths, ranges)
 
 
@@ -152,27 +191,34 @@ def _members(options: Mapping[str, Any], members: tuple[str, ...]) -> tuple[str 
     return tuple(None if m == 0 else str(m) for m in options["order"])
 
 
-def _cut(kind: str, options: Mapping[str, Any], target: Side, gained: tuple[str, ...]) -> Join:
+def _lengths(name: str, written: Sequence[int | str], count: int, of: str) -> tuple[Amount | None, ...]:
+    """The lengths of parts; empty for equal parts."""
+    if written and (len(written) != count or written.count("*") > 1):
+        shown = f"[{', '.join(map(str, written))}]"
+        raise PatternError(f"{name} {shown}: one length for each of {count} {of}, at most one '*'")
+    return tuple(None if one == "*" else parse_amount(one) for one in written)
+
+
+def _cut(kind: str, options: Mapping[str, Any], target: Side, gained: tuple[str, ...], view: View | None) -> Join:
     if len(gained) > 1:
         raise PatternError(f"{kind} writes one group of the target's own; this target has {len(gained)}")
-    axis = int(options.get("axis", 0))
+    axis = _axis(options.get("axis", 0), view, "the view before it")
     if kind == "unstack":
         name = options["unstack"]
         if gained != (name,):
             raise PatternError(f"unstack: {name} counts an index: the target needs <{name}>")
         return Join("stack", axis, gained)
     options_of = next(slot for slot in target.slots if slot.names == gained).options
-    lengths = tuple(int(n) for n in options["split"])
-    if len(lengths) != len(options_of):
-        raise PatternError(f"split {list(lengths)}: one number for each of {len(options_of)} alternatives")
+    lengths = _lengths("split", options["split"], len(options_of), "alternatives")
     return Join("concat", axis, gained, tuple(value for value, _ in options_of), lengths)
 
 
-def _axis(axis: int | str, before: View | None) -> int:
+def _axis(axis: int | str, before: View | None, where: str) -> int:
+    """The number of an axis, from its number or from its name on the right side of a view."""
     if isinstance(axis, int):
         return axis
     if before is None or (axis,) not in before.right:
         axes = [group[0] for group in before.right if len(group) == 1] if before is not None else []
         known = f"; axes there: {', '.join(axes)}" if axes else "; write its number, for example 0"
-        raise PatternError(f"axis {axis!r} is not a single axis on the right side of `view`{known}")
+        raise PatternError(f"axis {axis!r} is not a single axis on the right side of {where}{known}")
     return before.right.index((axis,))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 from keymap.errors import MappingError
@@ -20,6 +22,7 @@ from keymap.language.pattern_syntax import (
 from keymap.language.rules import Rule
 from keymap.language.schema import schema_faults
 from keymap.language.schema_words import did_you_mean
+from keymap.language.shape_form import parse_form
 from keymap.language.view import ViewError
 from keymap.language.yaml_marks import Marked
 from keymap.language.yaml_marks import Path as Where
@@ -27,6 +30,7 @@ from keymap.language.yaml_marks import Path as Where
 __all__ = ["Compiler", "Library"]
 
 _MAX_RULES = 1000  # rules of a file, with those of its tables as often as they are used, and other patterns
+_GROUP = re.compile(r"\([^)]*\)")
 _MAX_NESTED = 8  # tables within tables
 _SECTIONS = {"table": "tables", "lookup": "lookups", "config block": "configs"}
 
@@ -185,14 +189,18 @@ class Compiler:
         def clues(name: str) -> tuple[Clue, ...]:
             found = []
             for number, item in enumerate(data.get(name, [])):
-                text, ndim = (item, None) if isinstance(item, str) else (item["key"], item.get("ndim"))
+                options: Mapping[str, Any] = {"key": item} if isinstance(item, str) else item
+                form = parse_form(options["shape"]) if "shape" in options else None
+                text, ndim = options["key"], options.get("ndim") if form is None else len(form)
+                if form is not None and "ndim" in options:
+                    self.fault(self.marked, (*where, name, number), "shape gives the number of axes: remove ndim")
                 side = self.side(text, (*where, name, number))
                 if text == "(.+)":
                     self.fault(
                         self.marked, (*where, name, number), "(.+) matches every file: name a key of this format"
                     )
                 elif side is not None:
-                    found.append(Clue(side, ndim))
+                    found.append(Clue(side, ndim, form))
             return tuple(found)
 
         return Evidence(clues("all"), clues("any"), clues("none"))
@@ -246,6 +254,7 @@ class Compiler:
                 parse_target((*context.target, (text, context.groups)), source, self.lookups, index, self.effort)
                 for text in rule.targets
             )
+            twins = tuple(self._twin(text, source, context) for text in _listed(rule.options.get("tied", ())))
         except PatternError as error:
             self._blame(rule, context, error)
             return
@@ -258,7 +267,7 @@ class Compiler:
         except (PatternError, ViewError) as error:
             self.faults.append(f"{rule.place}: {error}")
             return
-        yield Rule(
+        compiled = Rule(
             rule.place,
             _text(rule),
             context.tower,
@@ -266,8 +275,19 @@ class Compiler:
             targets,
             sizes={**self.sizes, **context.sizes, **rule.options.get("sizes", {})},
             used_at=context.prefixes[0].place if context.prefixes else "",
+            twins=twins,
             **operations,
         )
+        yield from compiled.with_twins()
+
+    def _twin(self, text: str, source: Side, context: _Context) -> Side:
+        """Another source key that holds the same values, in the syntax of a target; raises PatternError."""
+        numbers = count(1)
+        prefix = _GROUP.sub(lambda _: f"\\{next(numbers)}", context.source)
+        side = parse_target(((prefix, 0), (text, context.groups)), source, self.lookups, effort=self.effort)
+        if set(side.variables) != set(source.variables):
+            raise PatternError(f"tied: '{text}' must use every group of the source")
+        return side
 
     def _table_rules(self, rule: _Written, context: _Context) -> Iterator[Rule]:
         name = rule.options["table"]
@@ -354,8 +374,11 @@ class Compiler:
 
 def _written(marked: Marked, where: Where, key: str, value: Any) -> _Written:
     options: Mapping[str, Any] = {"to": value} if isinstance(value, str) else value
-    targets = options["to"] if isinstance(options["to"], list) else [options["to"]]
-    return _Written(marked, where, key, targets, options)
+    return _Written(marked, where, key, _listed(options["to"]), options)
+
+
+def _listed(one: str | Sequence[str]) -> list[str]:
+    return [one] if isinstance(one, str) else list(one)
 
 
 def _in_yaml(option: object) -> object:

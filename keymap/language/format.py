@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
+from keymap.language.shape_form import Form, written_form
 
 __all__ = [
     "Alias",
@@ -44,12 +45,15 @@ def config_text(value: object) -> str:
 
 
 class Clue(NamedTuple):
-    """A pattern that some key matches; with ``ndim``, one whose tensor has that many axes."""
+    """A pattern that some key matches; with ``ndim`` its tensor has that many axes, with ``form`` that shape."""
 
     side: Side
     ndim: int | None = None
+    form: Form | None = None
 
     def __str__(self) -> str:
+        if self.form is not None:
+            return f"{self.side} of shape {written_form(self.form)}"
         return str(self.side) if self.ndim is None else f"{self.side} with {self.ndim} axes"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
-from keymap.language.pattern import OPEN, Effort, Side
+from keymap.language.pattern import OPEN, Effort, Side, Slot
 
 __all__ = ["alike", "overlap"]
 
@@ -50,6 +50,26 @@ def _automaton(side: Side) -> _Automaton:
         empty[at].append(longer if least else done)
         return done
 
+    def between(at: int, least: int, below: int) -> int:
+        """The numbers from ``least`` on that are less than ``below``, without leading zeros."""
+        done = state()
+        for length in range(len(str(least)), len(str(below - 1)) + 1):
+            first = str(max(least, 10 ** (length - 1) if length > 1 else 0))
+            last = str(min(below - 1, 10**length - 1))
+            level = {(True, True): at}  # by whether the digits so far are those of the first and of the last number
+            for digit_of_first, digit_of_last in zip(map(int, first), map(int, last), strict=True):
+                following: dict[tuple[bool, bool], int] = {}
+                for (at_first, at_last), here in level.items():
+                    for digit in range(digit_of_first if at_first else 0, (digit_of_last if at_last else 9) + 1):
+                        key = (at_first and digit == digit_of_first, at_last and digit == digit_of_last)
+                        if key not in following:
+                            following[key] = state()
+                        edges[here].append((str(digit), following[key]))
+                level = following
+            for end in level.values():
+                empty[end].append(done)
+        return done
+
     at = 0
     for token in side.tokens:
         if isinstance(token, str):
@@ -61,7 +81,20 @@ def _automaton(side: Side) -> _Automaton:
                 empty[end].append(join)
             at = join
         elif token.kind == "int":
-            at = number(at, max(0, token.shift))
+            low, high = (bound if isinstance(bound, int) else None for bound in (token.low, token.high))
+            if token.by_fact:  # any number may be subtracted
+                low, high = 0, None
+            least = max(0, ((low or 0) * (token.base or 1)) + token.shift)
+            below = None if high is None else high * (token.base or 1) + token.shift
+            at = number(at, least) if below is None else between(at, least, max(below, least + 1))
+        elif token.kind == "path":
+            inner, after = state(), state()
+            edges[at].append((OPEN["path"][1], inner))
+            edges[inner].append((OPEN["path"][1], inner))
+            edges[at].append((".", after))
+            edges[inner].append((".", after))
+            empty[at].append(after)
+            at = after
         else:
             after = state()
             inside = OPEN[token.kind][1]
@@ -93,7 +126,18 @@ def _diverge(a: Side, b: Side) -> bool:
                 return not (one.startswith(other) or other.startswith(one))
         elif isinstance(one, str) or isinstance(other, str) or one.kind != "int" or other.kind != "int":
             return False
+        elif _apart(one, other) or _apart(other, one):
+            return True
     return False
+
+
+def _apart(one: Slot, other: Slot) -> bool:
+    """True where the range of one index ends before that of the other begins, whatever the facts are."""
+    if one.by_fact or other.by_fact or one.base or other.base or one.high is None:
+        return False
+    if isinstance(one.high, int) and isinstance(other.low, int):
+        return one.high + one.shift <= other.low + other.shift
+    return one.high == other.low and one.shift <= other.shift
 
 
 def alike(sides: Sequence[Side], seen: int = 0) -> Iterator[tuple[int, int]]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+
+from keymap.language.amounts import Amount, ByFact, facts_of
 
 __all__ = ["MAX_DIGITS", "OPEN", "Effort", "PatternError", "Side", "Slot", "Token"]
 
@@ -56,7 +58,10 @@ OPEN: dict[
     "word": (r"[A-Za-z0-9_]+", lambda c: c.isascii() and (c.isalnum() or c == "_")),
     "segment": (r"[^.]+", lambda c: c != "."),
     "rest": (r".+", lambda c: True),
+    "path": (r"(?:.*\.)?", lambda c: True),
 }
+_SAMPLES = {"int": "1", "word": "a", "segment": "a", "rest": "a", "path": "a."}
+_WRITTEN = {"int": r"(\d+)", "word": r"(\w+)", "segment": "([^.]+)", "rest": "(.+)", "path": "(**.)"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Slot:
 
     Attributes:
         names: the variable, or (high, low).
-        kind: ``int``, ``word``, ``segment`` (up to a dot), ``rest`` or ``alts``.
+        kind: ``int``, ``word``, ``segment`` (up to a dot), ``rest``, ``alts``, or ``path``: any number of segments,
+            each with its dot.
         options: for ``alts``, pairs of (value of the variable, its text on this side).
         shift, base: index arithmetic, for ``int``.
-        limit: for two variables, how many values the low one has.
+        low, high: the variable, or the high one, is an index in [low, high); None for no end.
+        by_fact: a fact that is added to the index or subtracted from it, with its sign; `within` makes it a ``shift``.
     """
 
     names: tuple[str, ...]
@@ -76,13 +83,42 @@ class Slot:
     options: tuple[tuple[str, str], ...] = ()
     shift: int = 0
     base: int = 0
+    low: Amount = 0
+    high: Amount | None = None
+    by_fact: str = ""
+
+    @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """The facts whose values the slot needs."""
+        return tuple(dict.fromkeys((*facts_of([self.low, self.high]), *([self.by_fact[1:]] if self.by_fact else ()))))
+
+    def within(self, facts: Mapping[str, int]) -> Slot:
+        """The slot with the numbers of those of its facts that are known."""
+        low, high = (
+            facts[one.fact] * one.times if isinstance(one, ByFact) and one.fact in facts else one
+            for one in (self.low, self.high)
+        )
+        slot = replace(self, low=low or 0, high=high)
+        if self.by_fact[1:] in facts:
+            number = facts[self.by_fact[1:]]
+            slot = replace(slot, shift=self.shift + (number if self.by_fact[0] == "+" else -number), by_fact="")
+        return slot
+
+    @cached_property
+    def bounded(self) -> bool:
+        return bool(self.low) or self.high is not None
+
+    def holds(self, number: int) -> bool:
+        """Whether an index is in the range, as far as it is known."""
+        above = not isinstance(self.low, int) or number >= self.low
+        return above and (not isinstance(self.high, int) or number < self.high)
 
     @cached_property
     def plain(self) -> bool:
         """True when the text on this side is the variable's value."""
         if self.kind == "alts":
             return all(value == text for value, text in self.options)
-        return not self.base and not self.shift
+        return not (self.base or self.shift or self.bounded or self.by_fact)
 
     def regex(self) -> str:
         if self.kind == "alts":
@@ -93,14 +129,16 @@ class Slot:
         """The variables' values from this side's text; None where the text is out of their range."""
         if self.kind == "alts":
             return {self.names[0]: next(value for value, written in self.options if written == text)}
-        if self.kind != "int" or (not self.base and not self.shift):
+        if self.kind != "int" or self.plain:
             return {self.names[0]: text}
         number = int(text) - self.shift
         if number < 0:
             return None
+        high, low = divmod(number, self.base or 1)
+        if not self.holds(high):
+            return None
         if not self.base:
             return {self.names[0]: str(number)}
-        high, low = divmod(number, self.base)
         return {self.names[0]: str(high), self.names[1]: str(low)}
 
     def write(self, values: Mapping[str, str]) -> str:
@@ -111,6 +149,13 @@ class Slot:
             low = int(values[self.names[1]])
             return str(int(value) * self.base + low + self.shift)
         return str(int(value) + self.shift) if self.shift else value
+
+    def __str__(self) -> str:
+        if self.kind == "alts":
+            return "(" + "|".join(text for _, text in self.options) + ")"
+        start = f">={self.low}" if self.low else ""
+        stop = f"<{self.high}" if self.high is not None else ""
+        return _WRITTEN[self.kind][:-1] + start + stop + ")"
 
 
 Token = str | Slot
@@ -125,6 +170,17 @@ class Side:
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
         return tuple(t for t in self.tokens if isinstance(t, Slot))
+
+    @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """The facts whose values the slots need."""
+        return tuple(dict.fromkeys(fact for slot in self.slots for fact in slot.facts))
+
+    def within(self, facts: Mapping[str, int]) -> Side:
+        """The side with the numbers of those of its facts that are known."""
+        if not self.facts:
+            return self
+        return Side(tuple(token if isinstance(token, str) else token.within(facts) for token in self.tokens))
 
     @cached_property
     def regex(self) -> str:
@@ -214,8 +270,10 @@ class Side:
         """One of the keys that the side matches."""
         values: dict[str, str] = {}
         for slot in self.slots:
-            value = str(max(1, -slot.shift)) if slot.kind == "int" else slot.options[0][0] if slot.options else "a"
-            values.update(dict.fromkeys(slot.names, value))
+            values.update(dict.fromkeys(slot.names, slot.options[0][0] if slot.options else _SAMPLES[slot.kind]))
+            if slot.kind == "int":
+                least = max(1, -slot.shift, slot.low if isinstance(slot.low, int) else 0)
+                values[slot.names[0]] = str(min(least, slot.high - 1) if isinstance(slot.high, int) else least)
         return self.write(values)
 
     @cached_property
@@ -224,8 +282,4 @@ class Side:
         return prod(len(slot.options) or (3 if slot.kind == "int" else 1) for slot in self.slots)
 
     def __str__(self) -> str:
-        names = {"int": r"(\d+)", "word": r"(\w+)", "segment": "([^.]+)", "rest": "(.+)"}
-        return "".join(
-            t if isinstance(t, str) else names.get(t.kind) or "(" + "|".join(s for _, s in t.options) + ")"
-            for t in self.tokens
-        )
+        return "".join(map(str, self.tokens))

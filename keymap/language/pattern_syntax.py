@@ -4,10 +4,13 @@ r"""The syntax of key patterns in a mapping file: a reversible subset of regular
 ``(\d+)``           an index: 0, 1, 2, ... without leading zeros, at most nine digits
 ``(\w+)``           letters, digits, underscores
 ``([^.]+)``         anything up to a dot
+``(\d+<12)``        an index below 12; ``(\d+>=12)`` from 12 on; ``(\d+>=2<12)`` both; a fact can stand for a number
 ``(a|b|c)``         one of the alternatives
+``(**.)``           any number of segments, each with its dot, also none; once, at the start or after a dot
 ``(.+)``            the rest of the key; only at the end
 ``\1``              (target) the value of the first group
-``<1+1>``           (target) index arithmetic; ``<1*6+2>`` is 6 times the first plus the second
+``<1+1>``           (target) index arithmetic; ``<1*6+2>`` is 6 times the first plus the second; ``<1-text.depth>``
+                    subtracts a fact
 ``<1:name>``        (target) the first group through the one-to-one lookup ``name``
 ``<layer>``         (target) the index that ``unstack: layer`` counts
 ``(q|kv)``          (target) a group of its own: the parts that a ``split`` writes
@@ -22,8 +25,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import permutations
 
+from keymap.language.amounts import ByFact
 from keymap.language.overlap import overlap
 from keymap.language.pattern import OPEN, Effort, PatternError, Side, Slot, Token
 
@@ -31,7 +36,9 @@ __all__ = ["UnknownLookupError", "WrongLookupError", "check_fragment", "parse_so
 
 _MAX_TEXT = 512  # characters of one side of a rule, with the prefixes of its tables
 _MAX_READINGS = 1000  # combinations of alternatives and of a few indices that a pattern matches
-_GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "segment", ".+": "rest"}
+_GROUPS = {r"\d+": "int", r"\w+": "word", r"[^.]+": "segment", ".+": "rest", "**.": "path"}
+_FACT = r"[a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)+"
+_RANGE = re.compile(rf"\\d\+(?:>=(\d{{1,9}}|{_FACT}))?(?:<(\d{{1,9}}|{_FACT}))?", re.ASCII)
 _LITERAL = re.compile(r"[A-Za-z0-9_./:#@~ -]+")
 _CHARACTERS = "keys hold letters, digits and _ . / : # @ ~ -"
 _INDEX, _NAME, _REST = "(\\d+) for an index", "(\\w+) or ([^.]+) for a name", "(.+) for the rest of the key, at its end"
@@ -52,6 +59,7 @@ _ADVICE = [  # a regular expression of what is written; what to write in a sourc
     (r"%[ds]", "write (\\d+) for an index", "write \\1 for the first group of the source"),
     (r"\^", "a pattern always matches the whole key: leave ^ out", "a target is a plain key: leave ^ out"),
     (r"\$", "a pattern always matches the whole key: leave $ out", "a target is a plain key: leave $ out"),
+    (r"\*\*", "write (**.) for segments at any depth, in brackets", "write \\1 for the first group of the source"),
     (r"\*\*?", f"write {_INDEX}, {_NAME}, (a|b), or {_REST}", "write \\1 for the first group of the source"),
     (r"\+", f"write {_INDEX}, {_NAME}, or {_REST}", "write <1+1> for the index after the first group"),
     (r"\?", "list the alternatives instead: (|x), or mark the rule optional", ""),
@@ -159,6 +167,8 @@ def _source_tokens(text: str, first: int = 1) -> list[Token]:
             first += 1
             if body in _GROUPS:
                 tokens.append(Slot((name,), _GROUPS[body]))
+            elif body.startswith(("\\d+<", "\\d+>")):
+                tokens.append(_ranged(name, body, text))
             else:
                 tokens.append(Slot((name,), "alts", _alternatives(body, text)))
             at = end + 1
@@ -167,6 +177,22 @@ def _source_tokens(text: str, first: int = 1) -> list[Token]:
             tokens.append(literal)
             at += len(literal)
     return tokens
+
+
+def _ranged(name: str, body: str, text: str) -> Slot:
+    """A group of an index in a range."""
+    found = _RANGE.fullmatch(body)
+    if found is None:
+        raise PatternError(
+            f"({body}) in '{text}': write (\\d+<12), (\\d+>=12) or (\\d+>=2<12), with numbers or facts such as "
+            f"text.depth"
+        )
+    low, high = (int(one) if one.isdigit() else ByFact(one) for one in (found[1] or "0", found[2] or "0"))
+    if found[2] is None:
+        return Slot((name,), "int", low=low)
+    if isinstance(high, int) and high <= (low if isinstance(low, int) else 0):
+        raise PatternError(f"({body}) in '{text}' matches no index: the first number must be less than the second")
+    return Slot((name,), "int", low=low, high=high)
 
 
 def check_fragment(
@@ -188,7 +214,7 @@ def _check_length(text: str) -> None:
         raise PatternError(f"a pattern of {len(text)} characters, {text[:40]!r} ...: the limit is {_MAX_TEXT}")
 
 
-_ARITHMETIC = re.compile(r"(\d{1,9})(?:\*(\d{1,9})\+(\d{1,9}))?(?:([+-]\d{1,9}))?", re.ASCII)
+_ARITHMETIC = re.compile(rf"(\d{{1,9}})(?:\*(\d{{1,9}})\+(\d{{1,9}}))?([+-](?:\d{{1,9}}|{_FACT}))?", re.ASCII)
 
 
 def parse_target(
@@ -229,7 +255,7 @@ def _checked(tokens: Sequence[Token], text: str, effort: Effort | None, target: 
     side, effort = Side(tuple(tokens)), effort or Effort()
     if side.readings > _MAX_READINGS:
         raise PatternError(f"'{text}' matches {side.readings} kinds of keys: the limit is {_MAX_READINGS}")
-    opened = any(slot.kind in ("word", "segment", "rest") for slot in side.slots)
+    opened = any(slot.kind in ("word", "segment", "rest", "path") for slot in side.slots)
     effort.spend(1, 0 if target else side.readings, 0 if target else opened)
     _check_readings(tokens, text, effort)
     return side
@@ -274,7 +300,7 @@ def _same(known: Mapping[str, Slot], name: str, text: str, offset: int) -> Slot:
         count = f"it has {have} group{'' if have == 1 else 's'}" if have > 0 else "it has no group"
         raise PatternError(f"'{text}' uses group {shown}, which the source pattern does not have: {count}")
     slot = known[name]
-    return Slot((name,), slot.kind, tuple((value, value) for value, _ in slot.options))
+    return Slot((name,), slot.kind, tuple((value, value) for value, _ in slot.options), low=slot.low, high=slot.high)
 
 
 def _computed(
@@ -297,10 +323,12 @@ def _computed(
         raise PatternError(f"<{body}> in '{text}': {_angle_advice(body, index)}")
     high, base, low, shift = found.groups()
     first = _same(known, str(int(high) + offset), text, offset)
+    shift = shift or "+0"
+    first = replace(first, shift=int(shift)) if shift[1:].isdigit() else replace(first, by_fact=shift)
     if not base:
         if first.kind != "int":
             raise PatternError(f"<{body}> in '{text}': arithmetic needs a (\\d+) group")
-        return Slot(first.names, "int", shift=int(shift or 0))
+        return first
     second = _same(known, str(int(low) + offset), text, offset)
     values = [value for value, _ in second.options]
     if first.kind != "int" or len(values) != int(base) or values != [str(i) for i in range(int(base))]:
@@ -308,7 +336,7 @@ def _computed(
             f"<{body}> in '{text}': group {high} must be (\\d+) and group {low} must list "
             f"0 to {int(base) - 1}, as (0|1|...)"
         )
-    return Slot((*first.names, *second.names), "int", shift=int(shift or 0), base=int(base))
+    return replace(first, names=(*first.names, *second.names), base=int(base))
 
 
 def _looked_up(slot: Slot, table: str, body: str, lookups: Mapping[str, Mapping[str, str]]) -> Slot:
@@ -356,8 +384,23 @@ def _check_readings(tokens: Sequence[Token], text: str, effort: Effort) -> None:
         elif token.kind == "rest":
             if after:
                 raise PatternError(f"'{text}': (.+) is allowed only at the end; write ([^.]+) or (\\w+) here")
+        elif token.kind == "path":
+            _check_path(tokens[:i], after, text)
         else:
             _check_open(token, after, text)
+
+
+def _check_path(before: Sequence[Token], after: Sequence[Token], text: str) -> None:
+    """Refuse a ``(**.)`` whose end the rest of the key does not show: the rest must have one number of dots."""
+    if before and not (isinstance(before[-1], str) and before[-1].endswith(".")):
+        raise PatternError(f"'{text}': (**.) stands for whole segments: write it at the start or after a dot")
+    slots = [token for token in after if isinstance(token, Slot)]
+    if not after or any(slot.kind in ("rest", "path") for slot in slots):
+        raise PatternError(f"'{text}': after (**.) the key must end in known segments, for example (**.)gamma")
+    if any(len({written.count(".") for _, written in slot.options}) > 1 for slot in slots):
+        raise PatternError(
+            f"'{text}': alternatives after (**.) must have equally many dots, so that a key has one reading"
+        )
 
 
 def _check_alternatives(slot: Slot, after: Sequence[Token], text: str, effort: Effort) -> None:

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from keymap.language.pattern import Side
+from keymap.language.pattern import OPEN, Side
 
 __all__ = ["RecordedKeys", "UnknownKey", "keys_of", "read_recorded_keys"]
 
@@ -145,6 +145,8 @@ def keys_of(side: Side) -> Iterator[tuple[str, str]]:
             text = token if isinstance(token, str) else next(texts)
             if isinstance(token, str) or token.kind == "alts":
                 key, form = key + text, form + re.escape(text)
+            elif token.kind == "path":
+                form += OPEN["path"][0]
             else:
                 index = token.kind == "int"
                 key, form = key + ("0" if index else _ANY), form + ("[0-9]+" if index else "[^.]+")

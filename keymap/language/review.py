@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from keymap.language.amounts import facts_of, parse_amount
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.overlap import overlap
@@ -41,6 +42,7 @@ def review(known: Catalogue, name: str) -> list[str]:
         faults += wrong_targets(marked, mapping, known)
         faults += _evidence(marked, mapping)
     faults += _facts(marked, known, name)
+    faults += _facts_of_names(mapping, known.hub)
     faults += _unused(marked, known, name)
     faults += _sizes(marked, known)
     return [f"{place}: {text}" for place, text in sorted(dict.fromkeys(faults), key=_order)]
@@ -122,6 +124,16 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
             text = "" if value is None or value in hub_words else _wrong_fact(fact, value, allowed, entry.present)
             if text:
                 yield marked.at(path), text
+
+
+def _facts_of_names(mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
+    """Facts in the patterns of rules that the hub does not know."""
+    tables = [mapping.rules, *(variant.rules for variant in mapping.variants)]
+    tables += [block.table.rules for block in mapping.aliases]
+    for rule in (rule for rules in tables for rule in rules):
+        for fact in rule.facts_of_names:
+            if fact not in hub.facts:
+                yield rule.place, f"there is no fact {fact!r}{did_you_mean(fact, hub.facts, 'facts are')}"
 
 
 def _wrong_fact(fact: str, value: Any, allowed: set[Any], decided: bool) -> str:
@@ -233,6 +245,7 @@ def _sizes(marked: Marked, known: Catalogue) -> Iterator[tuple[str, str]]:
         axes = _axes(options, tables, ())
         every |= axes
         yield from _wrong_sizes(marked, (*path, "sizes"), options.get("sizes", {}), axes, known.hub)
+        yield from _wrong_amounts(marked, path, options, known.hub)
     yield from _wrong_sizes(marked, ("sizes",), marked.data.get("sizes", {}), every, known.hub)
 
 
@@ -247,6 +260,18 @@ def _wrong_sizes(
         elif isinstance(size, str) and size not in axes and size not in hub.facts:
             near = did_you_mean(size, [*hub.facts, *sorted(axes)], "facts are")
             yield at, f"{axis}: {size!r} is neither an axis of the view nor a fact{near}"
+
+
+def _wrong_amounts(marked: Marked, path: Path, options: Mapping[str, Any], hub: Format) -> Iterator[tuple[str, str]]:
+    """Lengths of parts by a fact that the hub does not know."""
+    pad = options.get("pad")
+    kept = {"pad": [pad["keep"]]} if isinstance(pad, dict) else {}
+    for field in ("take", "split", "parts", "pad"):
+        for written in kept.get(field) or (options.get(field, ()) if field != "pad" else ()):
+            for fact in facts_of([parse_amount(written)]) if written not in ("*", None) else ():
+                if fact not in hub.facts:
+                    near = did_you_mean(fact, hub.facts, "facts are")
+                    yield marked.at((*path, field)), f"{field}: there is no fact {fact!r}{near}"
 
 
 def _used_files(marked: Marked, known: Catalogue) -> Iterator[Mapping[str, Any]]:
@@ -272,7 +297,7 @@ def _rules(data: Mapping[str, Any]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _axes(options: Mapping[str, Any], tables: Mapping[str, Any], within: tuple[str, ...]) -> set[str]:
     """The axes that the views of a rule name; of a rule with a table those of the table's rules."""
     found: set[str] = set()
-    for field in ("view", "then"):
+    for field in ("view", "then", "each"):
         try:
             view = parse_view(options[field]) if field in options else None
         except ViewError:

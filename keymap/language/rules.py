@@ -13,8 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from keymap.language.amounts import Amount, amount_in, facts_of
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side, Slot
+from keymap.language.rows import Rows
+from keymap.language.scale import Scale
 from keymap.language.view import View
 
 __all__ = ["Check", "Fault", "Join", "Rule", "RuleError", "RuleTable", "Sizes", "Step"]
@@ -35,7 +38,8 @@ class Join(NamedTuple):
         variables: the captures that number the members.
         members: the values of the last variable, in order; None is a member of zeros. Empty for an open index,
             whose members are 0, 1, 2, ...
-        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts.
+        lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts. `within`
+            puts numbers in the place of facts.
         ranges: for ``rows``.
     """
 
@@ -43,17 +47,27 @@ class Join(NamedTuple):
     axis: int
     variables: tuple[str, ...]
     members: tuple[str | None, ...] = ()
-    lengths: tuple[int | None, ...] = ()
+    lengths: tuple[Amount | None, ...] = ()
     ranges: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def written_lengths(self) -> list[int | str]:
         """The lengths as in the mapping file."""
-        return ["*" if n is None else n for n in self.lengths]
+        return ["*" if n is None else n if isinstance(n, int) else str(n) for n in self.lengths]
+
+    def within(self, facts: Mapping[str, int]) -> Join:
+        """The join with a number for each length.
+
+        Raises:
+            ValueError: a fact is not known, or not positive.
+        """
+        if not facts_of(self.lengths):
+            return self
+        return self._replace(lengths=tuple(None if n is None else amount_in(n, facts) for n in self.lengths))
 
     def bounds(self, total: int) -> list[tuple[int, int]]:
         """Where each member lies on the axis of a whole that is ``total`` long."""
-        lengths: tuple[int | None, ...] = self.lengths or (1,) * len(self.members)
+        lengths = [n if isinstance(n, int) else None for n in self.lengths] or [1] * len(self.members)
         known = sum(n for n in lengths if n is not None)
         if None in lengths:
             exact = [total - known if n is None else n for n in lengths]
@@ -75,13 +89,15 @@ class Rule:
         place: ``file:line:column`` of the rule as written; ``text`` is the rule as written.
         tower: the tower it belongs to, empty for `aliases`.
         source, targets: the sides; more than one target for tied weights.
-        take: the rows [first, last) of axis 0 that are used at all, None for the end.
+        take: the rows of axis 0 that are used at all.
         before, join, then, cut, after: the further operations, in this order.
         optional, oneway, rest: as in the mapping.
         sizes: axis lengths that shapes do not show.
-        add: a key (and row) to add; factor, root, term: elementwise arithmetic, ``root`` the axis whose length's
-            square root is the factor.
-        tied: the key whose values this one must repeat (the way back of a rule with several targets).
+        add: a key (and row) to add.
+        scale: elementwise arithmetic.
+        pad: rows of zeros that each part gets at its end.
+        twins: other source keys that hold the same values.
+        tied: the key whose values this one must repeat: of a twin, or on the way back of a rule with several targets.
         used_at: for a rule of a table, the place of the outermost rule with ``table:`` that leads to it.
     """
 
@@ -90,7 +106,7 @@ class Rule:
     tower: str
     source: Side
     targets: tuple[Side, ...]
-    take: tuple[int, int | None] | None = None
+    take: Rows | None = None
     before: View | None = None
     join: Join | None = None
     then: View | None = None
@@ -101,9 +117,9 @@ class Rule:
     rest: bool = False
     sizes: Sizes = field(default_factory=dict)
     add: tuple[str, int | None] | None = None
-    factor: float = 1.0
-    root: int | None = None
-    term: float = 0.0
+    scale: Scale | None = None
+    pad: Rows | None = None
+    twins: tuple[Side, ...] = ()
     tied: Side | None = None
     used_at: str = ""
 
@@ -113,10 +129,37 @@ class Rule:
         return self.used_at or self.place
 
     @cached_property
+    def facts(self) -> tuple[str, ...]:
+        """The facts that may be needed to apply the rule."""
+        sizes = (size for size in self.sizes.values() if isinstance(size, str) and "." in size)
+        padding = facts_of([self.pad.stop if self.pad is not None else None])
+        return tuple(dict.fromkeys((*sizes, *self.facts_of_parts, *padding)))
+
+    @cached_property
+    def facts_of_parts(self) -> tuple[str, ...]:
+        """The facts that lengths of parts, numbers of rows and indices need."""
+        lengths = (length for step in (self.join, self.cut) if step is not None for length in step.lengths)
+        rows = self.take.stop if self.take is not None else None
+        return tuple(dict.fromkeys((*facts_of((*lengths, rows)), *self.facts_of_names)))
+
+    @cached_property
+    def facts_of_names(self) -> tuple[str, ...]:
+        """The facts that the patterns of the sides need."""
+        sides = (self.source, *self.targets, *self.twins)
+        return tuple(dict.fromkeys(fact for side in sides for fact in side.facts))
+
+    def within(self, facts: Mapping[str, int]) -> Rule:
+        """The rule with the numbers of those facts in its patterns that are known."""
+        if not self.facts_of_names:
+            return self
+        targets, twins = (tuple(side.within(facts) for side in sides) for sides in (self.targets, self.twins))
+        return replace(self, source=self.source.within(facts), targets=targets, twins=twins)
+
+    @cached_property
     def renames(self) -> bool:
         """True when the rule only renames one key."""
-        does = (self.take, self.before, self.join, self.then, self.cut, self.after, self.add, self.tied)
-        return len(self.targets) == 1 and not self.computes and all(thing is None for thing in does)
+        does = (self.take, self.before, self.join, self.scale, self.then, self.cut, self.after, self.add, self.pad)
+        return len(self.targets) == 1 and self.tied is None and all(thing is None for thing in does)
 
     @cached_property
     def keeps(self) -> bool:
@@ -140,26 +183,29 @@ class Rule:
             return None
         return values
 
-    @cached_property
-    def computes(self) -> bool:
-        return self.factor != 1.0 or self.term != 0.0 or self.root is not None
-
     def inverse(self) -> tuple[Rule, ...]:
-        """The inverse: one rule for each of several tied targets, and none for a one-way rule."""
-        if self.oneway:
+        """The inverse: one rule for each of several tied targets; none for a one-way rule, and none for a twin."""
+        if self.oneway or self.tied is not None:
             return ()
         main = replace(
             self,
             source=self.targets[0],
-            targets=(self.source,),
+            targets=(self.source, *self.twins),
+            twins=self.targets[1:],
+            take=self.pad,
             before=self.after.inverse() if self.after else None,
             join=self.cut,
             then=self.then.inverse() if self.then else None,
             cut=self.join,
             after=self.before.inverse() if self.before else None,
+            scale=self.scale.inverse() if self.scale else None,
+            pad=self.take,
         )
-        twins = [replace(main, source=side, tied=self.targets[0]) for side in self.targets[1:]]
-        return (main, *twins)
+        return main.with_twins()
+
+    def with_twins(self) -> tuple[Rule, ...]:
+        """The rule, and one for each key that holds the same values."""
+        return (self, *(replace(self, source=side, twins=(), tied=self.source, optional=True) for side in self.twins))
 
 
 class Check(NamedTuple):
@@ -312,6 +358,15 @@ class RuleTable:
                     self._seen.setdefault(form, []).append((rule, _like(rule, values)))
                 return rule, values
         return None
+
+    @cached_property
+    def facts_of_names(self) -> bool:
+        """Whether a rule's patterns need facts."""
+        return any(rule.facts_of_names for rule in self.rules)
+
+    def within(self, facts: Mapping[str, int]) -> RuleTable:
+        """The table with the numbers of those facts in its patterns that are known."""
+        return RuleTable(tuple(rule.within(facts) for rule in self.rules)) if self.facts_of_names else self
 
     def inverse(self) -> RuleTable:
         return RuleTable(tuple(back for rule in self.rules for back in rule.inverse()))

@@ -57,12 +57,17 @@ _NO_SPACE = r"([^\s:]+):(\S.*)"  # a name and a value, without a space after the
 _OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _NAME_FORM = "small letters, digits and _, and a letter first"
 _VIEW_FORM = "the axes before and after ->"
+_AMOUNT_FORM = "a number, a fact such as text.heads or text.heads * 2, or '*'"
 _FORMS = {  # what a text of a field with a pattern holds
     "format": _NAME_FORM,
     "uses": _NAME_FORM,
     "unstack": _NAME_FORM,
     "view": _VIEW_FORM,
     "then": _VIEW_FORM,
+    "each": _VIEW_FORM,
+    "take": "a number, a fact such as text.vocab, or null",
+    "parts": _AMOUNT_FORM,
+    "split": _AMOUNT_FORM,
     "times": "a number, or sqrt and the number of an axis",
     "file": "a file name without a folder",
 }

@@ -66,6 +66,9 @@ def _find(rules: Sequence[Rule], keys: Iterable[str]) -> _Present:
         if found is None:
             continue
         rule, values = found
+        main = next((one for one in rules if one.source is rule.tied), None) if rule.tied is not None else None
+        if main is not None:  # the other key holds the same values
+            present.captures[id(main)].add(tuple(values[name] for name in main.source.variables))
         present.captures[id(rule)].add(tuple(values[name] for name in rule.source.variables))
         index = tuple(values[name] for name in _index_names(rule))
         if index:
@@ -99,10 +102,11 @@ def _counted_prefix(rule: Rule) -> str:
     """The rule's pattern up to its last index, empty without one: rules with the same prefix count the same blocks."""
     tokens = rule.source.tokens
     last = max((i for i, t in enumerate(tokens) if not isinstance(t, str) and t.kind == "int"), default=-1)
-    return "".join(t if isinstance(t, str) else t.regex() for t in tokens[: last + 1])
+    return "".join(t if isinstance(t, str) else f"{t.regex()}{t.low}{t.high}" for t in tokens[: last + 1])
 
 
 def _first_index(rule: Rule, name: str) -> int:
-    """The first index that a rule counts: 0, or what its arithmetic needs (``<1-1>`` counts from 1)."""
-    slots = (slot for side in rule.targets for slot in side.slots if slot.names == (name,))
-    return max([0, *(-slot.shift for slot in slots)])
+    """The first index that a rule counts: 0, its range's first, or what its arithmetic needs (``<1-1>``: 1)."""
+    slots = [slot for side in (rule.source, *rule.targets) for slot in side.slots if slot.names == (name,)]
+    lows = (slot.low for slot in slots if isinstance(slot.low, int))
+    return max([0, *lows, *(-slot.shift for side in rule.targets for slot in side.slots if slot.names == (name,))])

@@ -49,6 +49,7 @@ class Export(NamedTuple):
         checks: values to verify before anything is written.
         dropped: keys of the source that hold no weights, and why.
         hub: what is written, by the hub's keys.
+        notes: for the report.
     """
 
     source: Source
@@ -57,6 +58,7 @@ class Export(NamedTuple):
     checks: tuple[Check, ...]
     dropped: Mapping[str, str]
     hub: Mapping[str, Layout]
+    notes: tuple[str, ...] = ()
 
 
 def target_format(known: Catalogue, to: str) -> Format:
@@ -149,7 +151,8 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
-    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub)
+    notes = tuple(translated.notes)
+    return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub, notes)
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

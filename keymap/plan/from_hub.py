@@ -23,7 +23,8 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
         variant.rules for variant in mapping.variants if matching_keys(variant.when_hub, translated.tensors) is not None
     ]
     rules = (*mapping.rules, *(rule for variant in extra for rule in variant))
-    back = RuleTable(rules).inverse() if extra else mapping.back
+    table = (RuleTable(rules) if extra else mapping.table).within(facts)
+    back = mapping.back if table is mapping.table else table.inverse()
     ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}
     applied = apply_rules(back, ready, facts)
     left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
@@ -42,11 +43,14 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
         fault.tower for fault in (*applied.faults, *one_way)
     }  # their keys are missing for a reason that is listed already
     partly = [
-        fault for fault in incomplete(mapping, rules, applied.out, hub.optional_buffers) if fault.tower not in failed
+        fault
+        for fault in incomplete(mapping, table.rules, applied.out, hub.optional_buffers)
+        if fault.tower not in failed
     ]
     translated.faults += [*one_way, *applied.faults, *partly]
     translated.checks += applied.checks
     translated.steps += applied.steps
+    translated.notes += applied.notes
 
 
 def _one_way_faults(name: str, rules: Sequence[Rule], translated: Translated) -> list[Fault]:

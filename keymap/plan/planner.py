@@ -66,6 +66,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
             *source.notes,
             *source.settings.notes,
             *tower_notes,
+            *translated.notes,
             *unwrapped.remarks,
             *matches.notes,
         ),

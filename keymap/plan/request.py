@@ -218,10 +218,9 @@ def checked_flag(name: str, value: object) -> bool:
 
 
 def _sizes_of_rules(known: Catalogue) -> set[str]:
-    """The facts that give the length of an axis in a rule of any mapping."""
+    """The facts that the rules of any mapping may ask for."""
     tables = [(mapping.rules, *(variant.rules for variant in mapping.variants)) for mapping in known.mappings.values()]
-    sizes = (size for rules in tables for part in rules for rule in part for size in rule.sizes.values())
-    return {size for size in sizes if isinstance(size, str) and "." in size}
+    return {fact for rules in tables for part in rules for rule in part for fact in rule.facts}
 
 
 def _unknown_fact(name: str, value: int, names: Collection[str], grids: Collection[str]) -> str:

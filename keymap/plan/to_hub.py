@@ -35,6 +35,7 @@ class Translated:
         faults: what is wrong.
         checks: values to verify before anything is written.
         steps: every application of a rule.
+        notes: for the report.
     """
 
     tensors: Mapping[str, Layout]
@@ -48,6 +49,7 @@ class Translated:
     faults: list[Fault] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def take(self, applied: Applied) -> None:
         """Go on with what rules made of the tensors."""
@@ -55,11 +57,12 @@ class Translated:
         self.faults += applied.faults
         self.checks += applied.checks
         self.steps += applied.steps
+        self.notes += applied.notes
 
 
 def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     """A detected file under the hub's names, in the layouts of its format."""
-    table = file_rules(found.mapping, found.tensors)
+    table = file_rules(found.mapping, found.tensors).within(facts)
     result = Translated({}, rules=table.rules, source_keys=found.tensors)
     result.faults, result.steps = [*found.faults], [*found.steps]
     kept, unsupported = _sort_out(found, result)

@@ -14,6 +14,7 @@ from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Fault, RuleTable, Step
+from keymap.language.shape_form import fitted
 
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
@@ -67,12 +68,27 @@ def _candidates(side: Side, tensors: Mapping[str, Shaped], names: Sequence[str])
             yield from _with_prefix(start, names)
 
 
-def _matching_key(clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str]) -> str | None:
-    """The first key, in sorted order, that a clue matches."""
+def _matching_key(
+    clue: Clue, tensors: Mapping[str, Shaped], names: Sequence[str], lengths: dict[str, int] | None = None
+) -> str | None:
+    """The first key, in sorted order, that a clue matches.
+
+    Args:
+        clue: its form, if it has one, must have the lengths that are known.
+        tensors: anything with a shape, by key.
+        names: the keys in sorted order.
+        lengths: by name, of forms; those of the clue are entered. None for none.
+    """
     for key in _candidates(clue.side, tensors, names):
         fits = clue.ndim is None or len(tensors[key].shape) == clue.ndim
         if fits and key.endswith(clue.side.ends) and clue.side.match(key) is not None:
-            return key
+            if clue.form is None:
+                return key
+            found = fitted(clue.form, tensors[key].shape, lengths or {})
+            if found is not None:
+                if lengths is not None:
+                    lengths.update(found)
+                return key
     return None
 
 
@@ -82,21 +98,23 @@ def matching_keys(
     """Keys that match the evidence, one for each clue of `all` and `any`; None if the evidence does not match.
 
     Args:
-        evidence: clues; all of `all`, one of `any` and none of `none` must match.
+        evidence: clues; all of `all`, one of `any` and none of `none` must match. Lengths that shapes of `all` name
+            are the same in all clues; each takes the first key that fits the clues before it.
         tensors: anything with a shape, by key.
         names: the keys in sorted order, if the caller has them.
     """
     names = sorted(tensors) if names is None else names
     found: list[str] = []
+    lengths: dict[str, int] = {}
     for clue in evidence.all:
-        key = _matching_key(clue, tensors, names)
+        key = _matching_key(clue, tensors, names, lengths)
         if key is None:
             return None
         found.append(key)
-    optional = [key for clue in evidence.any if (key := _matching_key(clue, tensors, names)) is not None]
+    optional = [k for clue in evidence.any if (k := _matching_key(clue, tensors, names, {**lengths})) is not None]
     if evidence.any and not optional:
         return None
-    if any(_matching_key(clue, tensors, names) is not None for clue in evidence.none):
+    if any(_matching_key(clue, tensors, names, {**lengths}) is not None for clue in evidence.none):
         return None
     return [*found, *optional]
 

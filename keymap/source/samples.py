@@ -14,11 +14,13 @@ from typing import NamedTuple
 import torch
 
 from keymap.errors import MappingError
+from keymap.language.amounts import amount_in, facts_of
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
-from keymap.language.pattern import Side
-from keymap.language.rules import Rule
+from keymap.language.pattern import Side, Slot
+from keymap.language.rows import Rows
+from keymap.language.rules import Join, Rule
 from keymap.language.view import Group
 from keymap.source.detect import apply_aliases, matching_keys
 
@@ -27,8 +29,15 @@ __all__ = ["Sample", "check_evidence", "evidence_faults", "samples"]
 Shape = tuple[int, ...]
 
 _COUNT = 3  # blocks, layers, experts
-_WORDS = {"word": ("word",), "segment": ("segment",), "rest": ("weight",), "int": tuple(str(n) for n in range(_COUNT))}
+_WORDS = {
+    "path": ("deep.",),
+    "word": ("word",),
+    "segment": ("segment",),
+    "rest": ("weight",),
+    "int": tuple(str(n) for n in range(_COUNT)),
+}
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+_DIVISIBLE = 24  # every length that a form names is a multiple of it
 _FACTS = (4, 6, 8, 9, 10, 12, 14, 15)  # not prime, so that a fact never has the length of another axis
 
 
@@ -46,9 +55,19 @@ class Sample(NamedTuple):
     facts: Mapping[str, int]
 
 
+def _words(slot: Slot) -> Iterable[str]:
+    """The values of a slot that has no list of them: one word, or the first indices of its range."""
+    if slot.kind != "int" or not slot.bounded:
+        return _WORDS[slot.kind]
+    first = slot.low if isinstance(slot.low, int) else 0
+    return [
+        str(n) for n in range(first, min(first + _COUNT, slot.high if isinstance(slot.high, int) else first + _COUNT))
+    ]
+
+
 def _values(side: Side) -> Iterator[dict[str, str]]:
     """All values for the variables of a side: every alternative and every index."""
-    choices = [[v for v, _ in slot.options] if slot.kind == "alts" else _WORDS[slot.kind] for slot in side.slots]
+    choices = [[v for v, _ in slot.options] if slot.kind == "alts" else _words(slot) for slot in side.slots]
     for chosen in product(*choices):
         yield dict(zip((slot.names[0] for slot in side.slots), chosen, strict=True))
 
@@ -77,23 +96,46 @@ class _ShapeMaker:
                 lengths[name] *= factor
         self._fit_join(lengths, right, values)
         shape = tuple(prod(lengths[name] for name in group) for group in left)
-        if self.rule.take is None:
-            return shape
-        start, stop = self.rule.take
-        return (shape[0] + start if stop is None else stop, *shape[1:])
+        take, pad = self.rule.take, self.rule.pad
+        if take is not None:
+            end = self._rows(take)
+            return (shape[0] + take.start if end is None else take.padded(end), *shape[1:])
+        return (self._rows(pad) or 1, *shape[1:]) if pad is not None else shape
+
+    def _rows(self, rows: Rows) -> int | None:
+        """Where rows end; a fact is a multiple of what they are padded to, so that there is no padding to lose."""
+        for name in facts_of([rows.stop]):
+            self.facts.setdefault(name, _COUNT * rows.multiple or self._fact(name))
+        return rows.end(self.facts)
 
     def _length(self, name: str) -> int:
         size = self.rule.sizes.get(name)
         if isinstance(size, int):
             return size
         if isinstance(size, str) and "." in size:
-            return self.facts.setdefault(size, _FACTS[len(self.facts) % len(_FACTS)])
+            return self._fact(size)
         name = size if isinstance(size, str) else name  # an axis of equal length
         return self.lengths.setdefault(name, _PRIMES[len(self.lengths) % len(_PRIMES)])
 
+    def _fact(self, name: str) -> int:
+        return self.facts.setdefault(name, _FACTS[len(self.facts) % len(_FACTS)])
+
+    def _part_lengths(self, join: Join) -> list[int | None]:
+        """The lengths of parts, with a number for each fact."""
+        for name in facts_of(join.lengths):
+            self._fact(name)
+        return [None if n is None else amount_in(n, self.facts) for n in join.lengths]
+
     def _free_axis(self, group: Group) -> str | None:
-        """The axis of a group whose length the rule does not fix."""
-        return next((name for name in group if not isinstance(self.rule.sizes.get(name), int)), None)
+        """The axis of a group whose length the rule does not fix; one that a fact fixes where there is no other."""
+        free = [name for name in group if not isinstance(self.rule.sizes.get(name), int)]
+        return next((name for name in free if name not in self.rule.sizes), free[0] if free else None)
+
+    def _declared(self, group: Group) -> int:
+        """The product of the lengths in a group that the rule fixes; 1 for an axis that stands alone."""
+        sizes = self.rule.sizes
+        fixed = (n for n in group if isinstance(sizes.get(n), int) or "." in str(sizes.get(n, "")))
+        return prod(self._length(name) for name in fixed) if len(group) > 1 else 1
 
     def _groups(self, rank: int) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
         """The groups of axes of a source key, and of what the join gets."""
@@ -104,7 +146,11 @@ class _ShapeMaker:
             return then.left, then.left
         if then is not None:
             rank = len(then.left) - self.added_axes
-        named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [rule.root or 0]
+        elif rule.after is not None and rule.cut is not None:
+            rank = len(rule.after.left) + (rule.cut.kind == "stack") - self.added_axes
+        named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [
+            rule.scale.root or 0 if rule.scale is not None else 0
+        ]
         groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
         return groups, groups
 
@@ -122,11 +168,19 @@ class _ShapeMaker:
         factors = [1] * len(joined)
         if then is not None:
             factors = [prod(n for a in g if isinstance(n := rule.sizes.get(a), int)) for g in then.left]
-        if cut is not None and cut.lengths:
-            name = self._free_axis((then.right if then is not None else joined)[cut.axis])
-            before_then = then.left if then is not None else joined
-            position = next((i for i, group in enumerate(before_then) if name in group), 0)
-            factors[position] *= sum(n or 1 for n in cut.lengths)
+        if cut is not None:
+            whole = then.right if then is not None else joined
+            longer: dict[int, int] = {}  # by axis of what is cut
+            if cut.lengths:
+                longer[cut.axis] = sum(n or 1 for n in self._part_lengths(cut))
+            for number, group in enumerate(rule.after.left if rule.after is not None else ()):
+                axis = number + (cut.kind == "stack" and number >= cut.axis)
+                longer[axis] = longer.get(axis, 1) * self._declared(group)
+            for axis, factor in longer.items():
+                name = self._free_axis(whole[axis])
+                before_then = then.left if then is not None else joined
+                position = next((i for i, group in enumerate(before_then) if name in group), 0)
+                factors[position] *= factor
         return factors
 
     def _fit_join(self, lengths: dict[str, int], right: tuple[Group, ...], values: Mapping[str, str]) -> None:
@@ -137,9 +191,10 @@ class _ShapeMaker:
         if join.kind == "rows":
             lengths[right[0][0]] = max(stop if stop is not None else start + 2 for start, stop in join.ranges)
         elif join.lengths:
-            length = join.lengths[join.members.index(values[join.variables[-1]])]
+            lengths_of_parts = self._part_lengths(join)
+            length = lengths_of_parts[join.members.index(values[join.variables[-1]])]
             name = self._free_axis(right[join.axis]) or right[join.axis][0]
-            if None not in join.lengths:
+            if None not in lengths_of_parts:
                 lengths[name] *= length or 1
             elif length is not None:
                 lengths[name] = length
@@ -158,7 +213,9 @@ def _rule_keys(
     """Every key that the rules match, with its shape; adds the lengths of facts to ``facts``."""
     shapes: dict[str, Shape] = {}
     additions: list[tuple[str, Rule]] = []
-    for rule in rules:
+    for name in dict.fromkeys(fact for rule in rules for fact in rule.facts_of_names):
+        facts.setdefault(name, _COUNT)  # of layers
+    for rule in (rule.within(facts) for rule in rules):
         maker = _ShapeMaker(rule, facts)
         for values in _values(rule.source):
             key = rule.source.write(values)
@@ -184,6 +241,17 @@ def _fixed_shape(mapping: Format, known: Catalogue, rule: Rule, key: str, values
     if stated is None and rule.renames and rule.targets[0].write(values) in known.hub.scalars:
         return ()
     return stated
+
+
+def _form_shapes(evidence: Evidence, shapes: dict[str, Shape]) -> None:
+    """Give the keys that clues name with a form a shape of that form; a name has one length in all of them."""
+    lengths: dict[str, int] = {}
+    for clue in (*evidence.all, *evidence.any):
+        for key in shapes if clue.form is not None else ():
+            if clue.side.match(key) is not None:
+                for axis in clue.form or ():
+                    lengths.setdefault(axis.name, _DIVISIBLE * _PRIMES[len(lengths) % len(_PRIMES)])
+                shapes[key] = tuple(axis.times * (lengths[axis.name] if axis.name else 1) for axis in clue.form or ())
 
 
 def _matches(clue: Clue, shapes: Mapping[str, Shape]) -> bool:
@@ -214,6 +282,7 @@ def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
         for clue in evidence.all:
             if not _matches(clue, shapes):
                 shapes |= _clue_keys(clue)
+        _form_shapes(evidence, shapes)
         if when.any and not any(_matches(clue, shapes) for clue in when.any):
             shapes |= _clue_keys(when.any[0])
         without_key = [clue for clue in own.any if not _matches(clue, shapes)]

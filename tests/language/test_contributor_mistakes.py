@@ -239,7 +239,10 @@ MISTAKES: dict[str, Mistake] = {
         "view: 1 1 d -> d", "take: 5", "15:46", "take: 5 is a number; write a list, for example [0, 10]"
     ),
     "a text for rows": of(
-        "view: 1 1 d -> d", "take: [0, x]", "15:56", "take: 'x' is a string; write a whole number or null"
+        "view: 1 1 d -> d",
+        "take: [0, x]",
+        "15:56",
+        "take: 'x' has the wrong form; write a number, a fact such as text.vocab, or null",
     ),
     "one row": of("view: 1 1 d -> d", "take: [1]", "15:46", "take: 1 entry, at least 2", "[0, 10]"),
     "a negative axis": of("concat: 0", "concat: -1", "29:55", "concat: -1 is less than the least value, 0"),

@@ -417,14 +417,17 @@ def test_times_plus_and_root(sizes):
     n, d, _, _ = sizes
     x, y, z = t(n, d), t(n), t(n)
     rules = """
-    x: {to: a, times: sqrt 1, oneway: true}
-    y: {to: b, times: 0.5, plus: 1, oneway: true}
-    z: {to: c, plus: -1.5, oneway: true}
+    x: {to: a, times: sqrt 1}
+    y: {to: b, times: 0.5, plus: 1}
+    z: {to: c, plus: -1.5}
     """
     got = run(RuleTable(compiled(rules).rules), {"x": x, "y": y, "z": z}, checks=False)
     for key, want in (("a", x * d**0.5), ("b", y * 0.5 + 1), ("c", z - 1.5)):
         torch.testing.assert_close(got[key], want)
-    assert not RuleTable(compiled(rules).rules).inverse().rules
+    back, _ = run(RuleTable(compiled(rules).rules).inverse(), got)
+    for key, want in (("x", x), ("y", y), ("z", z)):
+        torch.testing.assert_close(back[key], want)
+    assert not RuleTable(compiled("x: {to: a, times: 0, oneway: true}").rules).inverse().rules
 
 
 # --- cuts ---

@@ -157,7 +157,7 @@ FIELDS = {
     "a part in words": (
         rules("(a|b): {to: c, concat: 0, parts: [x, 1]}"),
         "8:39",
-        "parts: 'x' is a string; write a whole number or '*'",
+        "parts: 'x' has the wrong form; write a number, a fact such as text.heads or text.heads * 2, or '*'",
     ),
     "nothing for a target": (
         rules("a: null"),
@@ -344,7 +344,7 @@ OPERATIONS = {
         "(a|b): {to: c, rows: [[0, 1], [1, 2], [2, null]], oneway: true}",
         "rows: one range for each of 2 members",
     ),
-    "split in another number": ("a: {to: '(b|c)', split: [1, 1, 1]}", "one number for each of 2 alternatives"),
+    "split in another number": ("a: {to: '(b|c)', split: [1, 1, 1]}", "one length for each of 2 alternatives"),
     "split into nothing": ("a: {to: b, split: [1, 1]}", "split needs a group of the target's own: (a|b) for split"),
     "unstack without its index": ("a: {to: b, unstack: l}", "unstack needs a group of the target's own: <name>"),
     "unstack of another index": ("a: {to: 'b.<l>', unstack: k}", "<l> in 'b.<l>': write <k>, as unstack says"),
@@ -355,8 +355,18 @@ OPERATIONS = {
     ),
     "ties of different groups": ("a: {to: ['b.(x|y)', c], split: [1, 1]}", "tied targets must use the same groups"),
     "add without oneway": ("a: {to: b, add: c}", "add cannot be undone: add oneway: true"),
-    "times without oneway": ("a: {to: b, times: 2}", "times cannot be undone: add oneway: true"),
-    "plus without oneway": ("a: {to: b, plus: 2}", "plus cannot be undone: add oneway: true"),
+    "times nothing": ("a: {to: b, times: 0}", "times: 0 cannot be undone: add oneway: true"),
+    "take without pad": ("a: {to: b, take: [0, 3]}", "or pad for a table whose last rows are padding"),
+    "pad without take": ("a: {to: b, pad: 8}", "pad: 8 is the inverse of take: [0, text.vocab]: add take"),
+    "pad at the start": (
+        "a: {to: b, take: [1, 3], pad: 8}",
+        "rows of zeros lie at the end: write take: [0, text.vocab]",
+    ),
+    "take and pad both ways": (
+        "a: {to: b, take: [0, 3], pad: {multiple: 8, keep: 3}}",
+        "take and pad: {multiple, keep} are inverses of each other: remove one",
+    ),
+    "a tied key without the group": ("a.(x|y): {to: b.\\1, tied: c}", "tied: 'c' must use every group of the source"),
     "rows without oneway": ("(a|b): {to: c, rows: [[0, 1], [1, null]]}", "rows cannot be undone"),
     "add of something else": ("a: {to: b, add: 'c[x]', oneway: true}", "write a key, or key[0] for one row of it"),
     "rest of a fixed key": ("a: {to: b, rest: true}", "rest: true needs a pattern with (.+)"),

@@ -184,6 +184,8 @@ def _some_pattern(rng: random.Random) -> str:
         r"(\d+)",
         r"(\w+)",
         "([^.]+)",
+        "(**.)",
+        "(\\d+>=2<12)",
         "(a|b)",
         "(|a)",
         "(|a.)",
