@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, VerifyError, some
 from keymap.language.format import Format
+from keymap.load.casts import cast
 from keymap.load.copying import Read, materialise
 from keymap.load.preflight import failed_checks
 from keymap.plan.export import Target, export, only_reading, target_format
@@ -21,7 +22,6 @@ from keymap.read import LazyTensor
 from keymap.read.lazy import brief
 from keymap.source.hubs import Asked, PathLike, ask
 from keymap.source.open import open_tree
-from keymap.write.tensors import cast
 
 __all__ = ["convert_state_dict"]
 

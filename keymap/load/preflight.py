@@ -9,6 +9,7 @@ import torch
 from keymap.errors import PlanError, VerifyError, some
 from keymap.language.layout import Layout
 from keymap.language.rules import Check
+from keymap.load.casts import narrows, too_large
 from keymap.load.copying import Read, Tensors, materialise
 from keymap.load.shared import Region, overlapping, refuse_distributed, refuse_subclasses, refuse_uncopyable
 from keymap.load.threads import Tasks, on_threads
@@ -78,7 +79,7 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
         The checks that fail, for a load that is not strict; their keys are then unexpected.
 
     Raises:
-        VerifyError: a check fails, under strict.
+        VerifyError: a check fails, under strict; or a value does not fit the dtype of the model's tensor.
         CheckpointError: a member is corrupt.
     """
     failed = failed_checks(plan.checks, lambda key: tensors[key].read())
@@ -87,6 +88,7 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
             f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
             [*(text for _, text in failed), "to load the rest and report these keys, pass strict=False"],
         )
+    _refuse_too_large(plan, tensors)
     used = {piece.source for entry in plan.entries for piece in entry.layout.pieces}
     lazy = sorted((tensors[source] for source in used if source is not None), key=lambda one: one.position)
     checksums = {id(one.values): check for one in lazy if (check := one.check) is not None}  # several share a member
@@ -98,6 +100,22 @@ def verify_plan(plan: Plan, tensors: Tensors, strict: bool) -> list[Check]:
 
         on_threads(verify)
     return [check for check, _ in failed]
+
+
+def _refuse_too_large(plan: Plan, tensors: Tensors) -> None:
+    """Read what is cast to a narrower dtype, and refuse values that would become infinite."""
+    faults = []
+    for entry in (entry for entry in plan.entries if entry.casts):
+        for source in entry.layout.sources:
+            lazy = tensors[source]
+            fault = too_large(lazy.read(), entry.dtype) if narrows(lazy.dtype, entry.dtype) else ""
+            if fault:
+                faults.append(f"{source}: {fault} of the model's {entry.key}")
+    if faults:
+        raise VerifyError(
+            f"{plan.file} (format {plan.format}) does not fit the model; nothing was changed",
+            [*faults, "load into a model of a wider dtype, for example model.float()"],
+        )
 
 
 # --- the model's memory ---

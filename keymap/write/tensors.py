@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import torch
 
-from keymap.errors import PlanError, VerifyError
+from keymap.errors import PlanError
+from keymap.load.casts import cast
 from keymap.load.copying import materialise
 from keymap.plan.export import Export, Target
 from keymap.plan.plan import dtype_name
 from keymap.read import LazyTensor
 from keymap.read.lazy import Block
 
-__all__ = ["Item", "cast", "items_of", "parse_dtype", "raw_bytes", "same_elements", "value_of_item"]
+__all__ = ["Item", "items_of", "parse_dtype", "raw_bytes", "same_elements", "value_of_item"]
 
 _FLOATS = (
     torch.float64,
@@ -25,7 +26,6 @@ _FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-_BLOCK = 1 << 20  # elements that are checked at a time
 
 
 class Item(NamedTuple):
@@ -92,53 +92,6 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
     else:
         value = materialise(layout, read)
     return cast(key, value, item.dtype).reshape(item.target.shape).contiguous()
-
-
-def cast(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype.
-
-    Args:
-        key: of the tensor, for the message.
-        value: on the CPU.
-        dtype: its new dtype.
-
-    Raises:
-        VerifyError: a value does not fit the dtype: a finite one would be infinite, or cut to the largest one.
-    """
-    found = value.to(dtype)
-    narrower = (
-        value.dtype.is_floating_point
-        and dtype.is_floating_point
-        and (dtype.itemsize == 1 or torch.finfo(dtype).max < torch.finfo(value.dtype).max)
-    )
-    if narrower and value.dtype != dtype and _does_not_fit(value, found):
-        raise VerifyError(
-            f"{key}: its largest value {_largest(value):g} does not fit {dtype_name(dtype)}; write it as "
-            f"{dtype_name(value.dtype)}"
-        )
-    return found
-
-
-def _does_not_fit(value: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether a value became infinite, or cannot be said in a dtype of 8 bits; looks at some MB at a time."""
-    largest = torch.finfo(found.dtype).max
-    for old, new in zip(_blocks(value), _blocks(found), strict=True):
-        if found.dtype.itemsize == 1:
-            outside = old.to(torch.float32).abs() > largest
-        else:
-            outside = torch.isinf(new) & ~torch.isinf(old)
-        if bool(outside.any()):
-            return True
-    return False
-
-
-def _largest(value: torch.Tensor) -> float:
-    """The largest magnitude of the values."""
-    return max(float(block.double().abs().nan_to_num(0, torch.inf).max()) for block in _blocks(value))
-
-
-def _blocks(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(value.reshape(-1), _BLOCK)
 
 
 def same_elements(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:

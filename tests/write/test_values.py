@@ -62,6 +62,29 @@ def test_a_format_that_fixes_half_precision_refuses_what_does_not_fit(value, dty
         keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "openai")
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("value", "dtype", "into"),
+    [
+        (1e30, torch.float32, torch.float16),
+        (1e300, torch.float64, torch.float32),
+        (3.4e38, torch.float32, torch.bfloat16),
+    ],
+)
+def test_a_load_into_a_narrower_model_refuses_what_would_become_infinite(
+    value, dtype, into, strict, assign, state, tmp_path
+):
+    torch.save(with_value(state, value, dtype), tmp_path / "x.pt")
+    model = openclip.clip(seed=2).to(into)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(keymap.VerifyError, match=r"visual\.conv1\.weight: its largest value .* does not fit"):
+        keymap.load_checkpoint(model, tmp_path / "x.pt", strict=strict, assign=assign)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    torch.save(with_value(state, float("inf"), dtype), tmp_path / "x.pt")  # infinite in the file: it stays so
+    keymap.load_checkpoint(model, tmp_path / "x.pt", strict=strict, assign=assign)
+
+
 @pytest.mark.parametrize("dtype", ["float8_e8m0fnu", "float8_e4m3fnuz", "float4_e2m1fn_x2", "int8", "nothing", 5])
 def test_a_dtype_that_loses_signs_or_is_none_is_refused(dtype, tmp_path):
     with pytest.raises(keymap.PlanError, match=r"dtype=.*one of float64, float32, float16, bfloat16"):
