@@ -91,8 +91,7 @@ CONVERSIONS = {  # words after `convert`, the same as arguments, the refusal
     "a dtype that loses range": (
         ["big.pt", "y.pt", "--to", "hf_clip", "--dtype", "float16"],
         {"dtype": "float16"},
-        "logit_scale: its largest value 1e+06 does not fit float16; pass another dtype, for example "
-        "dtype='bfloat16'",
+        "logit_scale: its largest value 1e+06 does not fit float16; pass another dtype, for example dtype='bfloat16'",
     ),
     "a dtype of integers": (
         ["hf.safetensors", "y.pt", "--to", "open_clip", "--dtype", "int8"],
