@@ -44,6 +44,7 @@ OPTIONS: Mapping[str, tuple[str, Words]] = {
     "check_dtype": ("--check-dtype", _switch),
     "dtype": ("--dtype", _one),
     "facts": ("--fact", _pairs),
+    "hub": ("--hub", _one),
     "like_mapping": ("--like-mapping", _one),
     "like_wrapper": ("--like-wrapper", _one),
     "mapping": ("--mapping", _one),

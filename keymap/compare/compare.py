@@ -87,9 +87,10 @@ def compare_checkpoints(
     if not both[0].tensors and not both[1].tensors:
         raise PlanError(f"{source_a.file} and {source_b.file} have no tensors of towers={towers!r}")
     found = _compare(*both, limit, strict_dtype)
-    sides = ("a", one), ("b", other)
-    unread = [f"{name}: {n}" for name, side in sides for n in not_read(side, "compared", f"wrapper_{name}")]
-    return replace(found, notes=(*found.notes, *unread))
+    for name, side in (("a", one), ("b", other)):
+        unread = [note.replace("wrapper=", f"wrapper_{name}=") for note in not_read(side, "compared")]
+        found = replace(found, notes=(*found.notes, *(f"{name}: {note}" for note in unread)))
+    return found
 
 
 def _checked_tolerance(tolerance: object) -> float:

@@ -98,19 +98,18 @@ def only_reading(opened: Opened) -> Source:
     raise DetectionError(error.summary, [*error.faults, *advice])
 
 
-def not_read(opened: Opened, done: str, argument: str = "wrapper") -> list[str]:
+def not_read(opened: Opened, done: str) -> list[str]:
     """A note on the tensors of the file that are not in its state dict; empty where there are none.
 
     Args:
         opened: the file.
         done: what was done with the state dict, for example "converted".
-        argument: of the caller's function, which chooses another state dict.
     """
     unwrapped = opened.top[0].unwrapped
     names = () if unwrapped.outside else opened.elsewhere  # of a part of a state dict there is a note already
     if not names:
         return []
-    hint = f"; {choices(argument, unwrapped.others)} takes another state dict" if unwrapped.others else ""
+    hint = f"; {choices('wrapper', unwrapped.others)} takes another state dict" if unwrapped.others else ""
     return [f"not {done}: {count_of(len(names), 'tensor')} elsewhere in the file: {some(names, 3)}{hint}"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -222,6 +222,41 @@ def open_tree(asked: Asked, tree: Mapping[str, Any], wrapper: str | None, facts:
     return _Reader(asked.known, asked.mapping, checkpoint, (), facts).opened(wrapper)
 
 
+class _Read:
+    """The readings that a search has made, by where in the state dict."""
+
+    def __init__(self) -> None:
+        self._owned: list[tuple[str, set[str]]] = []
+        self._whole: set[tuple[str, str]] = set()
+        self._alone: set[tuple[str, str]] = set()
+
+    def add(self, prefix: str, readings: Iterable[Source], owners: Iterable[Source]) -> None:
+        """Note the readings below a prefix, and the keys that the formats of ``owners`` name."""
+        for source in readings:
+            if source.found is not None:
+                (self._alone if source.alone else self._whole).add((source.found.mapping.name, prefix))
+        for source in owners:
+            if source.found is not None:
+                self._owned.append((prefix, owned_keys(source.found.mapping, source.found.tensors)))
+
+    def explains(self, prefix: str, inside: Sequence[str]) -> bool:
+        """Whether a reading above a prefix names more than half of the keys below it."""
+        return any(
+            2 * len(names.intersection(inside)) > len(inside)
+            for outer, names in self._owned
+            if prefix != outer and prefix.startswith(outer)
+        )
+
+    def others(self, prefix: str, to_try: Iterable[Reading]) -> set[Reading]:
+        """Readings that are not made yet: a tower without its prefix is the one that a reading above has with it."""
+        return {
+            (name, root)
+            for name, root in to_try
+            if (name, prefix) not in self._alone
+            and not (root and prefix.endswith(root) and (name, prefix.removesuffix(root)) in self._whole)
+        }
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Makes the sources of one checkpoint."""
@@ -359,37 +394,24 @@ class _Reader:
             tried: ``top`` are the readings of all its tensors, and not only of those outside nested dicts.
         """
         keys = sorted(state_dict.tensors)
-        start = state_dict.start
-        owned = [(start, owned_keys(s.found.mapping, s.found.tensors)) for s in top if s.found is not None]
-        read = {(s.found.mapping.name, start) for s in top if s.found is not None}
-        alone = {(s.found.mapping.name, start) for s in top if s.found is not None and s.alone}
+        start, read = state_dict.start, _Read()
+        read.add(start, top, top)
         groups: list[tuple[Source, ...]] = []
         to_try = prefixes_to_try(self.known, keys, self.wanted)
         for prefix in sorted(to_try, key=len):
             if not prefix.startswith(start) or training(prefix, self.known.containers):
                 continue
             inside = below(prefix, keys)
-            if any(
-                2 * len(names.intersection(inside)) > len(inside)
-                for outer, names in owned
-                if prefix != outer and prefix.startswith(outer)
-            ):
+            if read.explains(prefix, inside):
                 continue
             at_top = prefix == start
             unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside)
             if unwrapped.start != prefix and not at_top:
                 continue  # the longer prefix is in the table, too
-            readings = {
-                (name, root)
-                for name, root in to_try[prefix]
-                if (name, prefix) not in alone
-                and not (root and prefix.endswith(root) and (name, prefix.removesuffix(root)) in read)
-            }  # the tower without its prefix is the tower that a reading above has with it
-            group = self.group(unwrapped, readings, alone_only=at_top and tried)
+            group = self.group(unwrapped, read.others(prefix, to_try[prefix]), alone_only=at_top and tried)
             if group:
                 groups.append(group)
-                read |= {(s.found.mapping.name, prefix) for s in group if s.found is not None}
-                owned += [(prefix, owned_keys(s.found.mapping, s.found.tensors)) for s in group[:1] if s.found]
+                read.add(prefix, group, group[:1])
         return Found(state_dict, tuple(groups), self.refused)
 
     def group(self, unwrapped: Unwrapped, to_try: set[Reading], alone_only: bool) -> tuple[Source, ...]:

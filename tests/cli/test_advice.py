@@ -49,6 +49,7 @@ SPELLINGS = {
     "wrapper_a='x' or wrapper_b='y'": "--wrapper-a x or --wrapper-b y",
     "like_wrapper='x' like_mapping='y'": "--like-wrapper x --like-mapping y",
     "to='open_clip'": "--to open_clip",
+    "hub='open_clip'": "--hub open_clip",
     "towers=(,) wrapper=((( a==b, x.towers=('a',)": "--tower '(,)' --wrapper((( a==b, x.towers=('a',)",
 }
 
@@ -88,6 +89,7 @@ WITHOUT = {  # arguments that no command takes, and why no message about them is
     "force_quick_gelu": "of OpenCLIP's create_model",
     "jit": "of OpenCLIP's own function",
     "name": "of map_key, which is no command",
+    "progress": "the command shows its own",
     "source": "the same",
 }
 COMMANDS = {
@@ -272,7 +274,7 @@ FOLLOWED = {  # the file and the command; options that the refusal must offer; t
     "a grid": (a_grid_that_is_not_shown, ["--source-grid HxW"], 0),
 }
 FOLDER = """--fact image.activation=gelu --fact image.head_width=16 --fact image.pool=tok --fact image.eps=1e-5
---fact text.heads=2 --fact text.pool=argmax --fact text.causal=true --fact text.eps=1e-5"""
+--fact text.heads=2 --fact text.pool=argmax --fact text.causal=true --fact text.eps=1e-5 --fact text.activation=gelu"""
 OPEN = {
     "--fact image.activation=VALUE": FOLDER,
     "--fact image.heads=VALUE": "--fact image.heads=3 --fact text.heads=2",
