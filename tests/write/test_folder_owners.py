@@ -7,6 +7,7 @@ import tempfile
 
 import open_clip
 import pytest
+import timm
 import torch
 import transformers
 from peers import hf, layouts, naflex, openclip
@@ -162,3 +163,19 @@ def test_an_openclip_folder_is_the_source_of_another(kept_folders, tmp_path):
     keymap.convert_checkpoint(tmp_path / "one", tmp_path / "two", "open_clip")
     one, two = (json.loads((tmp_path / name / "open_clip_config.json").read_text()) for name in ("one", "two"))
     assert one == two and one["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "some/name"
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_tower_of_siglip(tower, tmp_path):
+    keymap.save_checkpoint(openclip.siglip(seed=1), tmp_path / "out", "hf_siglip", towers=tower)
+    assert opened(hf.SIGLIP_TOWERS[tower], tmp_path / "out").config.hidden_size == (48 if tower == "image" else 32)
+
+
+def test_timm_gets_the_size_and_the_pooling_of_a_trunk(tmp_path):
+    model = openclip.custom(seed=1)
+    model.visual = torch.nn.Module()
+    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=240, global_pool="avg").eval()
+    model.visual.trunk = trunk
+    keymap.save_checkpoint(model, tmp_path / "out", "timm", towers="image")
+    peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(peer(images(240)), trunk(images(240)))
