@@ -21,7 +21,9 @@ from keymap.language.header import read_header
 from keymap.source.registry import Registry, hubs
 
 FILES_OF_A_HUB = 10
-HUB = "format: {hub}\nkind: hub\ntitle: a hub\ndetect: {{all: [{hub}.w]}}\ntowers:\n  text:\n    {hub}.(.+): {hub}.\\1\n"
+HUB = (
+    "format: {hub}\nkind: hub\ntitle: a hub\ndetect: {{all: [{hub}.w]}}\ntowers:\n  text:\n    {hub}.(.+): {hub}.\\1\n"
+)
 FORMAT = (
     "format: {name}\nhub: {hub}\ntitle: a format\ndetect: {{all: [{name}.w]}}\ntowers:\n  text:\n"
     "    {name}.(w|b): {hub}.\\1\n    {name}.layers.(\\d+).(q|k|v).weight: {{to: {hub}.layers.\\1.qkv, concat: 0}}\n"

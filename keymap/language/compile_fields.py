@@ -39,7 +39,9 @@ def compile_positions(compiler: Compiler) -> dict[str, Position]:
         methods = _OF_GRIDS if grid else _OF_LINES
         method = entry.get("method", methods[0])
         if method not in methods:
-            what = f"a grid is resized by {', '.join(methods)}" if grid else f"a line is resized by {' or '.join(methods)}"
+            what = (
+                f"a grid is resized by {', '.join(methods)}" if grid else f"a line is resized by {' or '.join(methods)}"
+            )
             compiler.fault(compiler.marked, ("positions", key, "method"), what)
         return Position(key, lead, grid, rows, apart, entry.get("grid", ""), method)
 

@@ -335,12 +335,16 @@ class _Reader:
     def inner(self, unwrapped: Unwrapped, top: tuple[Source, ...], everywhere: bool) -> Found:
         """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""
         containers = self.known.containers
-        state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False, known=self.is_known)
+        state_dict = with_nested(
+            self.checkpoint.tree, unwrapped, containers, self.file, from_root=False, known=self.is_known
+        )
         if unwrapped.start:  # a part of a state dict is searched alone: the caller chose it
             return self.search(unwrapped, top, tried=True)._replace(searched=state_dict)
         found = self.search(state_dict, top, tried=state_dict is unwrapped)
         if not found.groups and everywhere:
-            everything = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=True, known=self.is_known)
+            everything = with_nested(
+                self.checkpoint.tree, unwrapped, containers, self.file, from_root=True, known=self.is_known
+            )
             if everything is not unwrapped:
                 found = self.search(everything, (), tried=False)
         return found
