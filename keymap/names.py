@@ -56,7 +56,7 @@ def map_key(name: str, source: PathLike, to: PathLike, *, hub: str | None = None
         raise PlanError(f"to={brief(to)}: pass the name of a format")
     if source is None:
         raise PlanError("source=None: pass the name of a format")
-    known, wanted, target = ask(hub, source, to, as_mapping="source")
+    known, wanted, target, _ = ask(hub, source, to, as_mapping="source")
     assert wanted is not None, "the source is named"
     way = _Way(known, known.get(wanted), target_format(known, target))
     names = way.key(name)

@@ -91,10 +91,10 @@ def like(
     weights_only: bool,
     hub: str | None,
 ) -> nn.Module:
-    """A module with the names and shapes that a checkpoint has after a translation to OpenCLIP's names.
+    """A module with the names and shapes that a checkpoint has after a translation to its hub's names.
 
     Raises:
-        KeymapError: the checkpoint is refused, or a tensor of it has no name in OpenCLIP.
+        KeymapError: the checkpoint is refused, or a tensor of it has no name in the hub.
     """
     with renaming({"wrapper": "like_wrapper", "mapping": "like_mapping"}):
         source = only_reading(open_source(path, weights_only, ask(hub, mapping), wrapper))
@@ -102,7 +102,7 @@ def like(
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:
         faults = [fault.text for fault in translated.faults]
-        faults += [f"{key}: has no place in OpenCLIP's names" for key in translated.unowned]
+        faults += [f"{key}: has no place in the names of hub {source.known.hub.name}" for key in translated.unowned]
         raise PlanError(f"--like {source.file}: does not describe a model", faults)
     return _Described(
         {

@@ -47,7 +47,7 @@ def compare_checkpoints(
 ) -> Comparison:
     """Compare the weights of two checkpoints, whatever their formats, containers and dtypes are.
 
-    Files of one format are compared key by key. Files of two formats are compared under the names of OpenCLIP, which
+    Files of one format are compared key by key. Files of two formats are compared under the names of their hub, which
     both are converted to while they are read. Files that no format matches are compared under their own names, if
     they share them. Keys that hold no weights (index buffers, masks) are not compared, and the result says so.
 
@@ -55,7 +55,7 @@ def compare_checkpoints(
     by its rounding. NaN equals NaN in the same place, whatever its bits, and 0.0 equals -0.0.
 
     Args:
-        a, b: as ``checkpoint_path`` of `load_checkpoint`; or a model with OpenCLIP's keys.
+        a, b: as ``checkpoint_path`` of `load_checkpoint`; or a model whose keys a hub knows.
         tolerance: the largest |a - b| of a single element that is no difference. Integers and booleans must be the
             same.
         weights_only: as in `load_checkpoint`.

@@ -27,6 +27,7 @@ from keymap.errors import PlanError, some
 
 __all__ = ["install", "installed", "uninstall"]
 
+_HUB = "open_clip"  # that of the models
 _TOWER_PATH = re.compile(r"pretrained_(\w+)_path")
 _lock = threading.RLock()
 _log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _checkpoint_loader(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(
         model: Any, checkpoint_path: Any, strict: bool = True, weights_only: bool = True, device: Any = "cpu"
     ) -> Any:
-        return load_checkpoint(model, checkpoint_path, strict, weights_only, device)
+        return load_checkpoint(model, checkpoint_path, strict, weights_only, device, hub=_HUB)
 
     return load
 
@@ -179,7 +180,7 @@ def _creator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _load_tower(model: Any, tower: str, path: Any, weights_only: bool) -> None:
     """Load one tower, as OpenCLIP does: what fits; what does not is logged."""
-    result = load_checkpoint(model, path, strict=False, weights_only=weights_only, towers=(tower,))
+    result = load_checkpoint(model, path, strict=False, weights_only=weights_only, towers=(tower,), hub=_HUB)
     lacking = (*result.missing_keys, *result.report.plan.mismatched)
     _log.info("%s", result)
     if lacking:

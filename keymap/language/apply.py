@@ -18,7 +18,8 @@ from keymap.language.rules import Check, Fault, Join, Rule, RuleError, RuleTable
 __all__ = ["Applied", "apply_rules"]
 
 _MAX_LACKING = 10_000  # members of a join that the file lacks
-_MAX_SLICES = 10_000  # additional keys that tensors are cut into
+_MAX_SLICES = 10_000  # additional keys that tensors are cut into ...
+_MAX_SLICES_OF_EACH = 100  # ... and so many more for each key of the file
 _MAX_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
@@ -306,7 +307,7 @@ class _Job(NamedTuple):
 
 def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Blocks, result: Applied) -> None:
     """Apply the operations of every job; the errors of one rule become one fault."""
-    made = 0  # additional keys
+    made, most = 0, _MAX_SLICES + _MAX_SLICES_OF_EACH * len(tensors)  # additional keys
     wrong: dict[int, list[Fault]] = {}
     notes: dict[int, list[str]] = {}
     for job in jobs:
@@ -326,12 +327,12 @@ def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Bloc
                 for side in rule.targets
             ]
             made += max(len(outputs) - len(keys), 0)
-            if made > _MAX_SLICES:
-                raise RuleError(f"with it, tensors are cut into more than {_MAX_SLICES} keys")
+            if made > most:
+                raise RuleError(f"with it, tensors are cut into more than {most} keys")
         except ValueError as error:  # of a rule, a view or a piece
             fault = _fault(rule, job.values, keys, members, str(error))
-            wrong.setdefault(id(rule), []).append(fault._replace(fatal=made > _MAX_SLICES))
-            if made > _MAX_SLICES:
+            wrong.setdefault(id(rule), []).append(fault._replace(fatal=made > most))
+            if made > most:
                 break
             continue
         if rule.take is not None or rule.pad is not None:

@@ -147,7 +147,7 @@ def _compiled(compiler: Compiler) -> Format:
         optional_buffers=frozenset(data.get("optional_buffers", ())),
         absent_means=compile_absences(compiler),
         file_only=frozenset(data.get("file_only", ())),
-        positions=compile_positions(data),
+        positions=compile_positions(compiler),
         facts=compile_facts(compiler),
         causal_masks=frozenset(data.get("causal_masks", ())),
         measures=compile_measures(compiler),

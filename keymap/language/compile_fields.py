@@ -23,8 +23,12 @@ __all__ = [
 Measures = Mapping[str, Mapping[str, tuple[tuple[Side, int | None], ...]]]
 
 
-def compile_positions(data: Mapping[str, Any]) -> dict[str, Position]:
+_OF_GRIDS, _OF_LINES = ("bicubic", "bilinear", "nearest"), ("linear", "nearest")  # the first is the default
+
+
+def compile_positions(compiler: Compiler) -> dict[str, Position]:
     """The hub's ``positions``, by key."""
+    data = compiler.marked.data
 
     def position(key: str, entry: Mapping[str, Any]) -> Position:
         prefix = entry.get("prefix", 0)
@@ -32,7 +36,14 @@ def compile_positions(data: Mapping[str, Any]) -> dict[str, Position]:
         lead = 1 if entry["axes"].startswith("1 ") else 0
         apart = grid and "(" not in entry["axes"]
         rows = tuple(prefix) if isinstance(prefix, list) else prefix
-        return Position(key, lead, grid, rows, apart, entry.get("grid", ""))
+        methods = _OF_GRIDS if grid else _OF_LINES
+        method = entry.get("method", methods[0])
+        if method not in methods:
+            what = (
+                f"a grid is resized by {', '.join(methods)}" if grid else f"a line is resized by {' or '.join(methods)}"
+            )
+            compiler.fault(compiler.marked, ("positions", key, "method"), what)
+        return Position(key, lead, grid, rows, apart, entry.get("grid", ""), method)
 
     return {key: position(key, entry) for key, entry in data.get("positions", {}).items()}
 

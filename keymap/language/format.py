@@ -114,6 +114,7 @@ class Position(NamedTuple):
         prefix: how many rows come before the grid, or the keys whose tensors bring them.
         apart: the grid has two separate axes, ``1 h w d``, so its shape shows it.
         grid_fact: the fact that gives the model's grid (h, w).
+        method: how it is resampled, by torch's name.
     """
 
     key: str
@@ -122,6 +123,7 @@ class Position(NamedTuple):
     prefix: int | tuple[str, ...]
     apart: bool = False
     grid_fact: str = ""
+    method: str = "linear"
 
 
 class Place(NamedTuple):

@@ -1,7 +1,7 @@
 """Position embeddings at another size: the resampling that `plan.resize` decides on.
 
-Images: bicubic with antialias over (h, w). Text: linear over positions, without antialias. Computed in float32
-(float64 for float64 weights), whatever the checkpoint's dtype.
+A grid is resampled over (h, w), with antialias where torch has it; a line over its positions, without. Computed in
+float32 (float64 for float64 weights), whatever the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ def resample(tensor: torch.Tensor, resize: Resize) -> torch.Tensor:
 
 
 def _line(rows: torch.Tensor, resize: Resize) -> torch.Tensor:
-    """Rows of text positions, (n, width)."""
+    """Rows of positions on a line, (n, width)."""
     line = rows.permute(1, 0).unsqueeze(0)
-    line = F.interpolate(line, size=resize.target_size[0], mode="linear", align_corners=False)
+    line = F.interpolate(line, size=resize.target_size[0], mode=resize.method, align_corners=_corners(resize))
     return line.squeeze(0).permute(1, 0)
+
+
+def _corners(resize: Resize) -> bool | None:
+    """Torch's ``align_corners``, which nearest neighbours do not have."""
+    return None if resize.method == "nearest" else False
 
 
 def _grid(rows: torch.Tensor, resize: Resize) -> torch.Tensor:
@@ -37,7 +42,10 @@ def _grid(rows: torch.Tensor, resize: Resize) -> torch.Tensor:
     prefix, grid = rows[: resize.source_prefix], rows[resize.source_prefix :]
     if resize.source_size != resize.target_size:
         image = grid.reshape(1, *resize.source_size, -1).permute(0, 3, 1, 2)
-        image = F.interpolate(image, size=resize.target_size, mode="bicubic", antialias=True, align_corners=False)
+        corners = _corners(resize)
+        image = F.interpolate(
+            image, size=resize.target_size, mode=resize.method, antialias=corners is not None, align_corners=corners
+        )
         grid = image.permute(0, 2, 3, 1).reshape(prod(resize.target_size), -1)
     if resize.source_prefix < resize.target_prefix:
         prefix = rows.new_zeros(resize.target_prefix, rows.shape[1])

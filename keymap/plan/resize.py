@@ -1,7 +1,6 @@
 """Position embeddings of another size: which rows are prefix and which are grid, on either side.
 
-Image grids are resampled bicubically with antialias over (h, w), text positions linearly without antialias.
-`load.resample` computes it; here only sizes are decided.
+The hub says how an embedding is resampled: a grid over (h, w), a line over its positions. `load.resample` computes it; here only sizes are decided.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ class Resize(NamedTuple):
         source_size, target_size: (h, w) for a grid, (n,) for a line of text positions.
         assumed: True where the source's grid was not given and was assumed to be square.
         apart: the grid keeps its two axes.
+        method: how, by torch's name.
     """
 
     lead: int
@@ -41,6 +41,7 @@ class Resize(NamedTuple):
     target_size: tuple[int, ...]
     assumed: bool = False
     apart: bool = False
+    method: str = "linear"
 
     @property
     def identity(self) -> bool:
@@ -49,11 +50,10 @@ class Resize(NamedTuple):
     def __str__(self) -> str:
         source, target = ("x".join(map(str, size)) for size in (self.source_size, self.target_size))
         assumed = " (assumed to be square)" if self.assumed and not self.identity else ""
-        method = "bicubic" if len(self.source_size) == 2 else "linear"
         zeros = ""
         if self.source_prefix != self.target_prefix:
             zeros = f", {self.target_prefix} rows before the grid filled with zeros"
-        return f"{source}{assumed} to {target}, {method}{zeros}"
+        return f"{source}{assumed} to {target}, {self.method}{zeros}"
 
 
 class Rows(NamedTuple):
@@ -76,6 +76,12 @@ def plan_resize(position: Position, source: Rows, target: Rows) -> Resize | None
     Raises:
         MismatchError: the widths differ, a grid cannot be inferred, or the rows before the grid differ.
     """
+    found = _planned(position, source, target)
+    return found._replace(method=position.method) if found is not None else None
+
+
+def _planned(position: Position, source: Rows, target: Rows) -> Resize | None:
+    """See `plan_resize`; without the method."""
     lead, same = position.lead, source.shape == target.shape
     if not _resizable(position, source.shape, target.shape):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,13 @@ class Asked(NamedTuple):
         known: all mappings of the hub.
         mapping: the name of the source's format; None if it is to be detected.
         to: the name of the target; "" for none.
+        own: the keys of the model, where there is one.
     """
 
     known: Catalogue
     mapping: str | None = None
     to: str = ""
+    own: Collection[str] = ()
 
 
 class _Named(NamedTuple):
@@ -75,7 +77,7 @@ def ask(
     known, names = _asked(hub, {as_mapping: mapping, "to": to}, model)
     if mapping is not None:
         _check_is_format(known, names[as_mapping], as_mapping)
-    return Asked(known, names.get(as_mapping), names.get("to", ""))
+    return Asked(known, names.get(as_mapping), names.get("to", ""), model.keys() if model is not None else ())
 
 
 def ask_for_two(

@@ -202,7 +202,7 @@ def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wra
             checkpoints[files] = open_checkpoint(files[0], weights_only) if is_one else open_shards(files, weights_only)
         checkpoint = checkpoints[files]
         notes = (*choice.notes, *checkpoint.notes)
-        found.append(_Reader(known, one.mapping, checkpoint, notes).opened(wrapper))
+        found.append(_Reader(known, one.mapping, checkpoint, notes, own=one.own).opened(wrapper))
     return found
 
 
@@ -219,7 +219,7 @@ def open_tree(asked: Asked, tree: Mapping[str, Any], wrapper: str | None, facts:
         CheckpointError: there is no state dict.
     """
     checkpoint = Checkpoint(Path("the state dict"), "", tree, {})
-    return _Reader(asked.known, asked.mapping, checkpoint, (), facts).opened(wrapper)
+    return _Reader(asked.known, asked.mapping, checkpoint, (), facts, asked.own).opened(wrapper)
 
 
 class _Read:
@@ -266,6 +266,7 @@ class _Reader:
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     facts: Mapping[str, int] = field(default_factory=dict)
+    own: Collection[str] = ()
     refused: list[tuple[Source, DetectionError]] = field(default_factory=list)
 
     @property
@@ -273,13 +274,24 @@ class _Reader:
         return str(self.checkpoint.path)
 
     def opened(self, wrapper: str | None) -> Opened:
-        unwrapped = unwrap(self.checkpoint.tree, self.known.containers, self.file, wrapper)
+        unwrapped = unwrap(self.checkpoint.tree, self.known.containers, self.file, wrapper, self.is_known)
         top = self.readings(unwrapped)
         if len(top) == 1 and top[0].found is not None and explains_little(top[0].found.mapping, top[0].found.tensors):
             top = self.towers_alone(unwrapped, top[0].found) or top
         search = partial(self.inner, unwrapped, top, everywhere=wrapper is None)
         elsewhere = partial(self.elsewhere, unwrapped)
         return Opened(self.known, self.file, top, wrapper is not None, self.wanted is not None, search, elsewhere)
+
+    def is_known(self, tensors: Mapping[str, LazyTensor]) -> bool:
+        """Whether these keys, before a prefix is stripped, are the model's or those of a format."""
+        if 2 * sum(key in tensors for key in self.own) > len(tensors):
+            return True
+        layouts = layouts_of(tensors)
+        for mapping in [self.known.get(self.wanted)] if self.wanted is not None else self.known.detectable:
+            fits = not explains_little(mapping, layouts) if mapping.by_name else claim(mapping, layouts, self.facts)
+            if fits:
+                return True
+        return False
 
     def readings(self, unwrapped: Unwrapped) -> tuple[Source, ...]:
         """One Source for each format that matches a state dict; or one without a format."""
@@ -375,12 +387,16 @@ class _Reader:
     def inner(self, unwrapped: Unwrapped, top: tuple[Source, ...], everywhere: bool) -> Found:
         """See `Opened.inner`; with ``everywhere`` the rest of the file is searched if the state dict holds nothing."""
         containers = self.known.containers
-        state_dict = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=False)
+        state_dict = with_nested(
+            self.checkpoint.tree, unwrapped, containers, self.file, from_root=False, known=self.is_known
+        )
         if unwrapped.start:  # a part of a state dict is searched alone: the caller chose it
             return self.search(unwrapped, top, tried=True)._replace(searched=state_dict)
         found = self.search(state_dict, top, tried=state_dict is unwrapped)
         if not found.groups and everywhere:
-            everything = with_nested(self.checkpoint.tree, unwrapped, containers, self.file, from_root=True)
+            everything = with_nested(
+                self.checkpoint.tree, unwrapped, containers, self.file, from_root=True, known=self.is_known
+            )
             if everything is not unwrapped:
                 found = self.search(everything, (), tried=False)
         return found
@@ -405,7 +421,7 @@ class _Reader:
             if read.explains(prefix, inside):
                 continue
             at_top = prefix == start
-            unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside)
+            unwrapped = state_dict if at_top else part(state_dict, prefix, self.known.containers, inside, self.is_known)
             if unwrapped.start != prefix and not at_top:
                 continue  # the longer prefix is in the table, too
             group = self.group(unwrapped, read.others(prefix, to_try[prefix]), alone_only=at_top and tried)

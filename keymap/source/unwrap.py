@@ -1,12 +1,13 @@
 """Strip wrapper dicts and key prefixes: find the state dict in a checkpoint.
 
-The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it.
+The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it, and
+only if the keys are not known with it: those of a language model begin with ``model.``
 `search` finds the towers of a state dict that holds more than one model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,12 +20,17 @@ from keymap.read.lazy import MAX_KEY, brief
 from keymap.source.flatten import flatten, resolve
 from keymap.source.weight_norm import normalised
 
-__all__ = ["Unwrapped", "part", "unwrap", "with_nested"]
+__all__ = ["Known", "Unwrapped", "part", "unwrap", "with_nested"]
 
 _MAX_DEPTH = 4
 _MAX_COMPARED = 2000  # prefixes that a wrong wrapper is compared with
 _MAX_PREFIXES = 16  # nested wrapper classes
 _Path = tuple[str, ...]
+Known = Callable[[Mapping[str, LazyTensor]], bool]  # whether these keys are a format's, or the model's, as they are
+
+
+def _not_known(_tensors: Mapping[str, LazyTensor]) -> bool:
+    return False
 
 
 class Unwrapped(NamedTuple):
@@ -60,7 +66,13 @@ class Unwrapped(NamedTuple):
         return (*self.notes, *self.computed, *self.outside)
 
 
-def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: str | None = None) -> Unwrapped:
+def unwrap(
+    tree: Mapping[str, Any],
+    containers: Containers,
+    file: str,
+    wrapper: str | None = None,
+    known: Known = _not_known,
+) -> Unwrapped:
     """Find the state dict in the tree that a reader returned.
 
     Args:
@@ -69,6 +81,7 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
         file: for messages.
         wrapper: dotted path of the wanted state dict or submodel (``"state_dict.teacher"``, ``"teacher"``);
             None takes the first wrapper of the table.
+        known: keys that it knows keep their prefixes.
 
     Raises:
         CheckpointError: there is no state dict, or none under ``wrapper``; a key is too long or not printable; or
@@ -90,13 +103,18 @@ def unwrap(tree: Mapping[str, Any], containers: Containers, file: str, wrapper: 
     _refuse_empty(tree, tensors, containers, file)
     notes = _remove_others(state, tensors, containers)
     if not submodel:
-        return _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path), containers, file)
+        return _strip(Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path), containers, file, known)
     whole = Unwrapped(tensors, ".".join(path), others, (), tuple(notes), "", path)
-    return part(_strip(whole, containers, file, prefixes=()), submodel, containers)
+    return part(_strip(whole, containers, file, prefixes=()), submodel, containers, known=known)
 
 
 def with_nested(
-    tree: Mapping[str, Any], unwrapped: Unwrapped, containers: Containers, file: str, from_root: bool
+    tree: Mapping[str, Any],
+    unwrapped: Unwrapped,
+    containers: Containers,
+    file: str,
+    from_root: bool,
+    known: Known = _not_known,
 ) -> Unwrapped:
     """A state dict with the tensors of the dicts within it, by their dotted names.
 
@@ -106,6 +124,7 @@ def with_nested(
         containers: the declared table.
         file: for messages.
         from_root: start at the top level of the file instead of at the state dict.
+        known: as for `unwrap`.
 
     Raises:
         CheckpointError: a key is too long or not printable, or two tensors have the same dotted name.
@@ -115,10 +134,16 @@ def with_nested(
     if len(tensors) <= len(unwrapped.tensors if unwrapped.stored is None else unwrapped.stored):
         return unwrapped
     _check_keys(tensors, file)
-    return _strip(Unwrapped(tensors, ".".join(path), (), (), (), "", path), containers, file)
+    return _strip(Unwrapped(tensors, ".".join(path), (), (), (), "", path), containers, file, known)
 
 
-def part(state_dict: Unwrapped, prefix: str, containers: Containers, inside: Sequence[str] | None = None) -> Unwrapped:
+def part(
+    state_dict: Unwrapped,
+    prefix: str,
+    containers: Containers,
+    inside: Sequence[str] | None = None,
+    known: Known = _not_known,
+) -> Unwrapped:
     """The tensors of a state dict under one prefix, by their keys in the state dict.
 
     Args:
@@ -126,6 +151,7 @@ def part(state_dict: Unwrapped, prefix: str, containers: Containers, inside: Seq
         prefix: with or without the ``.`` or ``/`` at its end.
         containers: the declared table; its prefixes are stripped after ``prefix``, too.
         inside: the keys that begin with ``prefix``, if the caller has them.
+        known: as for `unwrap`.
     """
     if not prefix.endswith((".", "/")):
         prefix += "." if any(key.startswith(f"{prefix}.") for key in state_dict.tensors) else "/"
@@ -133,6 +159,8 @@ def part(state_dict: Unwrapped, prefix: str, containers: Containers, inside: Seq
         inside = [key for key in state_dict.tensors if key.startswith(prefix)]
     start = prefix
     while more := next((p for p in containers.prefixes if all(k.startswith(start + p) for k in inside)), ""):
+        if known({key[len(start) :]: state_dict.tensors[key] for key in inside}):
+            break
         start += more
     name, note = prefix[:-1], tuple[str, ...]()
     count = len(state_dict.tensors) - len(inside)
@@ -269,13 +297,19 @@ def _check_keys(tensors: Mapping[str, LazyTensor], file: str) -> None:
             raise CheckpointError(f"{file}: the key {brief(key)} has unprintable characters; rename the key")
 
 
-def _strip(found: Unwrapped, containers: Containers, file: str, prefixes: tuple[str, ...] | None = None) -> Unwrapped:
+def _strip(
+    found: Unwrapped,
+    containers: Containers,
+    file: str,
+    known: Known = _not_known,
+    prefixes: tuple[str, ...] | None = None,
+) -> Unwrapped:
     """Strip the names of wrapper classes: prefixes that every key has, and segments anywhere in a key."""
-    known = containers.prefixes if prefixes is None else prefixes
+    prefixes = containers.prefixes if prefixes is None else prefixes
     tensors, stripped, notes = dict(found.tensors), list(found.prefixes), list(found.notes)
     while True:
-        prefix = next((p for p in known if all(k.startswith(p) and k != p for k in tensors)), None)
-        if prefix is not None and len(stripped) < _MAX_PREFIXES:
+        prefix = next((p for p in prefixes if all(k.startswith(p) and k != p for k in tensors)), None)
+        if prefix is not None and len(stripped) < _MAX_PREFIXES and not known(tensors):
             stripped.append(prefix)
             tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
             continue

@@ -53,7 +53,12 @@ def test_the_page_states_the_limits_of_the_code() -> None:
     fields = schema["$defs"]["fields"]["$defs"]
     mapping += [effort.keys, effort.opened, fields["aliases"]["maxItems"]]
     assert row("a mapping") == mapping
-    assert row("what rules produce") == [apply._MAX_SLICES, apply._MAX_LACKING, apply._MAX_MADE_UP]
+    assert row("what rules produce") == [
+        apply._MAX_SLICES,
+        apply._MAX_SLICES_OF_EACH,
+        apply._MAX_LACKING,
+        apply._MAX_MADE_UP,
+    ]
     assert row("a pattern") == [pattern_syntax._MAX_TEXT, pattern_syntax._MAX_READINGS]
     assert row("a view") == [view._MAX_AXES]
     assert f"Up to {execute._MADE_FIRST >> 20} MB of resized and computed tensors are made" in PAGE
