@@ -303,6 +303,7 @@ class Format:
     """One mapping file, compiled. Fields are as in the schema.
 
     Attributes:
+        steps: rules that are applied before those of the towers, in order, and inverted after them.
         rules: those of all towers.
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
         layout_evidence: (hub) the evidence of each layout of a tower.
@@ -323,6 +324,7 @@ class Format:
     unsupported: tuple[Unsupported, ...] = ()
     refuse: tuple[Refusal, ...] = ()
     aliases: tuple[Alias, ...] = ()
+    steps: tuple[RuleTable, ...] = ()
     rules: tuple[Rule, ...] = ()
     variants: tuple[Variant, ...] = ()
     dtypes: tuple[tuple[Side, str], ...] = ()
@@ -356,6 +358,12 @@ class Format:
     def back(self) -> RuleTable:
         """The way back of ``table``."""
         return self.table.inverse()
+
+    @cached_property
+    def prepares_by_facts(self) -> bool:
+        """Whether aliases or steps need facts."""
+        tables = (*(block.table for block in self.aliases), *self.steps)
+        return any(rule.facts for table in tables for rule in table.rules)
 
     @cached_property
     def ends_left_out(self) -> tuple[str, ...]:
