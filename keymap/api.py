@@ -208,7 +208,7 @@ def inspect_checkpoint(
     evidence: tuple[str, ...] = ()
     towers: Described = {}
     if found is not None:
-        evidence, towers = found.evidence, describe(source.known, to_hub(found, {}).tensors)
+        evidence, towers = found.evidence, describe(source.known, to_hub(found, source.settings.numbers).tensors)
     elif refusal is not None:
         evidence = (refusal.summary, *refusal.faults)
     return Inspection(

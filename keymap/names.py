@@ -86,9 +86,11 @@ class _Way(NamedTuple):
     def key(self, name: str) -> Names | None:
         """The names that a key becomes; None if the source format does not have it."""
         owned = False
-        for found in self._hub_names(name):
+        starts = _through(self.source.steps, (name,))
+        for found in (found for start in starts for found in self._hub_names(start)):
             owned = True
-            names = [self._from_hub(each) for each in found]
+            back = [step.inverse() for step in reversed(self.target.steps)]
+            names = [_through(back, self._from_hub(each)) for each in found]
             if any(names):
                 return tuple(dict.fromkeys(one for several in names for one in several))
         ignored = self.source.ignored(name) is not None
@@ -170,6 +172,13 @@ class _Way(NamedTuple):
             if (path := self.known.path(tower, start, end)) is not None
         ]
         return sorted((path for path in paths if path), key=len) + [[]] * ([] in paths or not paths)
+
+
+def _through(tables: Sequence[RuleTable], names: Names) -> Names:
+    """The names after each of some tables, which leave names that they do not know as they are."""
+    for table in tables:
+        names = tuple(one for each in names for one in _applied(table, each) or (each,))
+    return names
 
 
 def _bridged(path: Sequence[RuleTable], name: str) -> Names:

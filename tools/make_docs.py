@@ -250,6 +250,7 @@ def page(data: Data, mapping: Format, shared: dict[str, Data], place: str, hub: 
         section("Detection", ["Only the name leads to it."])
     section("Layouts", _layouts(data))
     section("Aliases", _aliases(data))
+    section("Steps", _steps(data))
     section("Ignored keys", _ignored(data))
     for tower, entries in data.get("unsupported", {}).items():
         section(f"Unsupported keys: {tower}", (f"- {code(key)}: {why}" for key, why in entries.items()))
@@ -298,7 +299,7 @@ def _reached(field: str, data: Data, shared: dict[str, Data], tables: Data | Non
     if not any(name in data for name in ("towers", "variants")):
         return every
     name_of = re.compile(r"<\d+:(\w+)>" if field == "lookups" else r"'table': '(\w+)'")
-    start = repr([data.get("towers"), data.get("variants"), data.get("aliases"), tables])
+    start = repr([*(data.get(field) for field in ("towers", "variants", "aliases", "steps")), tables])
     reached, new = set(data.get(field, ())), name_of.findall(start)
     while new:
         reached.update(new)
@@ -344,6 +345,14 @@ def _aliases(data: Data) -> Iterator[str]:
             if key != "when":
                 does = f" ({operation(value)})" if operation(value) else ""
                 yield f"- {when}{code(key)} is read as {target(value)}{does}."
+
+
+def _steps(data: Data) -> Iterator[str]:
+    for number, block in enumerate(data.get("steps", ()), 1):
+        yield f"Step {number}, before the rules:"
+        yield ""
+        yield from rules(block, "becomes")
+        yield ""
 
 
 def _lookups(lookups: Data) -> Iterator[str]:

@@ -82,6 +82,14 @@ def renamed(rules: str, keys: list[str], more: str) -> list[str]:
     return list(apply_aliases(mapping(rules, more), layouts, {})[0])
 
 
+def stepped(rules: str, tensors: Mapping[str, Tensor], more: str) -> dict[str, Tensor]:
+    """Apply the steps of a mapping, then its rules, to tensors of the file."""
+    example = mapping(rules, more)
+    for step in example.steps:
+        tensors = _apply(step, tensors, None)
+    return _apply(example.table, tensors, None)
+
+
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in tensors.items()}
 

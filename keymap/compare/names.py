@@ -104,7 +104,7 @@ def same_names(a: Source, b: Source, request: Request, facts: Mapping[str, int])
     if one.name == other.name and (one.kind != "hub" or _same_layouts(known.hub, a.found.tensors, b.found.tensors)):
         return _as_written(a, request), _as_written(b, request), one.name
     both = [_to_hub(source, request, facts) for source in (a, b)]
-    faults = _meet(known, *both)
+    faults = _meet(known, both[0], both[1], facts)
     for side, translated in zip("ab", both, strict=True):
         fatal = [*translated.faults, *_collisions(translated)]
         faults += [f"{side}: {fault.text}" for fault in with_lacking_facts_once(fatal)]
@@ -165,7 +165,7 @@ def _dropped(keys: Mapping[str, str]) -> tuple[str, ...]:
 def _to_hub(source: Source, request: Request, facts: Mapping[str, int]) -> Translated:
     found, hub = source.found, source.known.hub
     assert found is not None, "the caller has looked"
-    translated = to_hub(found, facts)
+    translated = to_hub(found, source.settings.numbers | dict(facts))
     keep_towers(translated, request, hub)
     for key in [key for key in translated.tensors if hub.ignored(key) is not None]:
         ignored = hub.ignored(key)
@@ -174,7 +174,7 @@ def _to_hub(source: Source, request: Request, facts: Mapping[str, int]) -> Trans
     return translated
 
 
-def _meet(known: Catalogue, one: Translated, other: Translated) -> list[str]:
+def _meet(known: Catalogue, one: Translated, other: Translated, facts: Mapping[str, int]) -> list[str]:
     """Bring each tower of both to one layout; returns the towers for which there is none."""
     faults: list[str] = []
     alike: list[str] = []
@@ -195,7 +195,7 @@ def _meet(known: Catalogue, one: Translated, other: Translated) -> list[str]:
             continue
         alike.append(tower)
         for side in (one, other):
-            bring_to_layouts(known, side, {tower: [target]})
+            bring_to_layouts(known, side, {tower: [target]}, facts)
     return [*faults, f"compare what is left with {choices('towers', [tuple(alike)])}"] if faults and alike else faults
 
 

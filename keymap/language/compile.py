@@ -126,6 +126,7 @@ def _compiled(compiler: Compiler) -> Format:
         unsupported=tuple(_unsupported(compiler)),
         refuse=tuple(_refusals(compiler)),
         aliases=tuple(_aliases(compiler)),
+        steps=tuple(_steps(compiler)),
         rules=tuple(
             rule
             for tower, entries in data.get("towers", {}).items()
@@ -205,8 +206,22 @@ def _ignored(compiler: Compiler) -> Iterator[Ignored]:
 def _aliases(compiler: Compiler) -> Iterator[Alias]:
     for i, block in enumerate(compiler.marked.data.get("aliases", [])):
         when = compiler.evidence(block["when"], ("aliases", i, "when")) if "when" in block else None
-        rules = compiler.rules(block, ("aliases", i), "")
-        yield Alias(when, RuleTable(tuple(rules)))
+        rules = tuple(compiler.rules(block, ("aliases", i), ""))
+        tied = next((rule for rule in rules if rule.tied is not None), None)
+        if tied is not None:
+            compiler.faults.append(f"{tied.place}: tied: aliases only rename; write it under `towers:` or `steps:`")
+        yield Alias(when, RuleTable(rules))
+
+
+def _steps(compiler: Compiler) -> Iterator[RuleTable]:
+    for i, block in enumerate(compiler.marked.data.get("steps", [])):
+        rules = tuple(compiler.rules(block, ("steps", i), ""))
+        for rule in rules:
+            if rule.oneway or rule.rest:
+                what = "oneway: steps have inverses; write the rule under `aliases:`" if rule.oneway else (
+                    "rest: a step leaves the keys that it does not match as they are; remove it")  # fmt: skip
+                compiler.faults.append(f"{rule.place}: {what}")
+        yield RuleTable(rules)
 
 
 def _variants(compiler: Compiler) -> Iterator[Variant]:

@@ -282,6 +282,7 @@ class Compiler:
 
     def _twin(self, text: str, source: Side, context: _Context) -> Side:
         """Another source key that holds the same values, in the syntax of a target; raises PatternError."""
+        self.count(self.marked, ())
         numbers = count(1)
         prefix = _GROUP.sub(lambda _: f"\\{next(numbers)}", context.source)
         side = parse_target(((prefix, 0), (text, context.groups)), source, self.lookups, effort=self.effort)

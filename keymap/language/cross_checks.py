@@ -34,6 +34,9 @@ def cross_faults(mapping: Format, effort: Effort) -> Iterator[str]:
         clashes.compare(both, "on the way back, key", seen_back)
     for alias in mapping.aliases:
         clashes.compare(alias.table.rules, "key")
+    for step in mapping.steps:
+        clashes.compare(step.rules, "key")
+        clashes.compare(step.inverse().rules, "on the way back, key")
     yield from islice(clashes.faults(), _MAX_FAULTS)
     if mapping.kind != "hub":  # the hub's rules are whole prefixes, within which it ignores some keys
         ignored = [(entry.side, "ignore") for entry in mapping.ignore]

@@ -333,6 +333,7 @@ class Format:
     Attributes:
         hub: the hub that the file names; "" if it names none.
         by_name: it has no evidence: only a caller who names it, or its hub, gets it.
+        steps: rules that are applied before those of the towers, in order, and inverted after them.
         rules: those of all towers.
         layouts: of each tower, the layouts that the rules lead to; of the hub, all that it knows.
         layout_evidence: (hub) the evidence of each layout of a tower.
@@ -355,6 +356,7 @@ class Format:
     unsupported: tuple[Unsupported, ...] = ()
     refuse: tuple[Refusal, ...] = ()
     aliases: tuple[Alias, ...] = ()
+    steps: tuple[RuleTable, ...] = ()
     rules: tuple[Rule, ...] = ()
     variants: tuple[Variant, ...] = ()
     dtypes: tuple[tuple[Side, str], ...] = ()
@@ -388,6 +390,12 @@ class Format:
     def back(self) -> RuleTable:
         """The way back of ``table``."""
         return self.table.inverse()
+
+    @cached_property
+    def prepares_by_facts(self) -> bool:
+        """Whether aliases or steps need facts."""
+        tables = (*(block.table for block in self.aliases), *self.steps)
+        return any(rule.facts for table in tables for rule in table.rules)
 
     @cached_property
     def ends_left_out(self) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ def _evidence(marked: Marked, mapping: Format) -> Iterator[tuple[str, str]]:
     owned = [
         *of_rules,
         *(rule.source for alias in mapping.aliases for rule in alias.table.rules),
+        *(rule.source for table in mapping.steps for rule in table.rules),
         *(entry.side for entry in mapping.ignore),
         *(entry.side for entry in mapping.unsupported),
     ]
@@ -129,7 +130,7 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
 def _facts_of_names(mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:
     """Facts in the patterns of rules that the hub does not know."""
     tables = [mapping.rules, *(variant.rules for variant in mapping.variants)]
-    tables += [block.table.rules for block in mapping.aliases]
+    tables += [*(block.table.rules for block in mapping.aliases), *(table.rules for table in mapping.steps)]
     for rule in (rule for rules in tables for rule in rules):
         for fact in rule.facts_of_names:
             if fact not in hub.facts:
@@ -285,7 +286,8 @@ def _rules(data: Mapping[str, Any]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """The rules of a file that are more than a target, each with its path."""
     groups: list[tuple[Path, Any]] = [(("towers", t), rules) for t, rules in data.get("towers", {}).items()]
     groups += [(("tables", t), rules) for t, rules in data.get("tables", {}).items()]
-    groups += [(("aliases", i), rules) for i, rules in enumerate(data.get("aliases", ()))]
+    for field in ("aliases", "steps"):
+        groups += [((field, i), rules) for i, rules in enumerate(data.get(field, ()))]
     for i, variant in enumerate(data.get("variants", ())):
         groups += [(("variants", i, "towers", t), rules) for t, rules in variant["towers"].items()]
     for path, rules in groups:

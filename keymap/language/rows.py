@@ -11,7 +11,7 @@ from keymap.language.layout import Layout, cut, place, whole
 
 __all__ = ["Rows", "padded", "taken"]
 
-_MAX_PADDING = 8  # rows of zeros, for each row that is there
+_MAX_PADDING = 8  # zeros, for each element that is there
 
 
 class Rows(NamedTuple):
@@ -65,7 +65,9 @@ def padded(layout: Layout, rows: Rows, facts: Mapping[str, int]) -> Layout:
     if known and rows.end(facts) != have:
         raise ValueError(f"pad: there are {have} rows, and {rows.stop} is {rows.end(facts)}")
     total = rows.padded(have)
-    if total - have > _MAX_PADDING * have:
+    row = prod(layout.shape[1:])
+    zeros_before = sum(piece.numel for piece in layout.pieces if piece.source is None)  # of earlier rules
+    if (total - have) * row + zeros_before > _MAX_PADDING * (have * row - zeros_before):
         raise ValueError(f"pad: {have} rows would get {total - have} rows of zeros")
     if total == have:
         return layout

@@ -157,7 +157,7 @@ def _causes(faults: list[SchemaFault]) -> list[SchemaFault]:
 
 def _unit(path: Path) -> Path:
     """What to leave out for a fault at a path: the whole rule, for a fault within a rule."""
-    for start, length in ((("towers",), 3), (("tables",), 3), (("aliases",), 3), (("variants",), 5)):
+    for start, length in ((("towers",), 3), (("tables",), 3), (("aliases",), 3), (("steps",), 3), (("variants",), 5)):
         if path[:1] == start and len(path) > length:
             return path[:length]
     return path

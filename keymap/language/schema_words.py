@@ -53,6 +53,22 @@ _OTHER_WORDS = {  # names that other libraries use for a field
     "include": "uses: [file without .yaml]",
     "imports": "uses: [file without .yaml]",
 }
+_NO_WORDS = {  # operations that no rule has, and what to do
+    "weight_norm": "keymap computes such weights when it reads a file: list the ends of the keys under `weight_norms:` "
+    "of a file of kind: containers, and write the rule for the weight",
+    **dict.fromkeys(
+        ("dequantize", "dequantise", "quantization", "scales"),
+        "quantised weights are not computed: leave it out, and convert the original checkpoint",
+    ),
+    **dict.fromkeys(
+        ("tensor_parallel", "ranks", "shard"),
+        "a rule reads whole tensors: leave it out, and join the parts of a tensor-parallel checkpoint first",
+    ),
+    **dict.fromkeys(
+        ("divide", "mul_by", "matmul", "clamp", "exp", "log", "mean"),
+        "the only arithmetic is times, plus and add: leave it out",
+    ),
+}
 _NO_SPACE = r"([^\s:]+):(\S.*)"  # a name and a value, without a space after the colon
 _OTHER_VALUES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _NAME_FORM = "small letters, digits and _, and a letter first"
@@ -179,6 +195,8 @@ def _unknown_field(name: str, known: list[str], path: Path, root: Mapping[str, A
     if today and today.partition(":")[0] in known:
         return f"{name!r} is now called {today!r}"
     shown = name[:80]
+    if name in _NO_WORDS and "to" in known:
+        return f"there is no field {shown!r} here: {_NO_WORDS[name]}"
     elsewhere = "" if path else _belongs_elsewhere(name, known, root)
     if elsewhere:
         return elsewhere

@@ -66,7 +66,10 @@ def _plan(mapping: Format, known: Catalogue, variant: int, found: list[Sample]) 
         table = RuleTable((*mapping.rules, *mapping.variants[variant - 1].rules))
     shapes = {key: shape for sample in reversed(found) for key, shape in sample.shapes.items()}
     facts = {name: length for sample in reversed(found) for name, length in sample.facts.items()}
-    applied = apply_rules(table, {key: whole(key, shape, torch.float32) for key, shape in shapes.items()}, facts)
+    layouts = {key: whole(key, shape, torch.float32) for key, shape in shapes.items()}
+    for step in mapping.steps:
+        layouts = apply_rules(step, layouts, facts, pass_others=True).out
+    applied = apply_rules(table, layouts, facts)
     order = {key: number for number, key in enumerate(shapes)}
     made = sorted(applied.out.items(), key=lambda one: min((order[key] for key in one[1].sources), default=0))
     makers = {target: rule.tower for rule, _, target in applied.steps}

@@ -293,7 +293,8 @@ class _Trial:
         """A state dict under the hub's names, and its towers."""
         if id(source) not in self._hub_views:
             self._sources[id(source)] = source
-            hub_keys = to_hub(source.found, {}).tensors if source.found is not None else {}
+            numbers = source.settings.numbers
+            hub_keys = to_hub(source.found, numbers).tensors if source.found is not None else {}
             self._hub_views[id(source)] = hub_keys, describe(self.opened.known, hub_keys)
         return self._hub_views[id(source)]
 

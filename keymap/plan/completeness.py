@@ -61,12 +61,13 @@ def _find(rules: Sequence[Rule], keys: Iterable[str]) -> _Present:
     """Which keys each rule owns."""
     table = RuleTable(tuple(rules))
     present = _Present({id(rule): set() for rule in rules}, {})
+    by_source = {id(rule.source): rule for rule in rules}
     for key in keys:
         found = table.find(key)
         if found is None:
             continue
         rule, values = found
-        main = next((one for one in rules if one.source is rule.tied), None) if rule.tied is not None else None
+        main = by_source.get(id(rule.tied))
         if main is not None:  # the other key holds the same values
             present.captures[id(main)].add(tuple(values[name] for name in main.source.variables))
         present.captures[id(rule)].add(tuple(values[name] for name in rule.source.variables))

@@ -119,7 +119,7 @@ def found_towers(opened: Opened) -> tuple[FoundTower, ...]:
     hub = opened.known.hub.name
     for source in (*top, *inside):
         assert source.found is not None, "sources without a format are left out"
-        for name, tower in describe(opened.known, to_hub(source.found, {}).tensors).items():
+        for name, tower in describe(opened.known, to_hub(source.found, source.settings.numbers).tensors).items():
             names = tuple(configurations_for(opened.known, {name: tower}))
             prefix = source.unwrapped.wrapper
             found.append(FoundTower(prefix, source.found.mapping.name, name, tower.layout, tower.sizes, names, hub))

@@ -120,20 +120,21 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
         source: with a format.
         target: a format, the hub, or a bridge, which gives the hub's keys in its second layout.
         request: the towers that are asked for.
-        facts: settings that shapes do not show.
+        facts: settings that shapes do not show; the rest is taken from the source's configuration.
 
     Raises:
         PlanError: the source is incomplete, a key has no place in the target, or a fact is missing.
     """
     known, found = source.known, source.found
     assert found is not None, "a source without a format is refused before"
+    facts = source.settings.numbers | dict(facts)
     translated = to_hub(found, facts)
     present = {tower_of(known.hub, key): None for key in translated.tensors}
     keep_towers(translated, request, known.hub)
     translated.faults += incomplete(found.mapping, translated.rules, translated.source_keys, known.hub.optional_buffers)
     before = len(translated.unowned)
     for tower in known.hub.layouts:
-        bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)})
+        bring_to_layouts(known, translated, {tower: _target_layouts(known, translated, target, tower)}, facts)
     foreign = set(translated.unowned[before:])  # of towers that are faults already
     in_hub = dict(translated.tensors)
     if target.kind == "format":

@@ -51,6 +51,21 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
     translated.checks += applied.checks
     translated.steps += applied.steps
     translated.notes += applied.notes
+    for step in reversed(mapping.steps):
+        _undo(step, translated, facts)
+
+
+def _undo(step: RuleTable, translated: Translated, facts: Mapping[str, int]) -> None:
+    """Apply the inverse of a step; a key that the step would read as another one is a fault."""
+    step = step.within(facts)
+    undone = apply_rules(step.inverse(), translated.tensors, facts, pass_others=True)
+    made = {target for _, _, target in undone.steps}
+    for key, layout in undone.out.items():
+        found = step.find(key) if key not in made else None
+        if found is not None:
+            text = f"{found[0].place}: {key} cannot be written: rule {found[0].text} would read it as another key"
+            translated.faults.append(Fault(text, layout.named(key)))
+    translated.take(undone)
 
 
 def _one_way_faults(name: str, rules: Sequence[Rule], translated: Translated) -> list[Fault]:

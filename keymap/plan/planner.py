@@ -6,6 +6,7 @@ Everything is decided from names, shapes and dtypes; all faults are collected be
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from keymap.errors import DetectionError
 from keymap.language.format import Format
@@ -89,12 +90,12 @@ def _translate(
         translated = own_names(found, model)
         notes = keep_towers(translated, request, hub)
         return translated, _counts(translated, hub), notes
-    facts = sizes_of(model.facts) | dict(request.facts)
+    facts = source.settings.numbers | sizes_of(model.facts) | dict(request.facts)
     translated = to_hub(found, facts)
     notes = keep_towers(translated, request, hub)
     refuse_empty(translated, request, found.mapping.name, hub_towers(hub))
     counts = _counts(translated, hub)
-    _bring_to_model(source, translated, model)
+    _bring_to_model(source, translated, model, facts)
     return translated, counts, (*notes, *take_own_names(translated, model, request, hub))
 
 
@@ -123,12 +124,13 @@ def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[
     return (f"{others} tensor{'' if one else 's'} outside the requested towers {'is' if one else 'are'} not loaded",)
 
 
-def _bring_to_model(source: Source, translated: Translated, model: ModelView) -> None:
+def _bring_to_model(source: Source, translated: Translated, model: ModelView, facts: Mapping[str, int]) -> None:
     """Bring the towers whose keys differ from the model's to the model's layouts."""
     hub = source.known.hub
     differing = {tower_of(hub, key) for key in translated.tensors if key not in model.tensors}
     layouts = {tower: tower_layout(hub, tower, model.tensors) for tower in differing}
-    bring_to_layouts(source.known, translated, {tower: [name] for tower, name in layouts.items() if name is not None})
+    wanted = {tower: [name] for tower, name in layouts.items() if name is not None}
+    bring_to_layouts(source.known, translated, wanted, facts)
 
 
 def _counts(translated: Translated, hub: Format) -> Counter[str]:

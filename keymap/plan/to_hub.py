@@ -13,7 +13,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, Step
-from keymap.source.detect import Detection, file_rules, tower_layout
+from keymap.source.detect import Detection, file_rules, tower_layout, with_facts
 
 __all__ = ["Translated", "bring_to_layouts", "to_hub", "tower_of", "towers_of_unowned"]
 
@@ -62,9 +62,11 @@ class Translated:
 
 def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     """A detected file under the hub's names, in the layouts of its format."""
+    found = with_facts(found, facts)
     table = file_rules(found.mapping, found.tensors).within(facts)
     result = Translated({}, rules=table.rules, source_keys=found.tensors)
     result.faults, result.steps = [*found.faults], [*found.steps]
+    result.checks, result.notes = [*found.checks], [*found.notes]
     kept, unsupported = _sort_out(found, result)
     applied = apply_rules(table, kept, facts)
     result.take(applied)
@@ -105,13 +107,16 @@ def _sort_out(found: Detection, result: Translated) -> tuple[dict[str, Layout], 
     return kept, unsupported
 
 
-def bring_to_layouts(known: Catalogue, translated: Translated, wanted: Mapping[str, Iterable[str]]) -> None:
+def bring_to_layouts(
+    known: Catalogue, translated: Translated, wanted: Mapping[str, Iterable[str]], facts: Mapping[str, int]
+) -> None:
     """Bring each tower of ``translated`` to one of the wanted layouts, where a path of bridges exists.
 
     Args:
         known: the mappings, with the bridges.
         translated: changed in place.
         wanted: for a tower the layouts that the target has or reads; a tower that is not listed stays as it is.
+        facts: that the bridges' rules may need.
     """
     for tower in known.hub.layouts:
         layout = tower_layout(known.hub, tower, translated.tensors)
@@ -126,7 +131,7 @@ def bring_to_layouts(known: Catalogue, translated: Translated, wanted: Mapping[s
             _take_out(known.hub, translated, tower, targets)
             continue
         for step in min(paths, key=len):
-            translated.take(apply_rules(step.table, translated.tensors, {}, pass_others=True))
+            translated.take(apply_rules(step.table, translated.tensors, facts, pass_others=True))
             translated.layouts[tower].append(step.target)
 
 

@@ -13,7 +13,7 @@ from keymap.language.catalogue import Catalogue
 from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
-from keymap.language.rules import Fault, RuleTable, Step
+from keymap.language.rules import Check, Fault, RuleTable, Step
 from keymap.language.shape_form import fitted
 
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
@@ -31,6 +31,7 @@ __all__ = [
     "matching_keys",
     "tower_layout",
     "uses_aliases",
+    "with_facts",
 ]
 
 
@@ -39,9 +40,11 @@ class Detection(NamedTuple):
 
     Attributes:
         mapping: the format.
-        tensors: layouts by key, after the format's `aliases`.
+        tensors: layouts by key, after the format's `aliases` and `steps`.
         evidence: the keys that match the format's evidence.
-        faults, steps: of applying `aliases`.
+        faults, steps: of applying `aliases` and `steps`.
+        checks, notes: of applying `steps`.
+        stored: the layouts before that, if facts may change what is applied.
     """
 
     mapping: Format
@@ -49,6 +52,9 @@ class Detection(NamedTuple):
     evidence: tuple[str, ...]
     faults: tuple[Fault, ...]
     steps: tuple[Step, ...]
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    stored: Mapping[str, Layout] = {}
 
 
 def _with_prefix(start: str, names: Sequence[str]) -> Iterator[str]:
@@ -185,6 +191,37 @@ def apply_aliases(
     return tensors, tuple(faults), tuple(steps)
 
 
+def _prepared(mapping: Format, tensors: Mapping[str, Layout], facts: Mapping[str, int], found: Detection) -> Detection:
+    """A detection after the format's `steps`.
+
+    Args:
+        mapping: the format.
+        tensors: before `aliases`.
+        facts: that rules may need.
+        found: after `aliases`.
+    """
+    for table in mapping.steps:
+        applied = apply_rules(table, found.tensors, facts, pass_others=True)
+        found = found._replace(
+            tensors=applied.out,
+            faults=(*found.faults, *applied.faults),
+            steps=(*found.steps, *applied.steps),
+            checks=(*found.checks, *applied.checks),
+            notes=(*found.notes, *applied.notes),
+        )
+    return found._replace(stored=tensors) if mapping.prepares_by_facts else found
+
+
+def with_facts(found: Detection, facts: Mapping[str, int]) -> Detection:
+    """A detection with `aliases` and `steps` applied by these facts, which are not known when a file is opened."""
+    if not found.mapping.prepares_by_facts:
+        return found
+    renamed, faults, steps = apply_aliases(found.mapping, found.stored, facts)
+    return _prepared(
+        found.mapping, found.stored, facts, Detection(found.mapping, renamed, found.evidence, faults, steps)
+    )
+
+
 def tower_layout(hub: Format, tower: str, tensors: Mapping[str, Shaped]) -> str | None:
     """The layout of a tower with these keys; None if they have no keys of it."""
     names = sorted(tensors)
@@ -218,8 +255,9 @@ def claims(
         detection = claim(mapping, tensors, facts or {}, names)
         if detection is None and wanted is not None:
             renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
-            _refuse_foreign(known, mapping, renamed, tensors, file)
             detection = Detection(mapping, renamed, ("named by the caller",), faults, steps)
+            detection = _prepared(mapping, tensors, facts or {}, detection)
+            _refuse_foreign(known, mapping, detection.tensors, tensors, file)
         if detection is not None:
             found.append(detection)
     if found:
@@ -236,7 +274,9 @@ def claim(
     """What one format reads in the keys; None if its evidence does not match. ``names`` are the sorted keys."""
     renamed, faults, steps = apply_aliases(mapping, tensors, facts, names)
     keys = matching_keys(mapping.detect, renamed, names if renamed is tensors else None)
-    return Detection(mapping, renamed, tuple(keys), faults, steps) if keys is not None else None
+    if keys is None:
+        return None
+    return _prepared(mapping, tensors, facts, Detection(mapping, renamed, tuple(keys), faults, steps))
 
 
 def ambiguous(found: Sequence[Detection], file: str) -> DetectionError:

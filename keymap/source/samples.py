@@ -15,6 +15,7 @@ import torch
 
 from keymap.errors import MappingError
 from keymap.language.amounts import amount_in, facts_of
+from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Clue, Evidence, Format
 from keymap.language.layout import Layout, whole
@@ -265,6 +266,14 @@ def _clue_keys(clue: Clue) -> dict[str, Shape]:
     return {clue.side.write(values): _PRIMES[:rank] for values in _values(clue.side)}
 
 
+def _before_steps(mapping: Format, shapes: dict[str, Shape], facts: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes of the keys that a file has, which the format's steps make into those of its rules."""
+    layouts = {key: whole(key, shape, torch.float32) for key, shape in shapes.items()}
+    for step in reversed(mapping.steps):
+        layouts = apply_rules(step.within(facts).inverse(), layouts, facts, pass_others=True).out
+    return {key: layout.shape for key, layout in layouts.items()} if mapping.steps else shapes
+
+
 def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
     """Samples of a mapping: one of its own rules, and one of each variant.
 
@@ -279,6 +288,7 @@ def samples(mapping: Format, known: Catalogue) -> Iterator[Sample]:
         evidence = Evidence((*own.all, *when.all), (*own.any, *when.any), (*own.none, *when.none))
         facts: dict[str, int] = {}
         shapes = _rule_keys(mapping, known, rules, evidence, facts)
+        shapes = _before_steps(mapping, shapes, facts)
         for clue in evidence.all:
             if not _matches(clue, shapes):
                 shapes |= _clue_keys(clue)

@@ -54,6 +54,11 @@ class Settings(NamedTuple):
         height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
         return (height, width) if height and width else None
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The facts that are positive numbers: rules cut and join tensors by them."""
+        return {name: value for name, (value, _) in self.facts.items() if type(value) is int and value > 0}
+
     def to_dict(self) -> dict[str, Any]:
         """The known sizes and facts by name, without their origin."""
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}

@@ -131,7 +131,7 @@ def assert_every_key_has_its_place(held: Mapping[str, Tensor], source: State, fi
     known = registry()
     found = detect(known, {key: whole(key, tuple(v.shape), v.dtype) for key, v in source.items()})
     now = to_hub(found, {})
-    bring_to_layouts(known, now, {"text": ["native"]})
+    bring_to_layouts(known, now, {"text": ["native"]}, {})
     assert not now.faults and not now.unowned
     shapes = {key: layout.shape for key, layout in now.tensors.items()}
     assert shapes == {key: tuple(value.shape) for key, value in held.items() if key not in filled}

@@ -212,7 +212,7 @@ PATTERNS = {
     "a|b": "'|' at character 2",
     "é": "'é' at character 1 of 'é': keys hold letters, digits and _",
     "((a|b)|c)": "((a|b) in '((a|b)|c)': a group is one of (\\d+), (\\w+), ([^.]+),",
-    "(a|b.*)": "(a|b.*) in '(a|b.*)': a group is one of (\\d+), (\\w+), ([^.]+), (.+), or a list of plain alternatives",
+    "(a|b.*)": "(a|b.*) in '(a|b.*)': a group is one of (\\d+), (\\w+), ([^.]+), (.+), (**.), or a list of plain alternatives",
     "(.*)": "(.*) in '(.*)': write (.+) at the end of the key, or ([^.]+) for a name between dots",
     "(?:a)": "(?:a) in '(?:a)': groups have numbers, not names or flags: write (a)",
     "(?P<n>a)": "(?P<n>a) in '(?P<n>a)': groups have numbers, not names or flags: write (a)",
@@ -355,6 +355,7 @@ OPERATIONS = {
     ),
     "ties of different groups": ("a: {to: ['b.(x|y)', c], split: [1, 1]}", "tied targets must use the same groups"),
     "add without oneway": ("a: {to: b, add: c}", "add cannot be undone: add oneway: true"),
+    "another length than all": ("(a|b): {to: c, concat: 0, parts: [text.heads, 1, 1]}", "one length for each of 2"),
     "times nothing": ("a: {to: b, times: 0}", "times: 0 cannot be undone: add oneway: true"),
     "take without pad": ("a: {to: b, take: [0, 3]}", "or pad for a table whose last rows are padding"),
     "pad without take": ("a: {to: b, pad: 8}", "pad: 8 is the inverse of take: [0, text.vocab]: add take"),
@@ -614,3 +615,16 @@ def test_one_bad_file_of_two_adds_none(tmp_path):
 def test_an_unknown_format_lists_near_names():
     with pytest.raises(MappingError, match=r"there is no format 'hf_clop'; did you mean hf_clip"):
         registry().get("hf_clop")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("weight_norm: g", "list the ends of the keys under `weight_norms:` of a file of kind: containers"),
+        ("dequantize: scales", "quantised weights are not computed: leave it out, and convert the original"),
+        ("tensor_parallel: 8", "join the parts of a tensor-parallel checkpoint first"),
+        ("exp: 1", "the only arithmetic is times, plus and add"),
+    ],
+)
+def test_what_no_rule_does_is_refused_in_words(field, words):
+    check(rules(f"a: {{to: b, {field}}}"), "8:16", words)

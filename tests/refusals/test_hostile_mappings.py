@@ -110,6 +110,13 @@ REFUSED: dict[str, tuple[str, str]] = {
     "nested without end": ("a: " + "[" * 60_000, "nested deeper than 12 levels"),
     "documents without end": ("--- a\n" * 20_000, "a second document"),
     "comments alone": ("#\n" * 60_000, "the file is empty"),
+    "depths without end": (rules(*lines(r"'(**.)a#': '\1b#'", 200)), "too many patterns with"),
+    "tied keys without end": (
+        rules(*[f"a{i}: {{to: b{i}, tied: [{', '.join(f'c{i}.{j}' for j in range(16))}]}}" for i in range(400)]),
+        "more than 1000 rules",
+    ),
+    "ranges that are much alike": (rules(*lines(r"'(\d+>=#<999999999).(\w+)': 'b#.\1.\2'", 300)), ""),
+    "a fact with many digits": (rules(f"a: {{to: (b|c), split: ['text.heads * {'9' * 400}', 1]}}"), "f.yaml:8:28"),
     "files to use without end": (rules("a: b", more=f"uses: [{', '.join(lines('n#', 9000))}]\n"), "no mapping 'n0'"),
 }  # fmt: skip
 
@@ -266,6 +273,8 @@ LOADS: dict[str, tuple[str, dict[str, Sequence[int]], str]] = {
         "cannot be"),
     "sizes in a ring": (own("w: {to: visual.y, view: '(a b c) -> a b c', sizes: {a: b, b: c, c: a}}"), {"w": (6,)},
         "cannot infer"),
+    "padding without end": (own("w: {to: visual.y, pad: {multiple: 1000000, keep: 3}}"), {"w": (3, 2)},
+        "3 rows would get 999997 rows of zeros"),
     "itself added": (own("w: {to: visual.y, add: w, oneway: true}"), {"w": (3,)}, ""),
     "thousands of keys, hundreds of rules": (
         own("w: visual.w", *lines(r"k#.(\w+): visual.k#.\1", 300)),
@@ -320,3 +329,16 @@ def test_a_mapping_of_json_is_a_mapping_like_any_other() -> None:
 
 def test_a_pattern_that_matches_everything_matches_a_long_key() -> None:
     assert Side(parse_source("(.+)").tokens).match("x" * 1_000_000) is not None
+
+
+def test_padding_is_bounded_over_all_steps(tmp_path: Path) -> None:
+    steps = "".join(
+        f"  - w{i}: {{to: w{i + 1}, pad: {{multiple: {9**i}, keep: {9 ** max(i - 1, 0)}}}}}\n" for i in range(7)
+    )
+    (tmp_path / "example.yaml").write_text(
+        own("w: visual.w", "w7: visual.x", more=f"steps:\n{steps}"), encoding="utf-8"
+    )
+    path = checkpoint(tmp_path, {"w": (1,), "w0": (1,)})
+    with bounded(path.stat().st_size), pytest.raises(keymap.KeymapError) as caught:
+        keymap.load_checkpoint(openclip.clip(**TINY), path, mapping=tmp_path / "example.yaml")
+    assert "rows of zeros" in str(caught.value)

@@ -111,6 +111,8 @@ def test_the_index_of_shards_is_taken_from_a_folder(tmp_path):
         (["a.pt", "b.pt"], "several weight files; pass the one to load: a.pt, b.pt"),
         (["sub/a.pt", "sub/b.pt"], "sub/a.pt, sub/b.pt"),
         (["__0_0.distcp", "__1_0.distcp", ".metadata"], "dcp_to_torch"),
+        (["consolidated.00.pth", "consolidated.01.pth", "params.json"], "in tensor-parallel parts; join the parts"),
+        (["model0-mp2.safetensors", "model1-mp2.safetensors"], "in tensor-parallel parts; load the checkpoint"),
     ],
 )
 def test_an_ambiguous_folder_is_refused(files, words, tmp_path):
