@@ -49,6 +49,24 @@ def _between(states: _States, at: int, least: int, below: int) -> int:
     return done
 
 
+def _texts(slot: Slot) -> tuple[int, int | None]:
+    """The range of the numbers that a slot writes; where facts decide it, all that they may be."""
+    low, high = (bound if isinstance(bound, int) else None for bound in (slot.low, slot.high))
+    if slot.by_fact:  # any number may be subtracted
+        low, high = 0, None
+    base = slot.base or 1
+    return max(0, (low or 0) * base + slot.shift), None if high is None else high * base + slot.shift
+
+
+def _path(states: _States, at: int) -> int:
+    """Any number of segments, each with its dot."""
+    inner, after = states.new(), states.new()
+    states.edges[at] += [(OPEN["path"][1], inner), (".", after)]
+    states.edges[inner] += [(OPEN["path"][1], inner), (".", after)]
+    states.empty[at].append(after)
+    return after
+
+
 @lru_cache(maxsize=4096)
 def _automaton(side: Side) -> _Automaton:
     """States with character edges and empty edges; the last number is the accepting state."""
@@ -92,24 +110,11 @@ def _automaton(side: Side) -> _Automaton:
                 empty[end].append(join)
             at = join
         elif token.kind == "int":
-            low, high = (bound if isinstance(bound, int) else None for bound in (token.low, token.high))
-            if token.by_fact:  # any number may be subtracted
-                low, high = 0, None
-            least = max(0, ((low or 0) * (token.base or 1)) + token.shift)
-            below = None if high is None else high * (token.base or 1) + token.shift
-            at = (
-                number(at, least)
-                if below is None
-                else _between(_States(edges, empty), at, least, max(below, least + 1))
-            )
+            least, below = _texts(token)
+            end = least + 1 if below is None else max(below, least + 1)
+            at = number(at, least) if below is None else _between(_States(edges, empty), at, least, end)
         elif token.kind == "path":
-            inner, after = state(), state()
-            edges[at].append((OPEN["path"][1], inner))
-            edges[inner].append((OPEN["path"][1], inner))
-            edges[at].append((".", after))
-            edges[inner].append((".", after))
-            empty[at].append(after)
-            at = after
+            at = _path(_States(edges, empty), at)
         else:
             after = state()
             inside = OPEN[token.kind][1]
