@@ -266,6 +266,7 @@ def apply_rules(
     """
     result = Applied()
     table = table.within(facts)
+    asks = table.facts_of_names
     lacking: dict[int, list[Fault]] = {}
     jobs: dict[tuple[int, tuple[tuple[str, str], ...]], _Job] = {}
     for key, layout in tensors.items():
@@ -277,7 +278,7 @@ def apply_rules(
                 result.left[key] = layout
             continue
         rule, values = found
-        if table.facts_of_names and rule.facts_of_names:
+        if asks and rule.facts_of_names:
             names = ", ".join(f"{name!r}: ..." for name in rule.facts_of_names)
             fault = _fault(
                 rule, values, {(): key}, {(): layout}, f"which keys it owns is not known: pass facts={{{names}}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from keymap.language.pattern import OPEN, Effort, Side, Slot
 
@@ -15,16 +16,64 @@ _Automaton = tuple[list[list[tuple[_Class, int]]], list[list[int]], int]
 _SAMPLES = "1a_-/.:#"
 
 
+class _States(NamedTuple):
+    """The states of an automaton: their character edges and their empty edges."""
+
+    edges: list[list[tuple[_Class, int]]]
+    empty: list[list[int]]
+
+    def new(self) -> int:
+        self.edges.append([])
+        self.empty.append([])
+        return len(self.edges) - 1
+
+
+def _between(states: _States, at: int, least: int, below: int) -> int:
+    """The numbers from ``least`` on that are less than ``below``, without leading zeros."""
+    done = states.new()
+    for length in range(len(str(least)), len(str(below - 1)) + 1):
+        first = str(max(least, 10 ** (length - 1) if length > 1 else 0))
+        last = str(min(below - 1, 10**length - 1))
+        level = {(True, True): at}  # by whether the digits so far are those of the first and of the last number
+        for digit_of_first, digit_of_last in zip(map(int, first), map(int, last), strict=True):
+            following: dict[tuple[bool, bool], int] = {}
+            for (at_first, at_last), here in level.items():
+                for digit in range(digit_of_first if at_first else 0, (digit_of_last if at_last else 9) + 1):
+                    key = (at_first and digit == digit_of_first, at_last and digit == digit_of_last)
+                    if key not in following:
+                        following[key] = states.new()
+                    states.edges[here].append((str(digit), following[key]))
+            level = following
+        for end in level.values():
+            states.empty[end].append(done)
+    return done
+
+
+def _texts(slot: Slot) -> tuple[int, int | None]:
+    """The range of the numbers that a slot writes; where facts decide it, all that they may be."""
+    low, high = (bound if isinstance(bound, int) else None for bound in (slot.low, slot.high))
+    if slot.by_fact:  # any number may be subtracted
+        low, high = 0, None
+    base = slot.base or 1
+    return max(0, (low or 0) * base + slot.shift), None if high is None else high * base + slot.shift
+
+
+def _path(states: _States, at: int) -> int:
+    """Any number of segments, each with its dot."""
+    inner, after = states.new(), states.new()
+    states.edges[at] += [(OPEN["path"][1], inner), (".", after)]
+    states.edges[inner] += [(OPEN["path"][1], inner), (".", after)]
+    states.empty[at].append(after)
+    return after
+
+
 @lru_cache(maxsize=4096)
 def _automaton(side: Side) -> _Automaton:
     """States with character edges and empty edges; the last number is the accepting state."""
     edges: list[list[tuple[_Class, int]]] = [[]]
     empty: list[list[int]] = [[]]
 
-    def state() -> int:
-        edges.append([])
-        empty.append([])
-        return len(edges) - 1
+    state = _States(edges, empty).new
 
     def chain(at: int, text: str) -> int:
         for char in text:
@@ -50,26 +99,6 @@ def _automaton(side: Side) -> _Automaton:
         empty[at].append(longer if least else done)
         return done
 
-    def between(at: int, least: int, below: int) -> int:
-        """The numbers from ``least`` on that are less than ``below``, without leading zeros."""
-        done = state()
-        for length in range(len(str(least)), len(str(below - 1)) + 1):
-            first = str(max(least, 10 ** (length - 1) if length > 1 else 0))
-            last = str(min(below - 1, 10**length - 1))
-            level = {(True, True): at}  # by whether the digits so far are those of the first and of the last number
-            for digit_of_first, digit_of_last in zip(map(int, first), map(int, last), strict=True):
-                following: dict[tuple[bool, bool], int] = {}
-                for (at_first, at_last), here in level.items():
-                    for digit in range(digit_of_first if at_first else 0, (digit_of_last if at_last else 9) + 1):
-                        key = (at_first and digit == digit_of_first, at_last and digit == digit_of_last)
-                        if key not in following:
-                            following[key] = state()
-                        edges[here].append((str(digit), following[key]))
-                level = following
-            for end in level.values():
-                empty[end].append(done)
-        return done
-
     at = 0
     for token in side.tokens:
         if isinstance(token, str):
@@ -81,20 +110,11 @@ def _automaton(side: Side) -> _Automaton:
                 empty[end].append(join)
             at = join
         elif token.kind == "int":
-            low, high = (bound if isinstance(bound, int) else None for bound in (token.low, token.high))
-            if token.by_fact:  # any number may be subtracted
-                low, high = 0, None
-            least = max(0, ((low or 0) * (token.base or 1)) + token.shift)
-            below = None if high is None else high * (token.base or 1) + token.shift
-            at = number(at, least) if below is None else between(at, least, max(below, least + 1))
+            least, below = _texts(token)
+            end = least + 1 if below is None else max(below, least + 1)
+            at = number(at, least) if below is None else _between(_States(edges, empty), at, least, end)
         elif token.kind == "path":
-            inner, after = state(), state()
-            edges[at].append((OPEN["path"][1], inner))
-            edges[inner].append((OPEN["path"][1], inner))
-            edges[at].append((".", after))
-            edges[inner].append((".", after))
-            empty[at].append(after)
-            at = after
+            at = _path(_States(edges, empty), at)
         else:
             after = state()
             inside = OPEN[token.kind][1]

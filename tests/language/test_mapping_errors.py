@@ -212,7 +212,7 @@ PATTERNS = {
     "a|b": "'|' at character 2",
     "é": "'é' at character 1 of 'é': keys hold letters, digits and _",
     "((a|b)|c)": "((a|b) in '((a|b)|c)': a group is one of (\\d+), (\\w+), ([^.]+),",
-    "(a|b.*)": "(a|b.*) in '(a|b.*)': a group is one of (\\d+), (\\w+), ([^.]+), (.+), (**.), or a list",
+    "(a|b.*)": "(a|b.*) in '(a|b.*)': a group is one of (\\d+), (\\w+), ([^.]+), (.+), (**.), or a list of",
     "(.*)": "(.*) in '(.*)': write (.+) at the end of the key, or ([^.]+) for a name between dots",
     "(?:a)": "(?:a) in '(?:a)': groups have numbers, not names or flags: write (a)",
     "(?P<n>a)": "(?P<n>a) in '(?P<n>a)': groups have numbers, not names or flags: write (a)",

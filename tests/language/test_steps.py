@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import openclip
 from test_language import compiled, same, t
 
 import keymap
@@ -166,3 +167,14 @@ def test_map_key_goes_through_the_steps(tmp_path):
     assert keymap.map_key("Old.scale", str(file), "open_clip") == "logit_scale"
     state = keymap.convert_state_dict({"Old.scale": torch.tensor(2.0)}, to="open_clip", mapping=file)
     assert state["logit_scale"].item() == 2.0
+
+
+def test_a_conversion_takes_facts_of_rules_from_the_configuration_beside_the_source(tmp_path):
+    model = openclip.siglip()
+    keymap.save_checkpoint(model, tmp_path / "theirs", "hf_siglip")
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "x.npz", "big_vision_siglip")  # it needs the head counts
+    keymap.save_checkpoint(model, tmp_path / "y.npz", "big_vision_siglip")
+    assert keymap.compare_checkpoints(tmp_path / "x.npz", tmp_path / "y.npz").equal
+    (tmp_path / "theirs" / "config.json").unlink()
+    with pytest.raises(keymap.PlanError, match="pass facts="):
+        keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "z.npz", "big_vision_siglip")
