@@ -2,8 +2,8 @@
 
     python tools/bench_hubs.py
 
-Prints seconds of processor time for several numbers of files: to read their heads, to find the hub of a CLIP, to compile
-the files of one small hub, and to compile those that keymap ships. Only the first two may grow with the files.
+Prints seconds of processor time for several numbers of files: to read their heads, to find the hub of a CLIP, to
+compile the files of one small hub, and to compile those that keymap ships. Only the first two may grow with the files.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,7 +54,7 @@ def measured(folder: Path) -> list[float]:
     times.append(time.process_time())
     known.catalogue(hub)
     times.append(time.process_time())
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 def main() -> int:

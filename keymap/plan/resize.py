@@ -1,6 +1,7 @@
 """Position embeddings of another size: which rows are prefix and which are grid, on either side.
 
-The hub says how an embedding is resampled: a grid over (h, w), a line over its positions. `load.resample` computes it; here only sizes are decided.
+The hub says how an embedding is resampled: a grid over (h, w), a line over its positions. `load.resample` computes it;
+here only sizes are decided.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Strip wrapper dicts and key prefixes: find the state dict in a checkpoint.
 
-The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it, and
-only if the keys are not known with it: those of a language model begin with ``model.``
+The names come from a declared table (``mappings/containers.yaml``). keymap strips a prefix only if every key has it,
+and only if the keys are not known with it: those of a language model begin with ``model.``
 `search` finds the towers of a state dict that holds more than one model.
 """
 
