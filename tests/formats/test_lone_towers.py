@@ -1,7 +1,7 @@
 """Every tower of every format, saved without the prefix that its format gives it.
 
-A tower that was taken out of its model has no ``visual.`` or ``txt/`` before its keys. Each is tried at the full size of
-the first model that has it; the files are sparse, the models lie on the meta device.
+A tower that was taken out of its model has no ``visual.`` or ``txt/`` before its keys. Each is tried at the full size
+of the first model that has it; the files are sparse, the models lie on the meta device.
 """
 
 from __future__ import annotations
