@@ -140,22 +140,13 @@ def _named(registry: Registry, argument: str, given: PathLike) -> tuple[Registry
 
 def _chosen(registry: Registry, wanted: str | None, named: list[_Named], model: Mapping[str, Shaped] | None) -> str:
     """The one hub that all arguments allow."""
-    if wanted is not None:
-        for one in named:
-            if one.hubs and wanted not in one.hubs:
-                raise MappingError(f"hub={wanted!r}: {one.argument} {one.name!r} belongs to hub {_or(one.hubs)}")
-        return wanted
     known = [one for one in named if one.hubs]
-    allowed = list(known[0].hubs) if known else []
-    for one in known[1:]:
-        shared = [hub for hub in allowed if hub in one.hubs]
-        if not shared:
-            first = known[0]
-            raise MappingError(
-                f"{first.argument} {first.name!r} belongs to hub {_or(allowed)}, {one.argument} {one.name!r} to hub "
-                f"{_or(one.hubs)}: a conversion stays within one hub"
-            )
-        allowed = shared
+    if wanted is not None:
+        other = next((one for one in known if wanted not in one.hubs), None)
+        if other is not None:
+            raise MappingError(f"hub={wanted!r}: {other.argument} {other.name!r} belongs to hub {_or(other.hubs)}")
+        return wanted
+    allowed = _shared(known)
     if len(allowed) == 1 and registry.catalogue(allowed[0]).hub.by_name:
         return allowed[0]
     claiming = list(registry.claiming(model)) if model is not None else []
@@ -170,6 +161,21 @@ def _chosen(registry: Registry, wanted: str | None, named: list[_Named], model: 
             f"{', '.join(map(repr, fitting))}"
         )
     return fitting[0]
+
+
+def _shared(known: list[_Named]) -> list[str]:
+    """The hubs that all mappings may belong to; empty if there are no mappings."""
+    allowed = list(known[0].hubs) if known else []
+    for one in known[1:]:
+        shared = [hub for hub in allowed if hub in one.hubs]
+        if not shared:
+            first = known[0]
+            raise MappingError(
+                f"{first.argument} {first.name!r} belongs to hub {_or(allowed)}, {one.argument} {one.name!r} to hub "
+                f"{_or(one.hubs)}: a conversion stays within one hub"
+            )
+        allowed = shared
+    return allowed
 
 
 def _of_model(claiming: list[str], registry: Registry, model: Mapping[str, Shaped]) -> str:

@@ -14,6 +14,7 @@ import keymap
 from keymap.paths import data_folder
 from keymap.plan.plan import Plan
 from keymap.results import Inspection, Report
+from keymap.source.registry import hubs
 
 sys.path.insert(0, str(next(up for up in Path(__file__).resolve().parents if (up / "Makefile").is_file()) / "tools"))
 
@@ -102,9 +103,12 @@ def test_write_puts_the_printed_output_into_the_document(name, tmp_path):
 
 def test_the_readme_lists_the_formats():
     table = read("README.md").partition("<!-- formats:")[2].partition("<!-- end of formats -->")[0]
-    rows = re.findall(r"^\| \[(\w+)\]\(docs/formats/(\w+)\.md\) \| (.+) \|$", table, re.MULTILINE)
-    assert all(name == page for name, page, _ in rows)
-    assert {name: title for name, _, title in rows} == keymap.list_formats()
+    pattern = r"^\| \[(\w+)\]\(docs/formats/(?:(\w+)/)?(\w+)\.md\) \| (\w+) \| (.+) \|$"
+    rows = re.findall(pattern, table, re.MULTILINE)
+    assert all(name == page for name, _, page, _, _ in rows)
+    assert all(folder in ("", hub) for _, folder, _, hub, _ in rows)
+    for hub in hubs().hubs:
+        assert {name: title for name, _, _, of, title in rows if of == hub} == keymap.list_formats(hub), hub
 
 
 def test_the_readme_names_the_files_of_every_format():
@@ -112,7 +116,9 @@ def test_the_readme_names_the_files_of_every_format():
     bridges = set(
         re.findall(r"`(\w+)`", read("README.md").partition("<!-- end of formats -->")[2].partition("are bridges")[0])
     )
-    assert set(re.findall(r"\[(\w+)\]\(docs/formats/\1\.md\)", table)) == set(keymap.list_formats()) - bridges
+    assert (
+        set(re.findall(r"\[(\w+)\]\(docs/formats/\1\.md\)", table)) == set(keymap.list_formats("open_clip")) - bridges
+    )
 
 
 def test_the_readme_quotes_the_figures_of_the_benchmarks():

@@ -394,3 +394,66 @@ def test_a_load_compiles_no_file_of_another_hub(nano, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "clip.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.stdout.split() == ["open_clip", "True"], done.stderr
+
+
+# --- what a hub decides ---
+
+WITH_PREFIX = (
+    "format: lm\nkind: hub\ntitle: t\ndetect: {all: [model.embed.weight]}\n"
+    "towers:\n  text:\n    (model|head).(.+): \\1.\\2\n"
+)
+OTHER_LM = (
+    "format: other_lm\nhub: lm\ntitle: t\ndetect: {all: [words]}\ntowers:\n  text:\n    words: model.embed.weight\n"
+)
+
+
+class Prefixed(nn.Module):
+    """A model all of whose keys begin with ``model.``"""
+
+    def __init__(self, words: int = 5) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"embed": nn.Embedding(words, 3)})
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "net."])
+def test_a_prefix_that_the_names_of_a_hub_have_is_not_stripped(wrapped, fresh, tmp_path):
+    for name, text in (("lm", WITH_PREFIX), ("other_lm", OTHER_LM)):
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    keymap.register_mappings(tmp_path)
+    theirs, model = Prefixed(), Prefixed()
+    torch.save({wrapped + key: value for key, value in theirs.state_dict().items()}, tmp_path / "x.pt")
+    assert keymap.inspect_checkpoint(tmp_path / "x.pt").format == "lm"
+    plan = keymap.load_checkpoint(model, tmp_path / "x.pt").report.plan
+    assert (plan.format, plan.prefixes) == ("lm", (wrapped,) if wrapped else ())
+    assert torch.equal(model.model["embed"].weight, theirs.model["embed"].weight)
+    assert list(keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "other_lm").files)
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "model."])
+def test_a_prefix_that_the_model_has_is_not_stripped(wrapped, tmp_path):
+    theirs, model = Prefixed(), Prefixed()
+    torch.save({wrapped + key: value for key, value in theirs.state_dict().items()}, tmp_path / "x.pt")
+    keymap.load_checkpoint(model, tmp_path / "x.pt")
+    assert torch.equal(model.model["embed"].weight, theirs.model["embed"].weight)
+    assert list(keymap.convert_state_dict(theirs.state_dict(), "any")) == ["model.embed.weight"]
+
+
+@pytest.mark.parametrize("method", ["linear", "nearest"])
+def test_the_hub_says_how_positions_are_resized(method, fresh, tmp_path):
+    line = f"positions: {{model.embed.weight: {{axes: n d, method: {method}}}}}\n"
+    (tmp_path / "lm.yaml").write_text(WITH_PREFIX + line, encoding="utf-8")
+    keymap.register_mappings(tmp_path / "lm.yaml")
+    theirs, model = Prefixed(4), Prefixed(6)
+    torch.save(theirs.state_dict(), tmp_path / "x.pt")
+    keymap.load_checkpoint(model, tmp_path / "x.pt")
+    corners = {} if method == "nearest" else {"align_corners": False}
+    rows = theirs.model["embed"].weight.detach().t().unsqueeze(0)
+    wanted = nn.functional.interpolate(rows, size=6, mode=method, **corners).squeeze(0).t()
+    assert torch.allclose(model.model["embed"].weight, wanted)
+
+
+def test_a_method_that_does_not_suit_the_axes_is_refused(fresh, tmp_path):
+    line = "positions: {model.embed.weight: {axes: n d, method: bicubic}}\n"
+    (tmp_path / "lm.yaml").write_text(WITH_PREFIX + line, encoding="utf-8")
+    with pytest.raises(keymap.MappingError, match=r"lm.yaml:8:45: a line is resized by linear or nearest"):
+        keymap.register_mappings(tmp_path / "lm.yaml")
