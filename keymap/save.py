@@ -120,7 +120,7 @@ def convert_checkpoint(
         weights_only: as in `load_checkpoint`.
         progress: called in this thread with the bytes that are written and the bytes in all: first ``(0, total)``,
             last ``(total, total)``, never with fewer bytes than before. An exception that it raises ends the
-            conversion, and nothing is written.
+            conversion with a WriteError, whose cause it is, and nothing is written.
         hub: as in `convert_state_dict`.
 
     Returns:

@@ -12,20 +12,21 @@ __all__ = ["cast", "narrows", "too_large"]
 _BLOCK = 1 << 20  # elements that are looked at together
 
 
-def cast(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") -> torch.Tensor:
     """A tensor in another dtype.
 
     Args:
         key: of the tensor, for the message.
         value: on the CPU.
         dtype: its new dtype.
+        advice: what to do if a value does not fit.
 
     Raises:
         VerifyError: a value does not fit the dtype: a finite one would be infinite, or cut to the largest one.
     """
     fault = too_large(value, dtype) if narrows(value.dtype, dtype) else ""
     if fault:
-        raise VerifyError(f"{key}: {fault}; write it as {dtype_name(value.dtype)}")
+        raise VerifyError(f"{key}: {fault}{f'; {advice}' if advice else ', which the format has for it'}")
     return value.to(dtype)
 
 

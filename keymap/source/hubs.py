@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from keymap.advice import choices
 from keymap.errors import MappingError, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -132,7 +133,7 @@ def _named(registry: Registry, argument: str, given: PathLike) -> tuple[Registry
         return registry, _Named(argument, name, registry.having(name))
     file = Path(name)
     if not os.path.isfile(file):
-        raise MappingError(f"{argument}={name!r}: the mapping file does not exist; check the path")
+        raise MappingError(f"{name}: the mapping file does not exist; check the path")
     extended, (found,) = registry.extended([file])
     header = next(one for path, one in extended.files.items() if path.resolve() == file.resolve())
     return extended, _Named(argument, found, (extended.hub_of(header),), True, bool(header.hub))
@@ -157,8 +158,8 @@ def _chosen(registry: Registry, wanted: str | None, named: list[_Named], model: 
         raise _of_another_hub(known[0], allowed, claiming, model or {})
     if len(fitting) > 1:
         raise MappingError(
-            f"{known[0].argument}={known[0].name!r}: several hubs have a mapping of this name; choose one with hub=: "
-            f"{', '.join(map(repr, fitting))}"
+            f"{known[0].argument}={known[0].name!r}: several hubs have a mapping of this name; choose one with "
+            f"{choices('hub', fitting)}"
         )
     return fitting[0]
 
@@ -182,8 +183,8 @@ def _of_model(claiming: list[str], registry: Registry, model: Mapping[str, Shape
     """The hub of a model; that of files which name none if no hub has its keys."""
     if len(claiming) > 1:
         raise PlanError(
-            f"the model's keys ({some(model)}) are those of {len(claiming)} hubs; choose one with hub=: "
-            f"{', '.join(map(repr, claiming))}"
+            f"the model's keys ({some(model)}) are those of {len(claiming)} hubs; choose one with "
+            f"{choices('hub', claiming)}"
         )
     return claiming[0] if claiming else registry.default
 

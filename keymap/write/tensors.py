@@ -91,7 +91,9 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
         value = whole
     else:
         value = materialise(layout, read)
-    return cast(key, value, item.dtype).reshape(item.target.shape).contiguous()
+    chosen = item.dtype != item.target.dtype
+    advice = f"pass dtype={dtype_name(value.dtype)!r}" if chosen else ""
+    return cast(key, value, item.dtype, advice).reshape(item.target.shape).contiguous()
 
 
 def same_elements(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:

@@ -86,7 +86,6 @@ WITHOUT = {  # arguments that no command takes, and why no message about them is
     "allow_pickle": "of numpy, when a file is written",
     "assign": "the model of the command is made for the load",
     "device": "the same",
-    "force_quick_gelu": "of OpenCLIP's create_model",
     "jit": "of OpenCLIP's own function",
     "name": "of map_key, which is no command",
     "progress": "the command shows its own",

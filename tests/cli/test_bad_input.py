@@ -80,7 +80,7 @@ CONVERSIONS = {  # words after `convert`, the same as arguments, the refusal
     "the same file": (
         ["hf.safetensors", "./hf.safetensors", "--to", "open_clip"],
         {},
-        "hf.safetensors: is the file that is read; choose another destination",
+        "hf.safetensors: is a file that is read; choose another destination",
     ),
     "another suffix": (
         ["hf.safetensors", "y.gguf", "--to", "open_clip"],
@@ -91,12 +91,13 @@ CONVERSIONS = {  # words after `convert`, the same as arguments, the refusal
     "a dtype that loses range": (
         ["big.pt", "y.pt", "--to", "hf_clip", "--dtype", "float16"],
         {"dtype": "float16"},
-        "logit_scale: its largest value 1e+06 does not fit float16; pass another dtype, for example dtype='bfloat16'",
+        "logit_scale: its largest value 1e+06 does not fit float16; pass dtype='float32'",
     ),
     "a dtype of integers": (
         ["hf.safetensors", "y.pt", "--to", "open_clip", "--dtype", "int8"],
         {"dtype": "int8"},
-        "dtype='int8': expected a floating dtype, for example 'float16', 'bfloat16' or 'float32'",
+        "dtype='int8': expected the name of a floating dtype, one of float64, float32, float16, bfloat16, "
+        "float8_e4m3fn, float8_e5m2",
     ),
     "a shard smaller than a tensor": (
         ["hf.safetensors", "y.safetensors", "--to", "open_clip", "--max-shard-size", "1KB"],

@@ -104,7 +104,7 @@ def test_pointing_shows_rule_place_and_shapes(page, tmp_path):
       enter(path); return [text, hot, other, document.getElementById('details').innerText];"""
     text, hot, other, ribbon = run(page, code, tmp_path)
     assert "text_projection.weight [24, 32] float32" in text and "text.text_projection [32, 24] float32" in text
-    assert "transpose" in text and "mappings/hf_clip.yaml:" in text and hot == 1
+    assert "transpose" in text and "mappings/open_clip/hf_clip.yaml:" in text and hot == 1
     assert "resized from 2x2" in other and ribbon == text
 
 

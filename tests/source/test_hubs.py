@@ -253,7 +253,7 @@ def twin(nano, tmp_path):
 def test_a_model_of_two_hubs_is_refused_and_hub_chooses(twin, tmp_path):
     theirs, model = Nano(), Nano()
     torch.save(gpt2_of(theirs), tmp_path / "x.pt")
-    with pytest.raises(keymap.PlanError, match=r"are those of 2 hubs; choose one with hub=: 'nano', 'twin'"):
+    with pytest.raises(keymap.PlanError, match=r"are those of 2 hubs; choose one with hub='nano' or hub='twin'"):
         keymap.load_checkpoint(model, tmp_path / "x.pt")
     assert keymap.load_checkpoint(model, tmp_path / "x.pt", hub="twin").report.plan.hub == "twin"
     assert keymap.plan_load(model, tmp_path / "x.pt", hub="nano").hub == "nano"

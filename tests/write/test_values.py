@@ -37,7 +37,7 @@ TOO_LARGE = [  # a value, its dtype, and a dtype that does not hold it
 @pytest.mark.parametrize(("value", "dtype", "target"), TOO_LARGE)
 def test_a_value_that_does_not_fit_the_dtype_is_refused(value, dtype, target, state, tmp_path):
     torch.save(with_value(state, value, dtype), tmp_path / "x.pt")
-    with pytest.raises(keymap.VerifyError, match=rf"its largest value .* does not fit {target}; write it as"):
+    with pytest.raises(keymap.VerifyError, match=rf"its largest value .* does not fit {target}; pass dtype='float"):
         keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.pt", "hf_clip", dtype=target)
     assert not (tmp_path / "y.pt").exists()
 
