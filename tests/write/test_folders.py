@@ -93,6 +93,11 @@ def test_timm_opens_its_folder(tmp_path):
     model.visual = torch.nn.Module()
     model.visual.trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     keymap.save_checkpoint(model, tmp_path / "out", "timm", towers=("image",))
+    overlay = {"file": str(tmp_path / "out" / "model.safetensors"), "num_classes": 0}
+    by_file = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
+    ).state_dict()
+    assert all(same_bits(value, by_file[key]) for key, value in model.visual.trunk.state_dict().items())
     peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert all(same_bits(value, model.visual.trunk.state_dict()[key]) for key, value in peer.state_dict().items())
 
