@@ -32,7 +32,7 @@ from keymap.source.detect import tower_layout
 from keymap.source.registry import registry
 
 FILE = Path(__file__).resolve().parents[1] / "mappings" / "open_clip" / "open_clip_configurations.yaml"
-HEAD = """# yaml-language-server: $schema=../schemas/mapping.schema.json
+HEAD = """# yaml-language-server: $schema=../../schemas/mapping.schema.json
 # Written by tools/record_configurations.py; run it again for another release of OpenCLIP.
 format: open_clip_configurations
 kind: configurations

@@ -488,7 +488,7 @@ def test_wrapper_that_is_not_there(wrapper, strict, tmp_path):
 @STRICT
 def test_bad_source_grid(strict, tmp_path):
     path = _safetensors(tmp_path)
-    words = ["source_grid=(2, 2, 2)", "(h, w)"]
+    words = ["source_grid=(2, 2, 2)", "expected the rows and columns"]
     refuses(openclip.clip(), path, keymap.PlanError, *words, strict=strict, source_grid=(2, 2, 2))
 
 
