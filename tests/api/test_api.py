@@ -18,7 +18,6 @@ from peers.common import SQUARE, assert_unchanged, bits, same_bits
 from safetensors.torch import save_file
 
 import keymap
-from keymap.source.registry import registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -454,32 +453,28 @@ towers:
 """
 
 
-def test_an_edited_mapping_file_is_read_anew(tmp_path):
+def test_an_edited_mapping_file_is_read_anew(tmp_path, monkeypatch):
     """The first version transposes the projection, wrongly; it is square, so only its values show that."""
     file, path = tmp_path / "edited.yaml", tmp_path / "edited.safetensors"
     source = openclip.clip(seed=1, **SQUARE).state_dict()
     save_file({f"my.{k}": v.contiguous() for k, v in source.items()}, path)
     model = openclip.clip(seed=2, **SQUARE)
     file.write_text(EDITED)
-    known = registry()
-    before = dict(known.mappings), dict(known.files), dict(known.places)
-    try:
-        assert keymap.register_mappings(file) == ["edited"]
-        keymap.load_checkpoint(model, path, mapping="edited")
-        assert same_bits(model.visual.proj.detach(), source["visual.proj"].T.contiguous())
-        file.write_text(EDITED.replace("{to: visual.proj, view: a b -> b a}", "visual.proj"))
-        keymap.load_checkpoint(model, path, mapping=file)
-        assert same_bits(model.visual.proj.detach(), source["visual.proj"])
-        assert keymap.register_mappings(file) == ["edited"]
-        keymap.load_checkpoint(model, path)
-        assert same_bits(model.visual.proj.detach(), source["visual.proj"])
-        other = tmp_path / "other" / "edited.yaml"
-        other.parent.mkdir()
-        other.write_text(EDITED)
-        with pytest.raises(keymap.MappingError, match=r"edited.yaml:1:1: the name 'edited' is taken by"):
-            keymap.register_mappings(other)
-    finally:
-        known.mappings, known.files, known.places = before
+    monkeypatch.setattr(keymap.source.registry, "_registry", [])
+    assert keymap.register_mappings(file) == ["edited"]
+    keymap.load_checkpoint(model, path, mapping="edited")
+    assert same_bits(model.visual.proj.detach(), source["visual.proj"].T.contiguous())
+    file.write_text(EDITED.replace("{to: visual.proj, view: a b -> b a}", "visual.proj"))
+    keymap.load_checkpoint(model, path, mapping=file)
+    assert same_bits(model.visual.proj.detach(), source["visual.proj"])
+    assert keymap.register_mappings(file) == ["edited"]
+    keymap.load_checkpoint(model, path)
+    assert same_bits(model.visual.proj.detach(), source["visual.proj"])
+    other = tmp_path / "other" / "edited.yaml"
+    other.parent.mkdir()
+    other.write_text(EDITED)
+    with pytest.raises(keymap.MappingError, match=r"edited.yaml:1:1: the name 'edited' is taken by"):
+        keymap.register_mappings(other)
 
 
 def test_a_dry_run_reads_pickles_with_weights_only_false(tmp_path):
