@@ -203,12 +203,12 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
     zeros = sum(piece.numel for piece in now.pieces if piece.source is None) if rule.join is not None else 0
     if zeros > _MAX_MADE_UP * (prod(now.shape) - zeros):
         raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
-    if rule.scale is not None and not rule.scale.undo:
-        now = rule.scale.apply(now)
+    if rule.arithmetic is not None and not rule.arithmetic.undo:
+        now = rule.arithmetic.apply(now)
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
-    if rule.scale is not None and rule.scale.undo:
-        now = rule.scale.apply(now)
+    if rule.arithmetic is not None and rule.arithmetic.undo:
+        now = rule.arithmetic.apply(now)
     parts = _cut_all(rule.cut.within(facts), now) if rule.cut is not None else iter([({}, now, False)])
     for values, layout, zeros in parts:
         made = layout if rule.after is None else rule.after.apply(layout, sizes)

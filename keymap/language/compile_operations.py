@@ -78,7 +78,7 @@ def compile_operations(
         "oneway": bool(options.get("oneway")),
         "rest": bool(options.get("rest")),
         "add": _added(options["add"]) if "add" in options else None,
-        "scale": _scale(options),
+        "arithmetic": _scale(options),
         "pad": pad,
     }
 

@@ -396,7 +396,7 @@ def _check_path(before: Sequence[Token], after: Sequence[Token], text: str) -> N
         raise PatternError(f"'{text}': (**.) stands for whole segments: write it at the start or after a dot")
     slots = [token for token in after if isinstance(token, Slot)]
     if not after or any(slot.kind in ("rest", "path") for slot in slots):
-        raise PatternError(f"'{text}': after (**.) the key must end in known segments, for example (**.)gamma")
+        raise PatternError(f"'{text}': after (**.) the key must end in known segments, for example (**.)weight")
     if any(len({written.count(".") for _, written in slot.options}) > 1 for slot in slots):
         raise PatternError(
             f"'{text}': alternatives after (**.) must have equally many dots, so that a key has one reading"

@@ -94,7 +94,7 @@ class Rule:
         optional, oneway, rest: as in the mapping.
         sizes: axis lengths that shapes do not show.
         add: a key (and row) to add.
-        scale: elementwise arithmetic.
+        arithmetic: elementwise arithmetic.
         pad: rows of zeros that each part gets at its end.
         twins: other source keys that hold the same values.
         tied: the key whose values this one must repeat: of a twin, or on the way back of a rule with several targets.
@@ -117,7 +117,7 @@ class Rule:
     rest: bool = False
     sizes: Sizes = field(default_factory=dict)
     add: tuple[str, int | None] | None = None
-    scale: Scale | None = None
+    arithmetic: Scale | None = None
     pad: Rows | None = None
     twins: tuple[Side, ...] = ()
     tied: Side | None = None
@@ -158,7 +158,7 @@ class Rule:
     @cached_property
     def renames(self) -> bool:
         """True when the rule only renames one key."""
-        does = (self.take, self.before, self.join, self.scale, self.then, self.cut, self.after, self.add, self.pad)
+        does = (self.take, self.before, self.join, self.arithmetic, self.then, self.cut, self.after, self.add, self.pad)
         return len(self.targets) == 1 and self.tied is None and all(thing is None for thing in does)
 
     @cached_property
@@ -198,7 +198,7 @@ class Rule:
             then=self.then.inverse() if self.then else None,
             cut=self.join,
             after=self.before.inverse() if self.before else None,
-            scale=self.scale.inverse() if self.scale else None,
+            arithmetic=self.arithmetic.inverse() if self.arithmetic else None,
             pad=self.take,
         )
         return main.with_twins()

@@ -150,7 +150,7 @@ class _ShapeMaker:
         elif rule.after is not None and rule.cut is not None:
             rank = len(rule.after.left) + (rule.cut.kind == "stack") - self.added_axes
         named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [
-            rule.scale.root or 0 if rule.scale is not None else 0
+            rule.arithmetic.root or 0 if rule.arithmetic is not None else 0
         ]
         groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
         return groups, groups

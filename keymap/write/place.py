@@ -156,14 +156,14 @@ def whole_files(destinations: Sequence[Path]) -> Iterator[list[Path]]:
         WriteError: the system cannot write them, for example because the disk is full.
     """
     mark = secrets.token_hex(4)
-    finals = [Path(os.path.realpath(path)) for path in destinations]
-    parts = [final.with_name(f".keymap-{mark}-{number}.part") for number, final in enumerate(finals)]
+    reals = [Path(os.path.realpath(path)) for path in destinations]
+    parts = [real.with_name(f".keymap-{mark}-{number}.part") for number, real in enumerate(reals)]
     placed: list[Path] = []
     try:
         yield parts
-        for part, final in zip(parts, finals, strict=True):
-            os.replace(part, final)
-            placed.append(final)
+        for part, real in zip(parts, reals, strict=True):
+            os.replace(part, real)
+            placed.append(real)
     except OSError as error:
         if not placed:
             raise _unwritable(destinations[0], error) from error
