@@ -13,6 +13,7 @@ import keymap
 from keymap.plan.export import export, only_reading, target_format
 from keymap.plan.repository import repository_files
 from keymap.plan.request import request_for_towers
+from keymap.source.hubs import ask
 from keymap.source.open import open_source
 from keymap.source.registry import registry
 
@@ -165,7 +166,7 @@ def test_a_format_without_a_folder_says_why(form, build, tower, why, tmp_path):
 def folder_of(name, tmp_path, given):
     """The configuration that keymap would write for a full-size file of one of OpenCLIP's configurations."""
     path = full_size.sparse_file(tmp_path / "x.safetensors", full_size.model(name).state_dict())
-    opened = open_source(path, True, None, None)
+    opened = open_source(path, True, ask(), None)
     known = opened.known
     planned = export(only_reading(opened), target_format(known, "open_clip"), request_for_towers(None, known.hub), {})
     texts, notes = repository_files(planned, given)
