@@ -471,7 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_plans(folder, min(rounds, 3), (40, 400) if asked.quick else (400, 10_000, 100_000))
         say("peak memory of a load, beyond the model")
         for case in [case for case in some if case.model == "tiny"] if asked.quick else some:
-            for loader in LOADERS if case.model == "tiny" else ("keymap",):
+            for loader in LOADERS if case.model == "tiny" and not asked.quick else ("keymap",):
                 run_memory(case, asked.quick, loader)
     middle, least, greatest = (how(turns) * 1e3 for how in (statistics.median, min, max))
     say(
