@@ -37,7 +37,7 @@ from keymap.source.registry import path_text
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_folder, check_place, check_set, remove, whole_files, whole_folder
 from keymap.write.shards import index_text, shards_of
-from keymap.write.tensors import Item, items_of, parse_dtype, value_of_item
+from keymap.write.tensors import Item, bytes_of_item, items_of, parse_dtype
 
 __all__ = ["WriteResult", "convert_checkpoint", "save_checkpoint"]
 
@@ -272,7 +272,7 @@ def _write(
                 place,
                 path.suffix,
                 some_items,
-                lambda key: value_of_item(key, items[key], tensors),
+                lambda key: bytes_of_item(key, items[key], tensors),
                 metadata,
                 counter.add,
             )

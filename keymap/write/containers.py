@@ -10,7 +10,7 @@ import errno
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.serialization import skip_data
 from keymap.errors import WriteError
 from keymap.read import open_checkpoint
 from keymap.read.lazy import Block
-from keymap.write.tensors import Item, raw_bytes
+from keymap.write.tensors import Item
 
 __all__ = ["SUFFIXES", "write_container"]
 
@@ -42,14 +42,14 @@ _NAMES = {
 }
 _CRC_BLOCK = 1 << 24
 _SHOWN = 120  # characters of an error of torch
-Value = Callable[[str], torch.Tensor]
+Parts = Callable[[str], Iterable[memoryview]]
 
 
 def write_container(
     path: Path,
     kind: str,
     items: Mapping[str, Item],
-    value: Value,
+    parts: Parts,
     metadata: Mapping[str, str],
     done: Callable[[int], None],
 ) -> None:
@@ -59,7 +59,7 @@ def write_container(
         path: where to.
         kind: the suffix of the destination, one of `SUFFIXES`.
         items: what to write, by key.
-        value: the values of a tensor, contiguous on the CPU.
+        parts: the bytes of a tensor in row-major order, in parts.
         metadata: strings beside the tensors; only safetensors keeps them.
         done: called with the bytes of each tensor that is written.
 
@@ -67,15 +67,15 @@ def write_container(
         WriteError: the container has no such dtype.
     """
     if kind == ".safetensors":
-        _write_safetensors(path, items, value, metadata, done)
+        _write_safetensors(path, items, parts, metadata, done)
     elif kind == ".npz":
-        _write_npz(path, items, value, done)
+        _write_npz(path, items, parts, done)
     else:
-        _write_torch(path, items, value, done)
+        _write_torch(path, items, parts, done)
 
 
 def _write_safetensors(
-    path: Path, items: Mapping[str, Item], value: Value, metadata: Mapping[str, str], done: Callable[[int], None]
+    path: Path, items: Mapping[str, Item], parts: Parts, metadata: Mapping[str, str], done: Callable[[int], None]
 ) -> None:
     ordered = sorted(items, key=lambda key: (-items[key].dtype.itemsize, key))  # so every tensor is aligned
     header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
@@ -92,21 +92,26 @@ def _write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
-            file.write(raw_bytes(value(key)))
+            for part in parts(key):
+                file.write(part)
             done(items[key].nbytes)
 
 
-def _write_npz(path: Path, items: Mapping[str, Item], value: Value, done: Callable[[int], None]) -> None:
+def _write_npz(path: Path, items: Mapping[str, Item], parts: Parts, done: Callable[[int], None]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for key, item in items.items():
             if item.dtype is torch.bfloat16 or (item.dtype.itemsize == 1 and item.dtype.is_floating_point):
                 raise WriteError(f"{key}: numpy has no {item.dtype}; pass dtype='float32'")
+            kind = np.lib.format.dtype_to_descr(torch.empty(0, dtype=item.dtype).numpy().dtype)
+            header = {"descr": kind, "fortran_order": False, "shape": tuple(item.target.shape)}
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, value(key).numpy(), allow_pickle=False)
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts(key):
+                    member.write(part)
             done(item.nbytes)
 
 
-def _write_torch(path: Path, items: Mapping[str, Item], value: Value, done: Callable[[int], None]) -> None:
+def _write_torch(path: Path, items: Mapping[str, Item], parts: Parts, done: Callable[[int], None]) -> None:
     """torch writes the pickle and leaves room for the values; then the values are written into it.
 
     Tensors that are made of the same elements in the same way share their storage, as in a model with tied tensors.
@@ -133,16 +138,17 @@ def _write_torch(path: Path, items: Mapping[str, Item], value: Value, done: Call
             if not isinstance(block, Block) or block.start in sums:
                 done(item.nbytes)  # they are those of another tensor
                 continue
-            raw = raw_bytes(value(key))
             file.seek(block.start)
-            file.write(raw)
-            sums[block.start] = _crc(raw)
+            total = 0
+            for part in parts(key):
+                file.write(part)
+                total = _crc(part, total)
+            sums[block.start] = total
             done(item.nbytes)
     _write_sums(path, sums)
 
 
-def _crc(raw: memoryview) -> int:
-    total = 0
+def _crc(raw: memoryview, total: int) -> int:
     for start in range(0, len(raw), _CRC_BLOCK):
         total = zlib.crc32(raw[start : start + _CRC_BLOCK], total)
     return total

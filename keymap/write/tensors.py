@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ from keymap.load.casts import cast
 from keymap.load.copying import materialise
 from keymap.plan.export import Export, Target
 from keymap.plan.plan import dtype_name
-from keymap.read import LazyTensor
+from keymap.read import LazyTensor, SourceFile
 from keymap.read.lazy import Block
 
-__all__ = ["Item", "items_of", "parse_dtype", "raw_bytes", "same_elements", "value_of_item"]
+__all__ = ["Item", "bytes_of_item", "items_of", "parse_dtype", "same_elements"]
 
 _FLOATS = (
     torch.float64,
@@ -26,6 +26,8 @@ _FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
+
+_BUFFER = 1 << 19  # bytes that are read and written at a time
 
 
 class Item(NamedTuple):
@@ -105,6 +107,43 @@ def same_elements(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
         place = (id(block.file), block.start) if isinstance(block, Block) else id(block)
         names[key] = first.setdefault((place, lazy.shape, lazy.dtype, lazy.strides, lazy.offset), key)
     return names
+
+
+def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
+    """The bytes of a tensor, in parts that are valid until the next one is asked for.
+
+    Bytes that are written as they lie in the file are read into one small buffer, again and again: it stays in the
+    processor's cache, and no page of a mapping is touched.
+
+    Raises:
+        VerifyError: a value does not fit the dtype that is written.
+        CheckpointError: the file was written to after it was opened.
+    """
+    span = _span_of(item, tensors)
+    if span is None:
+        yield raw_bytes(value_of_item(key, item, tensors))
+        return
+    file, start = span
+    file.check_unchanged()
+    file.values_read = True
+    buffer = memoryview(bytearray(min(_BUFFER, item.nbytes)))
+    for at in range(0, item.nbytes, _BUFFER):
+        part = buffer[: min(_BUFFER, item.nbytes - at)]
+        file.read_into([part], start + at)
+        yield part
+
+
+def _span_of(item: Item, tensors: Mapping[str, LazyTensor]) -> tuple[SourceFile, int] | None:
+    """The file and the first byte of a tensor that is written as its bytes lie in the file; None for others."""
+    pieces, size = item.target.layout.pieces, item.dtype.itemsize
+    if len(pieces) != 1 or pieces[0].source is None or pieces[0].computed or not item.nbytes:
+        return None
+    piece, lazy = pieces[0], tensors[pieces[0].source]
+    block = lazy.contiguous_block
+    in_order = piece.source_strides == piece.target_strides == (1,) and piece.shape[0] * size == item.nbytes
+    if block is None or lazy.dtype != item.dtype or item.dtype == torch.bool or not in_order:
+        return None
+    return block.file, block.start + piece.source_offset * size
 
 
 def raw_bytes(value: torch.Tensor) -> memoryview:

@@ -143,7 +143,14 @@ def test_tensors_that_share_their_storage_count_each(tmp_path):
     """A file of torch holds such tensors once; the total counts both."""
     item = Item(Target(whole("w", (2, 3), torch.float32), (2, 3), torch.float32), torch.float32, "w")
     counted = []
-    write_container(tmp_path / "x.pt", ".pt", {"a": item, "b": item}, lambda _: torch.ones(2, 3), {}, counted.append)
+    write_container(
+        tmp_path / "x.pt",
+        ".pt",
+        {"a": item, "b": item},
+        lambda _: [torch.ones(2, 3).numpy().data.cast("B")],
+        {},
+        counted.append,
+    )
     assert counted == [item.nbytes, item.nbytes]
     held = torch.load(tmp_path / "x.pt", weights_only=True)
     assert held["a"].data_ptr() == held["b"].data_ptr() and torch.equal(held["a"], torch.ones(2, 3))
