@@ -496,6 +496,7 @@ def bar(label):
             os.kill(os.getpid(), signal.SIGINT)
     yield progress
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 commands.progress_bar = bar
 source, folder, suffix, *others = sys.argv[1:]
 sys.exit(main(["convert", source, os.path.join(folder, "x" + suffix), "--to", "open_clip", *others]))
