@@ -20,17 +20,10 @@ TIMM = {"small_clip_vit": "vit_base_patch16_clip_quickgelu_224", "small_siglip_v
 def configurations() -> dict[str, dict[str, Any]]:
     """OpenCLIP's configurations of the small models: one of CLIP's kind and one of SigLIP's."""
     from peers.common import Size
+    from peers.openclip import native_text
 
     size = Size()
-    image = {"image_size": size.image_size}
-    text = {
-        "context_length": size.context_length,
-        "vocab_size": size.vocab,
-        "width": size.text_width,
-        "heads": size.text_heads,
-        "layers": size.text_depth,
-        "mlp_ratio": size.text_mlp,
-    }
+    image, text = {"image_size": size.image_size}, native_text(size)
     native = {
         "layers": size.image_depth,
         "width": size.image_width,
@@ -69,17 +62,10 @@ def known_to_libraries() -> Iterator[None]:
     import timm
     from open_clip import factory
     from peers.common import Size
+    from peers.timm_towers import vit_sizes
     from timm.models import is_model, register_model
 
-    size = Size()
-    sizes = {
-        "img_size": size.image_size,
-        "patch_size": size.patch,
-        "embed_dim": size.image_width,
-        "depth": size.image_depth,
-        "num_heads": size.image_heads,
-        "mlp_ratio": size.image_mlp,
-    }
+    sizes = vit_sizes(Size())
     for name, base in TIMM.items():
         if not is_model(name):
             others = {"act_layer": "gelu_tanh"} if "siglip" in name else {}

@@ -64,7 +64,7 @@ class Catalogue:
 
     @property
     def detectable(self) -> list[Format]:
-        """The formats that a file can have without being told so."""
+        """The formats that are looked for in a file; others only a caller can name."""
         return [m for m in self.formats if m.kind == "hub" or not m.by_name]
 
     @property

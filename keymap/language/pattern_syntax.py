@@ -4,7 +4,7 @@ r"""The syntax of key patterns in a mapping file: a reversible subset of regular
 ``(\d+)``           an index: 0, 1, 2, ... without leading zeros, at most nine digits
 ``(\w+)``           letters, digits, underscores
 ``([^.]+)``         anything up to a dot
-``(\d+<12)``        an index below 12; ``(\d+>=12)`` from 12 on; ``(\d+>=2<12)`` both; a fact can stand for a number
+``(\d+<12)``        an index below 12; ``(\d+>=12)`` from 12 on; ``(\d+>=2<12)`` both; or a fact for a number
 ``(a|b|c)``         one of the alternatives
 ``(**.)``           any number of segments, each with its dot, also none; once, at the start or after a dot
 ``(.+)``            the rest of the key; only at the end

@@ -14,7 +14,7 @@ import torch
 from keymap.language.layout import Piece
 from keymap.read import LazyTensor, SourceFile
 
-__all__ = ["Batch", "ByteRange", "batches", "byte_range", "can_read_into", "read_batch"]
+__all__ = ["Batch", "ByteRange", "batches", "byte_range", "can_read_into", "read_batch", "stored_at"]
 
 _MAX_BATCH = 1 << 24  # bytes that one call reads
 _MAX_BUFFERS = 256  # buffers that one call fills; systems allow at least 1024 on Linux
@@ -70,6 +70,22 @@ def can_read_into(target: torch.Tensor) -> bool:
     return target.is_cpu and type(target) in _PLAIN_TYPES
 
 
+def stored_at(piece: Piece, lazy: LazyTensor, dtype: torch.dtype) -> tuple[SourceFile, int, int] | None:
+    """The file, the first byte and the number of bytes of a piece that is used as it is stored; None for others.
+
+    Args:
+        piece: of one source, not computed.
+        lazy: its source.
+        dtype: of the target, in which the piece is contiguous, too.
+    """
+    block, size = lazy.contiguous_block, dtype.itemsize
+    contiguous = piece.source_strides == piece.target_strides == (1,)
+    same = lazy.dtype == dtype and dtype != torch.bool
+    if block is None or not (contiguous and same):
+        return None
+    return block.file, block.start + piece.source_offset * size, piece.shape[0] * size
+
+
 def byte_range(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> ByteRange | None:
     """The piece as a byte range; None where it needs another dtype, another order or another device.
 
@@ -78,14 +94,10 @@ def byte_range(piece: Piece, lazy: LazyTensor, target: torch.Tensor) -> ByteRang
         lazy: its source.
         target: contiguous.
     """
-    block, dtype = lazy.contiguous_block, lazy.dtype
-    contiguous = piece.source_strides == piece.target_strides == (1,)
-    same = dtype == target.dtype and dtype != torch.bool
-    if block is None or not (contiguous and same and can_read_into(target)):
+    stored = stored_at(piece, lazy, target.dtype)
+    if stored is None or not can_read_into(target):
         return None
-    size = dtype.itemsize
-    start, target_start = block.start + piece.source_offset * size, piece.target_offset * size
-    return ByteRange(block.file, start, piece.shape[0] * size, target, target_start)
+    return ByteRange(*stored, target, piece.target_offset * target.dtype.itemsize)
 
 
 def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:

@@ -239,14 +239,17 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
     """
     faults = []
     for name, value in request.facts.items():
-        text = f"facts={{{name!r}: {value}}}"
         if model.facts.get(name, value) != value:
-            faults.append(f"{text}: the model has {config_text(model.facts[name])} ({model.fact_paths[name]})")
+            faults.append(_contradiction(name, value, "model", model.facts[name], model.fact_paths[name]))
         in_file, origin = settings.facts.get(name, (value, ""))
         if in_file != value:
-            faults.append(f"{text}: the file has {config_text(in_file)} ({origin})")
+            faults.append(_contradiction(name, value, "file", in_file, origin))
     if faults:
         raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
+
+
+def _contradiction(name: str, given: Scalar, side: str, stated: Scalar, origin: str) -> str:
+    return f"facts={{{name!r}: {given!r}}}: the {side} has {config_text(stated)} ({origin})"
 
 
 def with_own(
@@ -269,7 +272,7 @@ def with_own(
         if name in hub.facts and not isinstance(value, Unknown)
     }
     faults = [
-        f"facts={{{name!r}: {given[name]!r}}}: the source has {config_text(value)} ({origin})"
+        _contradiction(name, given[name], "source", value, origin)
         for name, (value, origin) in stated.items()
         if name in given and in_hub_words(hub.facts[name], given[name]) != value
     ]

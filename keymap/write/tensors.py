@@ -11,6 +11,7 @@ import torch
 from keymap.errors import PlanError
 from keymap.load.casts import cast
 from keymap.load.copying import materialise
+from keymap.load.direct import stored_at
 from keymap.plan.export import Export, Target
 from keymap.plan.plan import dtype_name
 from keymap.read import LazyTensor, SourceFile
@@ -135,15 +136,11 @@ def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> It
 
 def _span_of(item: Item, tensors: Mapping[str, LazyTensor]) -> tuple[SourceFile, int] | None:
     """The file and the first byte of a tensor that is written as its bytes lie in the file; None for others."""
-    pieces, size = item.target.layout.pieces, item.dtype.itemsize
+    pieces = item.target.layout.pieces
     if len(pieces) != 1 or pieces[0].source is None or pieces[0].computed or not item.nbytes:
         return None
-    piece, lazy = pieces[0], tensors[pieces[0].source]
-    block = lazy.contiguous_block
-    in_order = piece.source_strides == piece.target_strides == (1,) and piece.shape[0] * size == item.nbytes
-    if block is None or lazy.dtype != item.dtype or item.dtype == torch.bool or not in_order:
-        return None
-    return block.file, block.start + piece.source_offset * size
+    stored = stored_at(pieces[0], tensors[pieces[0].source], item.dtype)
+    return stored[:2] if stored is not None and stored[2] == item.nbytes else None
 
 
 def raw_bytes(value: torch.Tensor) -> memoryview:

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.formats(
 def trunk_with_projection(seed, **arguments):
     """CLIP with a ViT of timm without a norm before its blocks, and a linear projection."""
     size = Size()
-    name = timm_towers.register("vit_base_patch16_224", **timm_towers._vit(size))
+    name = timm_towers.register("vit_base_patch16_224", **timm_towers.vit_sizes(size))
     vision = {"timm_model_name": name, "timm_pool": "token", "timm_proj": "linear", "image_size": size.image_size}
-    text = openclip._native_text(size)
+    text = openclip.native_text(size)
     return openclip._model(openclip.CLIP, vision, text, {"seed": seed, **arguments})
 
 
@@ -85,7 +85,7 @@ class Slip(nn.Module):
         size = Size(**openai.VIT)
         self.text = openai.vit(seed=seed).float()
         self.visual = randomise(
-            timm.create_model("vit_base_patch16_224", **timm_towers._vit(Size()), num_classes=0), seed
+            timm.create_model("vit_base_patch16_224", **timm_towers.vit_sizes(Size()), num_classes=0), seed
         )
         self.image_projection = nn.Parameter(torch.randn(Size().image_width, size.embed_dim) / 7)
 
@@ -255,9 +255,9 @@ def headless(seed):
 
 def gap_trunk(seed):
     size = Size()
-    name = timm_towers.register("vit_base_patch16_siglip_gap_224", **timm_towers._vit(size), act_layer="gelu_tanh")
+    name = timm_towers.register("vit_base_patch16_siglip_gap_224", **timm_towers.vit_sizes(size), act_layer="gelu_tanh")
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "none", "image_size": size.image_size}
-    text = openclip._native_text(size)
+    text = openclip.native_text(size)
     return openclip._model(openclip.CustomTextCLIP, vision, text, {"seed": seed}, embed_dim=size.image_width)
 
 

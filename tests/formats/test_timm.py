@@ -120,7 +120,7 @@ def test_a_tower_of_timm_computes_the_same(name, file, proves):
 
 def test_a_clip_vit_of_timm_with_layer_scales_computes_the_same(sizes, file, proves):
     size = Size(**sizes)
-    arguments = {**timm_towers._vit(size), "init_values": 1e-4, "num_classes": size.embed_dim}
+    arguments = {**timm_towers.vit_sizes(size), "init_values": 1e-4, "num_classes": size.embed_dim}
     peer = randomised(timm.create_model, "vit_base_patch16_clip_224", **arguments)
     timm_towers.zero(peer.head.bias, peer)
     model = openclip.clip(seed=5, vision={"ls_init_value": 1e-4}, **sizes)
@@ -162,7 +162,7 @@ class Tower:
             "timm_proj": "linear" if self.outside else None,
             "image_size": self.size,
         }
-        text = openclip._native_text(Size())
+        text = openclip.native_text(Size())
         return openclip._model(openclip.CustomTextCLIP, vision, text, {"seed": seed, "embed_dim": embed_dim})
 
 

@@ -44,7 +44,7 @@ def tiny(monkeypatch):
     configuration = {
         "embed_dim": size.embed_dim,
         "vision_cfg": openclip._native_vision(size),
-        "text_cfg": openclip._native_text(size),
+        "text_cfg": openclip.native_text(size),
     }
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", configuration)
     return configuration

@@ -1,4 +1,4 @@
-"""Evidence by shape: two models with the same names, told apart by the lengths of their axes, in both directions."""
+"""Evidence by shape: two models with the same names have axes of other lengths; both directions know which is which."""
 
 from __future__ import annotations
 

@@ -27,14 +27,7 @@ _NATIVE = dict.fromkeys(["layers", "width", "head_width", "mlp_ratio", "patch_si
 def model(kind: str, *, seed: int = 0, **sizes: object) -> nn.Module:
     """The open_clip model that such a file loads into."""
     size = Size(**sizes)
-    arguments: dict[str, object] = {
-        "img_size": size.image_hw,
-        "patch_size": size.patch,
-        "embed_dim": size.image_width,
-        "depth": size.image_depth,
-        "num_heads": size.image_heads,
-        "mlp_ratio": size.image_mlp,
-    }
+    arguments = timm_towers.vit_sizes(size)
     if kind == "EVA02":
         arguments["ref_feat_shape"] = (TRAINED, TRAINED)
     vision = {

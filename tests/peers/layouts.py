@@ -38,7 +38,7 @@ def _timm(
 
     def build(seed: int) -> nn.Module:
         named = {**vision, "timm_model_name": timm_towers.register(base, **options)}
-        made = openclip._model(kind, named, openclip._native_text(Size()), {"seed": seed})
+        made = openclip._model(kind, named, openclip.native_text(Size()), {"seed": seed})
         head = getattr(getattr(made.visual.trunk, "head", None), "fc", None)
         return made if proj else timm_towers.zero(head.bias, made)
 
@@ -68,7 +68,7 @@ def _coca_hf_text(seed: int) -> nn.Module:
     import tempfile
 
     size = Size()
-    decoder = {k: v for k, v in openclip._native_text(size).items() if k != "mlp_ratio"} | {"layers": 2}
+    decoder = {k: v for k, v in openclip.native_text(size).items() if k != "mlp_ratio"} | {"layers": 2}
     with tempfile.TemporaryDirectory() as folder:
         openclip.hf_config("roberta", size).save_pretrained(folder)
         text = {"hf_model_name": folder, "hf_model_pretrained": False, "hf_proj_type": "linear", "output_tokens": True}

@@ -116,14 +116,14 @@ def forward(flat: Mapping[str, NDArray[Any]], images: Tensor | None, tokens: Ten
 def model(*, head: bool = True, no_embed_class: bool = False, logit_bias: bool = False, **arguments: Any) -> nn.Module:
     """CustomTextCLIP with timm's plain ViT with class token (no norm before its blocks), text as big_vision's."""
     size = openclip._size(arguments)
-    options = timm_towers._vit(size) | {"no_embed_class": no_embed_class, "act_layer": "gelu_tanh"}
+    options = timm_towers.vit_sizes(size) | {"no_embed_class": no_embed_class, "act_layer": "gelu_tanh"}
     vision = {
         "timm_model_name": timm_towers.register("vit_base_patch16_224", **options),
         "timm_pool": "token",
         "timm_proj": None if head else "none",
         "image_size": size.image_size,
     }
-    text = openclip._native_text(size) | {
+    text = openclip.native_text(size) | {
         "no_causal_mask": True,
         "pool_type": "last",
         "norm_kwargs": {"eps": 1e-6},

@@ -36,7 +36,8 @@ def _native_vision(size: Size) -> dict[str, Any]:
     }
 
 
-def _native_text(size: Size) -> dict[str, Any]:
+def native_text(size: Size) -> dict[str, Any]:
+    """OpenCLIP's configuration of a text tower of these sizes."""
     return {
         "context_length": size.context_length,
         "vocab_size": size.vocab,
@@ -79,7 +80,7 @@ def _size(arguments: Mapping[str, Any]) -> Size:
 def clip(*, kind: type[nn.Module] = CLIP, **arguments: Any) -> nn.Module:
     """CLIP with the native ViT, text keys at the top level (flat)."""
     size = _size(arguments)
-    return _model(kind, _native_vision(size), _native_text(size), arguments)
+    return _model(kind, _native_vision(size), native_text(size), arguments)
 
 
 def custom(**arguments: Any) -> nn.Module:
@@ -97,7 +98,7 @@ def resnet(
 ) -> nn.Module:
     """Flat CLIP with the modified ResNet; `image_size` is a multiple of 32."""
     vision = {"layers": list(layers), "width": image_width, "image_size": image_size, "patch_size": None}
-    return _model(kind, vision, _native_text(_size(arguments)), arguments)
+    return _model(kind, vision, native_text(_size(arguments)), arguments)
 
 
 def convnext(
@@ -106,7 +107,7 @@ def convnext(
     """Flat CLIP with timm's ConvNeXt and open_clip's own head: "linear" (``head.proj``) or "mlp"."""
     name = timm_towers.convnext_name()
     vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": head, "image_size": image_size}
-    return _model(kind, vision, _native_text(_size(arguments)), arguments)
+    return _model(kind, vision, native_text(_size(arguments)), arguments)
 
 
 def clip_trunk(*, no_embed_class: bool = False, head_bias: bool = False, **arguments: Any) -> nn.Module:
@@ -117,7 +118,7 @@ def clip_trunk(*, no_embed_class: bool = False, head_bias: bool = False, **argum
     size, quick_gelu = _size(arguments), arguments.get("quick_gelu", False)
     name = timm_towers.clip_vit_name(quick_gelu=quick_gelu, no_embed_class=no_embed_class, **vars(size))
     vision = {"timm_model_name": name, "timm_pool": "token", "timm_proj": None, "image_size": size.image_size}
-    model = _model(CustomTextCLIP, vision, _native_text(size), arguments)
+    model = _model(CustomTextCLIP, vision, native_text(size), arguments)
     return model if head_bias else timm_towers.zero(model.visual.trunk.head.bias, model)
 
 
@@ -137,7 +138,7 @@ def siglip(*, act: str = "gelu_tanh", projection: bool = True, logit_bias: bool 
         "timm_proj": "none",
         "image_size": size.image_size,
     }
-    text = _native_text(size) | {
+    text = native_text(size) | {
         "no_causal_mask": True,
         "pool_type": "last",
         "norm_kwargs": {"eps": 1e-6},
@@ -158,8 +159,8 @@ def coca(*, attn_pool: bool = True, **arguments: Any) -> nn.Module:
     vision = _native_vision(size) | {"output_tokens": True}
     if attn_pool:
         vision |= {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 7}
-    text = _native_text(size) | {"embed_cls": True, "output_tokens": True}
-    decoder = {k: v for k, v in _native_text(size).items() if k != "mlp_ratio"} | {"layers": 2}
+    text = native_text(size) | {"embed_cls": True, "output_tokens": True}
+    decoder = {k: v for k, v in native_text(size).items() if k != "mlp_ratio"} | {"layers": 2}
     return _model(CoCa, vision, text, arguments, embed_dim=size.text_width, multimodal_cfg=decoder)
 
 

@@ -322,17 +322,8 @@ def _timm_vit(c: Configuration) -> Keys:
     """timm's ViT of CLIP: by timm's name where it has one, else from the sizes."""
     if c.name in TIMM_CLIP:
         return timm_keys(TIMM_CLIP[c.name], c.size.embed_dim)
-    size = c.size
-    sizes = {
-        "img_size": size.image_size,
-        "patch_size": size.patch,
-        "embed_dim": size.image_width,
-        "depth": size.image_depth,
-        "num_heads": size.image_heads,
-        "mlp_ratio": size.image_mlp,
-    }
     base = "vit_base_patch16_clip_quickgelu_224" if c.quick_gelu else "vit_base_patch16_clip_224"
-    return timm_keys(base, size.embed_dim, init_values=c.vision.ls_init_value, **sizes)
+    return timm_keys(base, c.size.embed_dim, init_values=c.vision.ls_init_value, **timm_towers.vit_sizes(c.size))
 
 
 def _timm_own(c: Configuration) -> Keys:

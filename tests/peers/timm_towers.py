@@ -39,7 +39,8 @@ def register(base: str, **arguments: object) -> str:
     return name
 
 
-def _vit(size: Size) -> dict[str, object]:
+def vit_sizes(size: Size) -> dict[str, object]:
+    """timm's arguments of a ViT of these sizes."""
     return {
         "img_size": size.image_hw,
         "patch_size": size.patch,
@@ -52,7 +53,7 @@ def _vit(size: Size) -> dict[str, object]:
 
 def _clip_vit(size: Size, quick_gelu: bool, no_embed_class: bool) -> tuple[str, dict[str, object]]:
     base = "vit_base_patch16_clip_quickgelu_224" if quick_gelu else "vit_base_patch16_clip_224"
-    return base, _vit(size) | {"no_embed_class": no_embed_class}
+    return base, vit_sizes(size) | {"no_embed_class": no_embed_class}
 
 
 def clip_vit_name(*, quick_gelu: bool = False, no_embed_class: bool = False, **sizes: object) -> str:
@@ -75,12 +76,12 @@ def clip_vit(
 
 
 def siglip_vit_name(*, act: str = "gelu_tanh", **sizes: object) -> str:
-    return register("vit_base_patch16_siglip_224", act_layer=act, **_vit(Size(**sizes)))
+    return register("vit_base_patch16_siglip_224", act_layer=act, **vit_sizes(Size(**sizes)))
 
 
 def siglip_vit(*, seed: int = 0, act: str = "gelu_tanh", **sizes: object) -> nn.Module:
     """ViT without class token, pooled by a learned query (MAP); the width is the embedding."""
-    arguments = _vit(Size(**sizes)) | {"act_layer": act, "num_classes": 0}
+    arguments = vit_sizes(Size(**sizes)) | {"act_layer": act, "num_classes": 0}
     return randomised(timm.create_model, "vit_base_patch16_siglip_224", **arguments, seed=seed)
 
 

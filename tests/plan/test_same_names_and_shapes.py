@@ -32,7 +32,7 @@ def timm_model(base, size, pool="", **options):
             "timm_proj": "linear",
             "image_size": size,
         }
-        return openclip._model(CLIP, vision, openclip._native_text(Size()), {"seed": seed})
+        return openclip._model(CLIP, vision, openclip.native_text(Size()), {"seed": seed})
 
     return build
 

@@ -96,10 +96,10 @@ def headless(seed):
 
 def gap(seed):
     size = Size()
-    name = timm_towers.register("vit_base_patch16_siglip_gap_224", **timm_towers._vit(size), act_layer="gelu_tanh")
+    name = timm_towers.register("vit_base_patch16_siglip_gap_224", **timm_towers.vit_sizes(size), act_layer="gelu_tanh")
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "none", "image_size": size.image_size}
     return openclip._model(
-        openclip.CustomTextCLIP, vision, openclip._native_text(size), {"seed": seed}, embed_dim=size.image_width
+        openclip.CustomTextCLIP, vision, openclip.native_text(size), {"seed": seed}, embed_dim=size.image_width
     )
 
 

@@ -281,7 +281,7 @@ def of_open_clip(
 NATIVE = {
     "embed_dim": SIZE.embed_dim,
     "vision_cfg": openclip._native_vision(SIZE),
-    "text_cfg": openclip._native_text(SIZE),
+    "text_cfg": openclip.native_text(SIZE),
 }
 
 
@@ -300,7 +300,7 @@ def with_timm(name: str, pool: str, proj: str | None, size: int = 28) -> dict[st
 
 def coca() -> Case:
     vision = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 7, "output_tokens": True}
-    decoder = {k: v for k, v in openclip._native_text(SIZE).items() if k != "mlp_ratio"} | {"layers": 2}
+    decoder = {k: v for k, v in openclip.native_text(SIZE).items() if k != "mlp_ratio"} | {"layers": 2}
     config = native(vision_cfg=vision, text_cfg={"embed_cls": True, "output_tokens": True}, embed_dim=SIZE.text_width)
     return of_open_clip(CoCa, {**config, "multimodal_cfg": decoder})
 

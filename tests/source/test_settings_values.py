@@ -218,7 +218,7 @@ def timm_model_beside_its_configuration(folder, base, pool, size, **options):
     """A model, with its file and its configuration in a folder."""
     name = timm_towers.register(base, **options)
     vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size}
-    text = openclip._native_text(Size())
+    text = openclip.native_text(Size())
     model = CustomTextCLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
     configuration = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
