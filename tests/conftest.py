@@ -15,6 +15,7 @@ ROOMS = (
     "api",
     "cli",
     "compare",
+    "families",
     "formats",
     "language",
     "load",
@@ -87,5 +88,18 @@ def proves(request):
 
     def stated(word, plan, towers=None, **more):
         proofs.state(request.node, proofs.record(word, plan, towers, **more))
+
+    return stated
+
+
+@pytest.fixture
+def proves_format(request):
+    """``proves_format(word, hub, example, name)``: the same for a format of another hub."""
+    import proofs
+
+    def stated(word, hub, example, name):
+        way_back = example.oneway or "bit-equal"
+        found = {"word": word, "format": example.form, "hub": hub, "example": name}
+        proofs.state(request.node, {**found, "peer": example.peer, "way_back": way_back, "towers": {}})
 
     return stated
