@@ -457,3 +457,28 @@ def test_a_method_that_does_not_suit_the_axes_is_refused(fresh, tmp_path):
     (tmp_path / "lm.yaml").write_text(WITH_PREFIX + line, encoding="utf-8")
     with pytest.raises(keymap.MappingError, match=r"lm.yaml:8:45: a line is resized by linear or nearest"):
         keymap.register_mappings(tmp_path / "lm.yaml")
+
+
+# --- files alone show their hub ---
+
+
+def test_two_files_of_another_hub_are_compared_without_naming_it(nano, tmp_path):
+    model = Nano()
+    torch.save(gpt2_of(model), tmp_path / "theirs.pt")
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
+    assert found.equal and found.format_a == "conv_gpt" and found.format_b == "nano"
+    with torch.no_grad():
+        model.transformer["wpe"].weight[1, 2] += 1
+    torch.save(gpt2_of(model), tmp_path / "theirs.pt")
+    found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
+    (one,) = found.differences
+    assert "wpe" in one.key and round(one.max_abs, 4) == 1
+
+
+def test_a_checkpoint_of_another_hub_stands_for_a_model_on_the_command_line(nano, tmp_path):
+    from keymap.cli.targets import like
+
+    torch.save(gpt2_of(Nano()), tmp_path / "theirs.pt")
+    described = like(str(tmp_path / "theirs.pt"), None, None, None, True, None)
+    assert set(described.state_dict()) == set(Nano().state_dict())
