@@ -120,13 +120,18 @@ def test_the_way_back_writes_the_other_format_bit_for_bit(nano, tmp_path):
 
 def test_a_file_of_one_hub_is_refused_by_a_model_of_another(nano, tmp_path):
     torch.save(gpt2_of(Nano()), tmp_path / "gpt2.pt")
-    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys") as caught:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "gpt2.pt")
+    assert caught.value.faults[0] == "they are those of format conv_gpt of hub nano"
     torch.save(openclip.clip().state_dict(), tmp_path / "clip.pt")
     model = Nano()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys") as caught:
         keymap.load_checkpoint(model, tmp_path / "clip.pt")
+    assert caught.value.faults[0] == "they are those of format open_clip of hub open_clip"
+    assert "this call is about hub nano" in caught.value.faults[1]
+    with pytest.raises(keymap.KeymapError, match="of format conv_gpt of hub nano"):
+        keymap.convert_checkpoint(tmp_path / "gpt2.pt", tmp_path / "x.safetensors", "hf_clip")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
