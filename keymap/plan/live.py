@@ -24,7 +24,9 @@ _NAME = "the model"
 
 
 def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -> tuple[Opened, Mapping[str, Scalar]]:
-    """A model's state dict with the hub's names, and the facts that the model states, for example its head counts.
+    """A model's state dict, and the facts that the model states, for example its head counts.
+
+    Its names are the hub's. If they are not, they are taken for those of a format, as for a model of another library.
 
     Args:
         model: its tensors may be on any device; each is copied to the CPU when it is read.
@@ -44,6 +46,8 @@ def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -
         if isinstance(value, torch.Tensor)
     }
     opened = open_tree(Asked(known, known.hub.name), lazy, None, sizes_of(facts))
+    if opened.top[0].found is None:  # perhaps a model of another library, whose names are those of a format
+        opened = open_tree(Asked(known), lazy, None, sizes_of(facts))
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
 
 

@@ -203,3 +203,15 @@ def test_progress_that_is_no_function_is_refused(progress, tmp_path):
     for assign in (True, False):
         with pytest.raises(keymap.PlanError, match=r"progress=.*pass a function"):
             keymap.load_checkpoint(model, tmp_path / "x.pt", assign=assign, progress=progress)
+
+
+def test_a_model_of_another_library_is_written_from_its_own_names(tmp_path):
+    theirs, heads = hf.clip(), {"image.heads": 3, "text.heads": 4}
+    keymap.save_checkpoint(theirs, tmp_path / "x.safetensors", "open_clip", facts=heads)
+    ours = openclip.custom()
+    keymap.load_checkpoint(ours, tmp_path / "x.safetensors")
+    assert keymap.compare_checkpoints(theirs, ours).equal
+    with torch.no_grad():
+        ours.visual.proj[1, 2] += 1
+    (one,) = keymap.compare_checkpoints(theirs, ours).differences
+    assert one.kind == "value" and one.differing == 1
