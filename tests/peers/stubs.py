@@ -21,6 +21,9 @@ class _Anything(ModuleType):
             def __new__(cls, *arguments: Any, **_: Any) -> Any:
                 return arguments[0] if len(arguments) == 1 and callable(arguments[0]) else super().__new__(cls)
 
+            def __init__(self, *_: Any, **__: Any) -> None:
+                super().__init__()
+
             def __call__(self, function: Any) -> Any:
                 return function
 
