@@ -251,9 +251,10 @@ t5x: query and value swapped: differs
 - name: {query: q, key: k, value: v, out: o}
 + name: {query: v, key: k, value: q, out: o}
 t5x: the gate and what it gates swapped: differs
-- encoder/layers_(\d+)/mlp/wi_(0|1)/kernel: {to: encoder.block.\1.layer.1.DenseReluDense.wi_\2.weight, view: in out -> out in}
-+ encoder/layers_(\d+)/mlp/wi_0/kernel: {to: encoder.block.\1.layer.1.DenseReluDense.wi_1.weight, view: in out -> out in}
-+     encoder/layers_(\d+)/mlp/wi_1/kernel: {to: encoder.block.\1.layer.1.DenseReluDense.wi_0.weight, view: in out -> out in}
+- DenseReluDense.wi_\2.weight, view: in out -> out in}
++ DenseReluDense.wi_<2:place>.weight, view: in out -> out in}
+- place: {attention: 0, mlp: 1}
++ place: {attention: 0, mlp: 1, 0: 1, 1: 0}
 t5x: the attentions of the decoder crossed: differs
 - kind: {self_attention: 0.SelfAttention, encoder_decoder_attention: 1.EncDecAttention}
 + kind: {self_attention: 1.EncDecAttention, encoder_decoder_attention: 0.SelfAttention}
