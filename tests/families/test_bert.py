@@ -96,3 +96,13 @@ def test_inspect_tells_both_readings_of_a_bert(tmp_path):
     assert (found.format, found.hub) == ("hf_bert", "open_clip")
     assert any("bert of hub bert (choose with hub='bert')" in note for note in found.notes)
     assert keymap.inspect_checkpoint(path, hub="bert").format == "bert"
+
+
+def test_an_old_body_that_was_saved_alone_loads(tmp_path):
+    peer, model = bert.old(BODY), bert.hf(BODY)()
+    torch.save(peer.state_dict(), tmp_path / "x.pt")
+    assert "embeddings.LayerNorm.gamma" in peer.state_dict()
+    assert keymap.load_checkpoint(model, tmp_path / "x.pt").report.plan.format == "bert_gamma_beta"
+    with torch.no_grad():
+        ours = model(bert.IDS, token_type_ids=bert.TYPES).last_hidden_state
+        assert torch.allclose(bert.hidden(peer)[0], ours, atol=2e-5)

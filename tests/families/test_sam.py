@@ -29,6 +29,11 @@ def test_an_image_encoder_that_was_saved_alone_loads(tmp_path):
         assert torch.allclose(peer(pixels), model(pixels).last_hidden_state, atol=2e-5)
 
 
+def test_blocks_within_windows_do_not_make_it_a_pruned_model(tmp_path):
+    found = keymap.inspect_checkpoint(saved(sam.meta().state_dict(), tmp_path / "x.pt"), hub="sam")
+    assert "layers 3" in str(found) and "pruned" not in str(found)
+
+
 def test_the_image_encoder_of_a_whole_file_loads_into_a_vision_model(tmp_path):
     peer, model = sam.meta(), sam.hf("SamVisionModel")()
     path = saved(peer.state_dict(), tmp_path / "x.pt")

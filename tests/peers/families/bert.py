@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -186,7 +187,8 @@ def converted(state: Mapping[str, Tensor]) -> nn.Module:
         config = Path(folder, "bert_config.json")
         config.write_text(json.dumps({"vocab_size": WORDS, "hidden_act": "gelu", **SIZE}), encoding="utf-8")
         out = Path(folder, "pytorch_model.bin")
-        converter.convert_tf_checkpoint_to_pytorch("bert_model.ckpt", str(config), str(out))
+        with redirect_stdout(None):  # it prints every name
+            converter.convert_tf_checkpoint_to_pytorch("bert_model.ckpt", str(config), str(out))
         model.load_state_dict(torch.load(out, weights_only=True))
     return model
 
