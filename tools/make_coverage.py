@@ -254,6 +254,7 @@ def page(proofs: Sequence[Record]) -> str:
     for title, group in groups(records):
         lines += group_page(f"{title} ({len(group)})", group, records, cells)
     lines += relatives({proof["relative"]: proof for proof in planned if "relative" in proof}, proved)
+    lines += families([proof for proof in proofs if "hub" in proof])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -276,6 +277,24 @@ def relatives(records: Mapping[str, Record], proved: Proved) -> list[str]:
     ]
 
 
+def families(records: Sequence[Record]) -> list[str]:
+    """Formats of models outside CLIP."""
+    rows = []
+    for record in sorted(records, key=lambda one: (one["hub"], one["example"])):
+        form, _, more = record["example"].partition(" ")
+        model = f"{record['hub']}: {form}{', ' if more else ''}{more}"
+        link = f"[{form}](formats/{record['hub']}/{form}.md)"
+        rows.append([model, link, record["peer"], record["word"], record["way_back"]])
+    return [
+        "## Models outside CLIP",
+        "",
+        "Small models with random weights. The way back is bit-equal if it writes the file's own tensors.",
+        "",
+        *table(["model", "format", "compared with", "tests show", "way back"], rows),
+        "",
+    ]
+
+
 # --- the committed page --------------------------------------------------------------------------------------
 
 
@@ -292,7 +311,7 @@ def read_cells(text: str) -> dict[tuple[str, str], str]:
         elif columns[:1] == ["configuration"] and parts[0] != "---":
             found |= {(parts[0], form): text for form, text in zip(columns[1:], parts[1:], strict=True)}
         elif columns[:1] == ["model"] and parts[0] != "---":
-            found[parts[0], parts[1].strip("`")] = parts[3]
+            found[parts[0], re.sub(r"\[(\w+)\].*", r"\1", parts[1].strip("`"))] = parts[3]
     return found
 
 

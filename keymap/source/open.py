@@ -33,7 +33,16 @@ from keymap.source.search import (
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["Opened", "PathLike", "Source", "layouts_of", "open_in_each", "open_source", "open_tree", "open_under_one_hub"]
+__all__ = [
+    "Opened",
+    "PathLike",
+    "Source",
+    "layouts_of",
+    "open_in_each",
+    "open_source",
+    "open_tree",
+    "open_under_one_hub",
+]
 
 
 class Source(NamedTuple):

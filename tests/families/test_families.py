@@ -148,7 +148,7 @@ def test_a_model_has_the_names_of_one_hub_and_loads_its_own_state_dict(hub, tmp_
     for name in FAMILIES[hub].EXAMPLES:
         made = example(hub, name)
         theirs, mine = made.model(), made.model()
-        assert hubs().claiming({key: value for key, value in theirs.state_dict().items()}) == (hub,)
+        assert hubs().claiming(theirs.state_dict()) == (hub,)
         torch.nn.init.ones_(next(iter(mine.parameters())))
         torch.save(theirs.state_dict(), tmp_path / "own.pt")
         assert keymap.load_checkpoint(mine, tmp_path / "own.pt").report.plan.format == hub

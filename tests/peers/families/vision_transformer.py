@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peers.common import images, randomised
 from torch import Tensor, nn
+
+from peers.common import images, randomised
 
 from . import Example
 
