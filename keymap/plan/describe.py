@@ -203,12 +203,15 @@ def _fingerprint(hub: Format, keys: Mapping[str, Layout]) -> str:
 
 
 def _uneven(hub: Format, tower: str, keys: Mapping[str, Layout]) -> bool:
-    """True where the blocks that a measure counts differ in their shapes."""
+    """True where the blocks that a measure counts differ in the lengths of their vectors.
+
+    Tables of relative positions may differ: those of blocks that attend within windows are shorter.
+    """
     shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
     counted = [side.prefix for ways in hub.measures.get(tower, {}).values() for side, axis in ways if axis is None]
     for prefix in counted:
         for key, layout in keys.items():
-            if key.startswith(prefix):
+            if len(layout.shape) == 1 and key.startswith(prefix):
                 shapes.setdefault((prefix, key[len(prefix) :].partition(".")[2]), set()).add(layout.shape)
     return any(len(found) > 1 for found in shapes.values())
 

@@ -239,7 +239,10 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
         if key in loaded or key in mismatched:
             continue
         tower = sides.towers[key]
-        if sides.ignored(key) is not None:
+        ignored = sides.ignored(key)
+        if ignored is not None and ignored[1]:
+            _match_copy(sides, key, ignored[1], found)
+        elif ignored is not None:
             found.notes.append(f"{key}: computed by the model, left unchanged")
         elif tower in loaded_towers and _last_word(key) in sides.hub.optional_buffers:
             if target.is_meta:
@@ -258,6 +261,18 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
         found.notes.append(f"not in the file, left unchanged: {some(optional)}")
     found.missing.extend(key for key in sides.model.lazy if sides.request.includes(tower_of(sides.hub, key)))
     return found
+
+
+def _match_copy(sides: Sides, key: str, twin: str, found: _ModelOnly) -> None:
+    """A key of the model that repeats another one, which the file has once."""
+    held, layout = sides.model.tensors.get(twin), sides.translated.tensors.get(twin)
+    if held is not None and _address(held) == sides.addresses[key]:
+        found.notes.append(f"{key}: one tensor with {twin}")
+    elif layout is None or layout.shape != tuple(sides.targets[key].shape):
+        found.missing.append(key)
+    else:
+        found.filled.append(_entry(sides, key, layout, sides.targets[key], found.notes))
+        found.notes.append(f"{key}: a copy of {twin}")
 
 
 def _filled(key: str, tower: str, target: torch.Tensor, value: float | str, owner: str) -> Entry:

@@ -9,6 +9,8 @@ from peers.common import assert_unchanged, bits
 from safetensors.torch import save_file
 
 import keymap
+from keymap.source import registry as registry_module
+from keymap.source.registry import hubs
 
 HF_CLIP_LIKE = """
 format: worded
@@ -131,3 +133,81 @@ def test_each_fault_has_its_place(mapping, old, new, words):
         keymap.register_mappings(mapping)
     assert words in str(caught.value) or words == "refuse"
     assert "worded.yaml:" in caught.value.faults[0]
+
+
+# --- in a hub: keys that are one tensor ---
+
+TIED = """format: tied
+kind: hub
+title: words and an output
+detect: {all: [embed.weight, norm.weight]}
+ignore:
+  out.weight: {why: the words, same_as: embed.weight}
+towers:
+  net:
+    (embed|norm|out).weight: \\1.weight
+"""
+ONCE = """format: once
+hub: tied
+title: the same, once
+detect: {all: [words]}
+towers:
+  net:
+    words: embed.weight
+    scale: norm.weight
+"""
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 3)
+        self.norm = torch.nn.RMSNorm(3)
+        self.out = torch.nn.Linear(3, 5, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+
+@pytest.fixture
+def once(tmp_path, monkeypatch):
+    """A file of the format ``once``; the hub is known within the test."""
+    monkeypatch.setattr(registry_module, "_registry", [hubs()])
+    folder = tmp_path / "tied"
+    folder.mkdir()
+    for text in (TIED, ONCE):
+        (folder / f"{text.split()[1]}.yaml").write_text(text)
+    keymap.register_mappings(folder)
+    return save({"words": torch.rand(5, 3), "scale": torch.rand(3)}, tmp_path)
+
+
+@pytest.mark.parametrize(("tied", "note"), [(True, "one tensor with"), (False, "a copy of")])
+def test_a_key_that_the_file_lacks_gets_the_values_of_the_other(tied, note, once):
+    model = Tied(tied)
+    plan = keymap.load_checkpoint(model, once).report.plan
+    assert plan.missing_keys == () and any(f"out.weight: {note} embed.weight" in line for line in plan.notes)
+    assert torch.equal(model.out.weight, model.embed.weight)
+
+
+def test_a_copy_of_another_shape_is_missing(once):
+    model = Tied(False)
+    model.out = torch.nn.Linear(3, 4, bias=False)
+    before = bits(model)
+    with pytest.raises(keymap.PlanError, match=r"missing from the file: out.weight"):
+        keymap.load_checkpoint(model, once)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_format_without_a_place_for_the_copy_leaves_it_out_if_it_is_one(tied, once):
+    model = Tied(tied)
+    if not tied:
+        with pytest.raises(keymap.VerifyError, match=r"out.weight must hold the same .* a copy of embed.weight"):
+            keymap.convert_state_dict(model.state_dict(), "once")
+        return
+    assert set(keymap.convert_state_dict(model.state_dict(), "once")) == {"words", "scale"}
+
+
+def test_a_copy_without_what_it_repeats_is_not_left_out(once):
+    state = {key: value for key, value in Tied(False).state_dict().items() if key != "embed.weight"}
+    with pytest.raises(keymap.PlanError, match=r"out.weight"):
+        keymap.convert_state_dict(state, "once", mapping="tied")

@@ -77,9 +77,9 @@ def test_every_format_can_be_named(name):
 NOT_FORMATS = {  # the name, and a pattern of the message
     "hf_clp": r"no format 'hf_clp'; did you mean hf_clip\b.*\?$",
     "HF_CLIP": r"no format 'HF_CLIP'; did you mean hf_clip\b.*\?$",
-    "unknown": r"no format 'unknown'; formats: any, .*, wan_clip$",
+    "unknown": r"no format 'unknown'; formats: any, .*, wan_clip",
     "hf_blocks": r"hf_blocks is a file of tables: check a format that uses it: .*\bhf_clip\b",
-    "containers": r"containers is not a format \(its kind is containers\); formats: any, .*, wan_clip$",
+    "containers": r"containers is not a format \(its kind is containers\); formats: any, .*, wan_clip",
     "open_clip_configurations": r"open_clip_configurations is not a format \(its kind is configurations\); formats: ",
 }
 
