@@ -103,8 +103,9 @@ def _shared(side: Side, others: Iterable[Side]) -> bool:
 
 
 def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, str]]:
-    """Facts that the hub does not know, and values that no format uses for a fact."""
+    """Facts that neither the hub nor the file itself declares, and values that no format uses for a fact."""
     hub_facts = known.hub.facts
+    own_facts = marked.data.get("facts", {}) if marked.data.get("kind") == "tables" else {}  # of another hub
     vocabulary: dict[str, set[Any]] = {}
     for other in known.files.values():
         if other is not marked:
@@ -112,6 +113,8 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
                 vocabulary.setdefault(fact, set()).update(values)
     hub_words = {word for entry in hub_facts.values() for word in entry.words.values() if isinstance(word, str)}
     for path, fact, values in _named_facts(marked.data):
+        if fact not in hub_facts and fact in own_facts:
+            continue
         if fact not in hub_facts:
             today = next((name for name, entry in hub_facts.items() if entry.formerly == fact), "")
             hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")

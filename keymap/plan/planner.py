@@ -15,7 +15,7 @@ from keymap.plan.model import ModelView
 from keymap.plan.own_names import OWN, is_foreign, own_names, take_own_names
 from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
-from keymap.plan.request import Request, hub_towers, refuse_contradictions, sizes_of
+from keymap.plan.request import Request, hub_towers, refuse_contradictions, refuse_other_lengths, sizes_of
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source
@@ -92,6 +92,7 @@ def _translate(
         return translated, _counts(translated, hub), notes
     facts = source.settings.numbers | sizes_of(model.facts) | dict(request.facts)
     translated = to_hub(found, facts)
+    refuse_other_lengths(translated.rules, request, model, source.settings)
     notes = keep_towers(translated, request, hub)
     refuse_empty(translated, request, found.mapping.name, hub_towers(hub))
     counts = _counts(translated, hub)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 from keymap.errors import CheckpointError, PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format, Scalar
+from keymap.language.rules import Rule
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
 from keymap.source.settings import Settings, Unknown, config_text, in_hub_words
@@ -27,6 +28,7 @@ __all__ = [
     "hub_towers",
     "make_request",
     "refuse_contradictions",
+    "refuse_other_lengths",
     "request_for_towers",
     "sizes_of",
     "with_own",
@@ -246,6 +248,27 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
             faults.append(_contradiction(name, value, "file", in_file, origin))
     if faults:
         raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
+
+
+def refuse_other_lengths(rules: Iterable[Rule], request: Request, model: ModelView, settings: Settings) -> None:
+    """Refuse a file whose configuration and the model differ in a number by which rules cut or transpose tensors.
+
+    The file's tensors would be read in another order of their rows than they have, also where all shapes agree.
+
+    Raises:
+        PlanError: with one fault for each number.
+    """
+    names = dict.fromkeys(fact for rule in rules if request.includes(rule.tower) for fact in rule.facts)
+    theirs = {name: settings.facts[name] for name in names if name in settings.facts and name in model.facts}
+    faults = [
+        f"{name}: {config_text(value)} in the source ({origin}), {config_text(model.facts[name])} in the model "
+        f"({model.fact_paths[name]})"
+        for name, (value, origin) in theirs.items()
+        if value != model.facts[name]
+    ]
+    if faults:
+        text = "the source's configuration and the model differ in numbers by which rules cut tensors"
+        raise PlanError(f"{request.file}: {text}; load into a model with those of the source", faults)
 
 
 def _contradiction(name: str, given: Scalar, side: str, stated: Scalar, origin: str) -> str:
