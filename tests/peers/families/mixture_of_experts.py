@@ -31,6 +31,19 @@ SIZE = {
 }
 MIXTRAL = {"num_local_experts": EXPERTS, "head_dim": 10}
 QWEN = {"num_experts": EXPERTS, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 36}
+LATENT = {
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "head_dim": 10,
+}
 DENSE_BELOW = {"mlp_only_layers": [0]}  # the first layer has no experts
 
 
@@ -70,10 +83,11 @@ def example(form: str, kind: str, wrong: Mapping[str, Callable[[], nn.Module]], 
     if options.get("tie_word_embeddings"):
         back = {**file, "lm_head.weight": file["model.embed_tokens.weight"]}
     others = {
-        "more key heads": maker(name, **{**options, "num_key_value_heads": 3}),
         "fewer layers": maker(name, **{**options, "num_hidden_layers": 2}),
-        "more experts": maker(name, **{**options, "num_experts": 6, "num_local_experts": 6}),
+        "more experts": maker(name, **{**options, "num_experts": 6, "num_local_experts": 6, "n_routed_experts": 6}),
     }
+    if "Deepseek" not in name:  # its keys and values are not of heads
+        others["more key heads"] = maker(name, **{**options, "num_key_value_heads": 3})
     return Example(
         form,
         file,
@@ -96,7 +110,10 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
         example, "qwen_moe", "Qwen2MoeForCausalLM", {**DENSE, **QWEN2}, **QWEN, **DENSE_BELOW
     ),
     "qwen_moe Qwen3": partial(example, "qwen_moe", "Qwen3MoeForCausalLM", {**DENSE, **QWEN2}, **QWEN, head_dim=10),
-    "qwen_moe OLMoE": partial(example, "qwen_moe", "OlmoeForCausalLM", DENSE, **QWEN),
+    **{
+        f"qwen_moe {name}": partial(example, "qwen_moe", f"{name}ForCausalLM", DENSE, **QWEN, **LATENT)
+        for name in ("Olmoe", "DeepseekV2", "DeepseekV3", "Glm4Moe", "Dots1")
+    },
 }
 ROWS = r"""
 mixtral: gate and up swapped: differs
@@ -121,18 +138,32 @@ mixtral base: gate and up swapped: differs
 - experts.(\d+).(w1|w3).weight
 + experts.(\d+).(w3|w1).weight
 qwen_moe Qwen2: gate and up swapped: differs
-- experts.(\d+).(gate|up)_proj.weight
-+ experts.(\d+).(up|gate)_proj.weight
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
 qwen_moe Qwen2: gate and up mixed row by row: differs
 - then: e two f d -> e (two f) d
 + then: e two f d -> e (f two) d
 qwen_moe Qwen2, a layer without experts: gate and up swapped: differs
-- experts.(\d+).(gate|up)_proj.weight
-+ experts.(\d+).(up|gate)_proj.weight
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
 qwen_moe Qwen3: gate and up swapped: differs
-- experts.(\d+).(gate|up)_proj.weight
-+ experts.(\d+).(up|gate)_proj.weight
-qwen_moe OLMoE: gate and up swapped: differs
-- experts.(\d+).(gate|up)_proj.weight
-+ experts.(\d+).(up|gate)_proj.weight
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
+qwen_moe Olmoe: gate and up mixed row by row: differs
+- then: e two f d -> e (two f) d
++ then: e two f d -> e (f two) d
+qwen_moe DeepseekV2: gate and up swapped: differs
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
+qwen_moe DeepseekV3: the norms of the latents swapped: refused
+- self_attn.(q|kv)_a_layernorm.weight: {to: self_attn.\1_a_layernorm.weight, optional: true}
++ self_attn.q_a_layernorm.weight: {to: self_attn.kv_a_layernorm.weight, optional: true}
++ self_attn.kv_a_layernorm.weight: {to: self_attn.q_a_layernorm.weight, optional: true}
+qwen_moe Glm4Moe: gate and up swapped: differs
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
+qwen_moe Dots1: the norms of q and k swapped: differs
+- self_attn.(q|k)_norm.weight: {to: self_attn.\1_norm.weight, optional: true}
++ self_attn.q_norm.weight: {to: self_attn.k_norm.weight, optional: true}
++ self_attn.k_norm.weight: {to: self_attn.q_norm.weight, optional: true}
 """
