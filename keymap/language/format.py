@@ -40,7 +40,7 @@ Scalar = str | int | float | bool
 
 
 class Absence(NamedTuple):
-    """The value that the absence of a key means; with ``always`` it is filled even where a format has a place for it."""
+    """The value that a key's absence means; with ``always`` it is filled even where a format has a place for it."""
 
     value: float | str
     always: bool = False

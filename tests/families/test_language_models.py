@@ -1,4 +1,4 @@
-"""Files of language models as they lie on disk: folders, old buffers, files without a head, and models that must refuse."""
+"""Files of language models as they lie on disk: folders, old buffers, files without a head; models that refuse."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_model_of_other_heads_and_equal_shapes_refuses_the_folder(meta):
 
 def test_a_conversion_without_a_model_asks_for_the_heads(tmp_path):
     state = dict(example("llama", "meta_llama").file)
-    with pytest.raises(keymap.PlanError, match="text.heads"):
+    with pytest.raises(keymap.PlanError, match=r"text\.heads"):
         keymap.convert_state_dict(state, "llama", mapping="meta_llama")
     assert len(keymap.convert_state_dict(state, "llama", mapping="meta_llama", facts=llama.FACTS)) == 30
 
@@ -186,7 +186,7 @@ def test_the_activation_is_compared(tmp_path):
 
 
 def test_a_head_of_its_own_cannot_be_written_as_nanogpt():
-    with pytest.raises(keymap.KeymapError, match="lm_head.weight"):
+    with pytest.raises(keymap.KeymapError, match=r"lm_head\.weight"):
         keymap.convert_state_dict(gpt2.gpt2(tie_word_embeddings=False).state_dict(), "nanogpt")
 
 
@@ -198,7 +198,11 @@ def test_a_sharded_file_of_experts_and_a_state_dict_of_the_memory(tmp_path):
     source.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
     assert len(list((tmp_path / "hub").glob("model-*.safetensors"))) > 2
     result = keymap.load_checkpoint(model, tmp_path / "hub")
-    assert (result.report.plan.format, result.report.plan.warnings, result.report.plan.unverified) == ("mixtral", (), ())
+    assert (result.report.plan.format, result.report.plan.warnings, result.report.plan.unverified) == (
+        "mixtral",
+        (),
+        (),
+    )
     assert_bits(model, source.state_dict())
     model = mixture_of_experts.moe("MixtralForCausalLM", 2)
     torch.save(source.state_dict(), tmp_path / "memory.pt")

@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from peers.common import randomised
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from peers.common import randomised
 
 
 def hf(kind: str, seed: int = 0, **options: Any) -> nn.Module:

@@ -35,7 +35,7 @@ ignore:
 towers:
   text:
     wte.weight: {to: [transformer.wte.weight, lm_head.weight]}
-    wpe.weight: transformer.wpe.weight
+    pos.weight: transformer.pos.weight
     h.(\d+).: {to: 'transformer.h.\1.', table: block}
     ln_f.(weight|bias): transformer.ln_f.\1
 tables:
@@ -63,7 +63,7 @@ class Nano(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(WORDS, WIDTH),
-                "wpe": nn.Embedding(ROWS, WIDTH),
+                "pos": nn.Embedding(ROWS, WIDTH),
                 "h": nn.ModuleList(Block() for _ in range(LAYERS)),
                 "ln_f": nn.LayerNorm(WIDTH),
             }
@@ -267,7 +267,7 @@ def test_a_name_that_two_hubs_have_is_refused_and_hub_chooses(twin):
     assert keymap.convert_state_dict(written, "nano", mapping="conv_gpt").keys() == state.keys()  # the hub of `to`
     with pytest.raises(keymap.MappingError, match=r"source='conv_gpt': several hubs"):
         keymap.map_key("wte.weight", "conv_gpt", "conv_gpt")
-    assert keymap.map_key("wpe.weight", "conv_gpt", "nano") == "transformer.wpe.weight"
+    assert keymap.map_key("pos.weight", "conv_gpt", "nano") == "transformer.pos.weight"
 
 
 def test_a_name_is_resolved_by_the_hub_of_the_model(nano, fresh, tmp_path):
@@ -347,7 +347,7 @@ WRONG_FILES = {
         GPT2.replace("towers:", "layouts: {text: native}\ntowers:"),
         "the hub has no text layout 'native'",
     ),
-    "a key that the hub does not have": (GPT2.replace(": transformer.wpe", ": wpe"), "the hub has no such name"),
+    "a key that the hub does not have": (GPT2.replace(": transformer.pos", ": pos"), "the hub has no such name"),
 }
 
 

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peers.common import randomised, tokens
-from peers.language_models import hf
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from peers.common import randomised, tokens
+from peers.language_models import hf
 
 from . import Example
 

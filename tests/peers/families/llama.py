@@ -11,9 +11,10 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+from torch import Tensor, nn
+
 from peers.common import randomised, tokens
 from peers.language_models import bare, hf, written
-from torch import Tensor, nn
 
 from . import Example
 
@@ -212,8 +213,8 @@ meta_llama: the rows of q are not permuted: differs
 - attention.wq.weight: {to: self_attn.q_proj.weight, view: (h p two) d -> (h two p) d, sizes: {h: text.heads, two: 2}}
 + attention.wq.weight: self_attn.q_proj.weight
 meta_llama: the rows of k are not permuted: differs
-- attention.wk.weight: {to: self_attn.k_proj.weight, view: (h p two) d -> (h two p) d, sizes: {h: text.kv_heads, two: 2}}
-+ attention.wk.weight: self_attn.k_proj.weight
+- view: (h p two) d -> (h two p) d, sizes: {h: text.kv_heads, two: 2}
++ view: r d -> r d
 meta_llama: k is permuted by the heads of q: refused
 - sizes: {h: text.kv_heads, two: 2}
 + sizes: {h: text.heads, two: 2}

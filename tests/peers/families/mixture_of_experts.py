@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peers.language_models import hf, written
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from peers.language_models import hf, written
 
 from . import Example
 
@@ -66,7 +67,9 @@ def read_by_transformers(kind: str, file: Mapping[str, Tensor], config: Any) -> 
     return {key: value.detach() for key, value in model.state_dict().items()}
 
 
-def example(form: str, kind: str, wrong: Mapping[str, Callable[[], nn.Module]], base: str = "", **options: Any) -> Example:
+def example(
+    form: str, kind: str, wrong: Mapping[str, Callable[[], nn.Module]], base: str = "", **options: Any
+) -> Example:
     """A file that transformers writes, and the model that it makes of it.
 
     Args:
