@@ -139,6 +139,20 @@ def test_a_model_of_other_heads_and_equal_shapes_refuses_the_folder(meta):
     refused(model, meta, "text.heads: 6 in the source (params.json: n_heads = 6), 12 in the model", "text.kv_heads: 2")
 
 
+@pytest.mark.parametrize(
+    ("stated", "label"),
+    [
+        ({"use_scaled_rope": True}, "scaling of the rotary angles: llama3 in the source"),
+        ({"rope_theta": 500000.0}, "base of the rotary angles: 500000.0 in the source"),
+        ({"norm_eps": 1e-6}, "eps of the norms: 1e-06 in the source"),
+    ],
+)
+def test_a_setting_of_metas_folder_that_differs_is_warned_of(stated, label, meta):
+    (meta / "params.json").write_text(json.dumps({**PARAMS, **stated}), encoding="utf-8")
+    with pytest.warns(keymap.ConfigurationWarning, match=label):
+        keymap.load_checkpoint(llama.llama(), meta)
+
+
 def test_a_conversion_without_a_model_asks_for_the_heads(tmp_path):
     state = dict(example("llama", "meta_llama").file)
     with pytest.raises(keymap.PlanError, match=r"text\.heads"):
