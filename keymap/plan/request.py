@@ -27,8 +27,8 @@ __all__ = [
     "example_towers",
     "hub_towers",
     "make_request",
+    "other_lengths",
     "refuse_contradictions",
-    "refuse_other_lengths",
     "request_for_towers",
     "sizes_of",
     "with_own",
@@ -250,25 +250,15 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
         raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
 
 
-def refuse_other_lengths(rules: Iterable[Rule], request: Request, model: ModelView, settings: Settings) -> None:
-    """Refuse a file whose configuration and the model differ in a number by which rules cut or transpose tensors.
-
-    The file's tensors would be read in another order of their rows than they have, also where all shapes agree.
-
-    Raises:
-        PlanError: with one fault for each number.
-    """
+def other_lengths(rules: Iterable[Rule], request: Request, model: ModelView, settings: Settings) -> dict[str, str]:
+    """The numbers of rules in which the source's configuration and the model differ, each with both values in words."""
     names = dict.fromkeys(fact for rule in rules if request.includes(rule.tower) for fact in rule.facts)
-    theirs = {name: settings.facts[name] for name in names if name in settings.facts and name in model.facts}
-    faults = [
-        f"{name}: {config_text(value)} in the source ({origin}), {config_text(model.facts[name])} in the model "
+    return {
+        name: f"{name}: {config_text(value)} in the source ({origin}), {config_text(model.facts[name])} in the model "
         f"({model.fact_paths[name]})"
-        for name, (value, origin) in theirs.items()
-        if value != model.facts[name]
-    ]
-    if faults:
-        text = "the source's configuration and the model differ in numbers by which rules cut tensors"
-        raise PlanError(f"{request.file}: {text}; load into a model with those of the source", faults)
+        for name, (value, origin) in settings.facts.items()
+        if name in names and name in model.facts and value != model.facts[name]
+    }
 
 
 def _contradiction(name: str, given: Scalar, side: str, stated: Scalar, origin: str) -> str:
