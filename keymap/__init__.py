@@ -1,4 +1,4 @@
-"""Load any CLIP-family checkpoint into an existing OpenCLIP model. Each format is one YAML file of rules.
+"""Load a checkpoint of any known format into an existing model, or write it. Each format is one YAML file of rules.
 
 >>> import keymap
 >>> all(keymap.list_formats().values())  # each format has a title

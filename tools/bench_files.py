@@ -70,6 +70,7 @@ def compare(title: str, cases: Mapping[str, Run], base: str, rounds: int, before
     for _ in range(rounds):
         for name, run in cases.items():
             before()
+            os.sync()  # else the system writes the bytes of the case before during this one
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

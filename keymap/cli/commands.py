@@ -107,8 +107,8 @@ def inspect_command(path: str, hub: str | None, wrapper: str | None, unsafe_pick
     "--like",
     metavar="CHECKPOINT",
     type=options.PATH,
-    help="Instead of a model: the names and shapes of this checkpoint, translated to OpenCLIP's names. No setting is "
-    "compared.",
+    help="Instead of a model: the names and shapes of this checkpoint, translated to the names of its hub. No "
+    "setting is compared.",
 )
 @click.option("--like-wrapper", metavar="NAME", help="Which state dict of that checkpoint.")
 @click.option(

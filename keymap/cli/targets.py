@@ -19,7 +19,7 @@ from keymap.errors import PlanError, printable
 from keymap.plan.export import only_reading
 from keymap.plan.to_hub import to_hub
 from keymap.source.hubs import ask
-from keymap.source.open import open_source
+from keymap.source.open import open_source, open_under_one_hub
 
 __all__ = ["like", "named"]
 
@@ -97,7 +97,8 @@ def like(
         KeymapError: the checkpoint is refused, or a tensor of it has no name in the hub.
     """
     with renaming({"wrapper": "like_wrapper", "mapping": "like_mapping"}):
-        source = only_reading(open_source(path, weights_only, ask(hub, mapping), wrapper))
+        opened = open_under_one_hub([(path, wrapper)], weights_only) if hub is None and mapping is None else None
+        source = only_reading(opened[0] if opened else open_source(path, weights_only, ask(hub, mapping), wrapper))
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

@@ -24,7 +24,7 @@ from keymap.plan.plan import dtype_name
 from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
 from keymap.read.lazy import brief
 from keymap.source.hubs import Asked, PathLike, ask_for_two
-from keymap.source.open import Opened, open_source
+from keymap.source.open import Opened, open_source, open_under_one_hub
 
 __all__ = ["compare_checkpoints"]
 
@@ -64,7 +64,8 @@ def compare_checkpoints(
         mapping_a, mapping_b: the format of the file, or the path of a YAML file; None detects it.
         facts: settings that shapes do not show, where a conversion needs them, as in `convert_state_dict`.
         check_dtype: an unlike dtype is a difference.
-        hub: the name of the hub under whose names files of two formats are compared.
+        hub: the name of the hub under whose names files of two formats are compared; None takes the first that has
+            formats for both files.
 
     Returns:
         The differences. The memory that is needed is that of the two largest tensors and some megabytes.
@@ -81,6 +82,8 @@ def compare_checkpoints(
     asked_a, asked_b = ask_for_two(hub, mapping_a, mapping_b, state)
     one, own_a = _open("a", a, safe, asked_a, wrapper_a)
     other, own_b = _open("b", b, safe, asked_b, wrapper_b)
+    if hub is None and model is None and mapping_a is None and mapping_b is None:
+        one, other = _under_one_hub(one, other, ((a, wrapper_a), (b, wrapper_b)), safe)
     asked = request_for_towers(towers, one.known.hub)
     source_a, source_b = readings(one, other)
     both = same_names(source_a, source_b, asked, sizes_of({**own_a, **own_b}) | dict(checked_facts(facts, one.known)))
@@ -120,6 +123,17 @@ def _open(
         raise PlanError(f"{name}={brief(where)}: pass the path of a checkpoint, or a model")
     with of_side(name):
         return open_source(where, weights_only, asked, checked_wrapper(wrapper)), {}
+
+
+def _under_one_hub(
+    one: Opened, other: Opened, files: Sequence[tuple[PathLike | nn.Module, str | None]], weights_only: bool
+) -> tuple[Opened, Opened]:
+    """The two files as they were opened, or under another hub, where that has formats for both."""
+    if one.top[0].found is not None and other.top[0].found is not None:
+        return one, other
+    paths = [(path, wrapper) for path, wrapper in files if not isinstance(path, nn.Module)]
+    again = open_under_one_hub(paths, weights_only)
+    return (again[0], again[1]) if again is not None else (one, other)
 
 
 def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype: bool) -> Comparison:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-__all__ = ["Amount", "ByFact", "LackingFactError", "amount_in", "facts_of", "parse_amount"]
+__all__ = ["Amount", "ByFact", "LackingFactError", "amount_in", "check_known", "facts_of", "parse_amount"]
 
 _BY_FACT = re.compile(r"([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)+)(?: ?\* ?([1-9][0-9]{0,8}))?", re.ASCII)
 
@@ -50,6 +50,20 @@ def facts_of(amounts: Iterable[Amount | None]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.fact for one in amounts if isinstance(one, ByFact)))
 
 
+def check_known(amounts: Iterable[Amount | None], facts: Mapping[str, int]) -> None:
+    """Refuse amounts by facts that are not known.
+
+    Raises:
+        LackingFactError: with all of them.
+    """
+    lacking = [one for one in amounts if isinstance(one, ByFact) and one.fact not in facts]
+    if lacking:
+        lengths = " and ".join(dict.fromkeys(map(str, lacking)))
+        is_or_are = f"length {lengths} is" if len(set(lacking)) == 1 else f"lengths {lengths} are"
+        given = ", ".join(f"{fact!r}: ..." for fact in facts_of(lacking))
+        raise LackingFactError(f"the {is_or_are} not known: pass facts={{{given}}}")
+
+
 def amount_in(amount: Amount, facts: Mapping[str, int]) -> int:
     """The number, which is at least 1 where a fact decides it.
 
@@ -59,8 +73,7 @@ def amount_in(amount: Amount, facts: Mapping[str, int]) -> int:
     """
     if isinstance(amount, int):
         return amount
-    if amount.fact not in facts:
-        raise LackingFactError(f"the length {amount} is not known: pass facts={{{amount.fact!r}: ...}}")
+    check_known([amount], facts)
     value = facts[amount.fact]
     if value < 1:
         raise ValueError(f"the length {amount} is not positive: {amount.fact} is {value}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from keymap.language.amounts import Amount, amount_in, facts_of
+from keymap.language.amounts import Amount, amount_in, check_known, facts_of
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side, Slot
 from keymap.language.rows import Rows
@@ -63,6 +63,7 @@ class Join(NamedTuple):
         """
         if not facts_of(self.lengths):
             return self
+        check_known(self.lengths, facts)
         return self._replace(lengths=tuple(None if n is None else amount_in(n, facts) for n in self.lengths))
 
     def bounds(self, total: int) -> list[tuple[int, int]]:

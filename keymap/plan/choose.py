@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from keymap.advice import choices
-from keymap.errors import KeymapError, PlanError
+from keymap.errors import DetectionError, KeymapError, PlanError
 from keymap.language.layout import Layout
 from keymap.plan.describe import Described, describe
 from keymap.plan.join import Chosen, Fit, join
@@ -23,6 +23,7 @@ from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
 from keymap.source.open import Opened, Source
+from keymap.source.other_hubs import naming_other_hubs
 
 __all__ = ["choose", "choose_for_towers"]
 
@@ -45,7 +46,8 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         plan, source = found
         others = (*plan.other_wrappers, *trial.others([source]))
         return Chosen(replace(plan, other_wrappers=tuple(dict.fromkeys(others))), source.unwrapped.tensors)
-    raise trial.error()
+    error = trial.error()
+    raise naming_other_hubs(error, opened) if isinstance(error, DetectionError) else error
 
 
 def choose_for_towers(opened: Mapping[str, Opened], model: ModelView, request: Request) -> Chosen:

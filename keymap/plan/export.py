@@ -22,6 +22,7 @@ from keymap.plan.rule_faults import with_lacking_facts_once
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.source.detect import ambiguous, tower_layout
 from keymap.source.open import Opened, Source
+from keymap.source.other_hubs import naming_other_hubs
 
 __all__ = ["Export", "Target", "export", "not_read", "only_reading", "target_format"]
 
@@ -95,7 +96,7 @@ def only_reading(opened: Opened) -> Source:
     assert error is not None, "a source without a format has a reason"
     names = choices("wrapper", [group[0].unwrapped.wrapper for group in opened.inner])
     advice = [f"a part of it has a known format: pass {names}"] if names else []
-    raise DetectionError(error.summary, [*error.faults, *advice])
+    raise naming_other_hubs(DetectionError(error.summary, [*error.faults, *advice]), opened)
 
 
 def not_read(opened: Opened, done: str) -> list[str]:

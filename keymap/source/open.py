@@ -17,7 +17,7 @@ from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id
-from keymap.source.hubs import Asked, PathLike
+from keymap.source.hubs import Asked, PathLike, ask_each
 from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text
 from keymap.source.search import (
@@ -33,7 +33,16 @@ from keymap.source.search import (
 from keymap.source.settings import Settings
 from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
 
-__all__ = ["Opened", "PathLike", "Source", "layouts_of", "open_in_each", "open_source", "open_tree"]
+__all__ = [
+    "Opened",
+    "PathLike",
+    "Source",
+    "layouts_of",
+    "open_in_each",
+    "open_source",
+    "open_tree",
+    "open_under_one_hub",
+]
 
 
 class Source(NamedTuple):
@@ -183,6 +192,20 @@ def open_source(path: PathLike, weights_only: bool, asked: Asked, wrapper: str |
         CheckpointError: the file cannot be read, or has no state dict.
     """
     return open_in_each(path, weights_only, [asked], wrapper)[0]
+
+
+def open_under_one_hub(paths: Sequence[tuple[PathLike, str | None]], weights_only: bool) -> list[Opened] | None:
+    """Checkpoints of which the caller says nothing, opened under the first hub that has formats for all of them.
+
+    Args:
+        paths: each with the dotted path of the wanted state dict in it, or None.
+        weights_only: see `open_checkpoint`.
+    """
+    for asked in ask_each():
+        opened = [open_source(path, weights_only, asked, wrapper) for path, wrapper in paths]
+        if all(one.top[0].found is not None for one in opened):
+            return opened
+    return None
 
 
 def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wrapper: str | None) -> list[Opened]:

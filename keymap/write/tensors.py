@@ -120,27 +120,35 @@ def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> It
         VerifyError: a value does not fit the dtype that is written.
         CheckpointError: the file was written to after it was opened.
     """
-    span = _span_of(item, tensors)
-    if span is None:
+    spans = _spans_of(item, tensors)
+    if not spans:
         yield raw_bytes(value_of_item(key, item, tensors))
         return
-    file, start = span
-    file.check_unchanged()
-    file.values_read = True
-    buffer = memoryview(bytearray(min(_BUFFER, item.nbytes)))
-    for at in range(0, item.nbytes, _BUFFER):
-        part = buffer[: min(_BUFFER, item.nbytes - at)]
-        file.read_into([part], start + at)
-        yield part
+    buffer = memoryview(bytearray(min(_BUFFER, max(size for _, _, size in spans))))
+    for file, start, size in spans:
+        file.check_unchanged()
+        file.values_read = True
+        for at in range(0, size, _BUFFER):
+            part = buffer[: min(_BUFFER, size - at)]
+            file.read_into([part], start + at)
+            yield part
 
 
-def _span_of(item: Item, tensors: Mapping[str, LazyTensor]) -> tuple[SourceFile, int] | None:
-    """The file and the first byte of a tensor that is written as its bytes lie in the file; None for others."""
-    pieces = item.target.layout.pieces
-    if len(pieces) != 1 or pieces[0].source is None or pieces[0].computed or not item.nbytes:
-        return None
-    stored = stored_at(pieces[0], tensors[pieces[0].source], item.dtype)
-    return stored[:2] if stored is not None and stored[2] == item.nbytes else None
+def _spans_of(item: Item, tensors: Mapping[str, LazyTensor]) -> list[tuple[SourceFile, int, int]]:
+    """Where the bytes of a tensor lie in files, if all of them are written as they lie there; else an empty list.
+
+    Each is a file, the first byte and the number of bytes; in the order of the tensor, as of joined tensors.
+    """
+    spans, end = list[tuple[SourceFile, int, int]](), 0
+    for piece in sorted(item.target.layout.pieces, key=lambda piece: piece.target_offset):
+        if piece.source is None or piece.computed or piece.target_offset * item.dtype.itemsize != end:
+            return []
+        stored = stored_at(piece, tensors[piece.source], item.dtype)
+        if stored is None:
+            return []
+        spans.append(stored)
+        end += stored[2]
+    return spans if end == item.nbytes else []
 
 
 def raw_bytes(value: torch.Tensor) -> memoryview:

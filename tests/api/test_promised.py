@@ -216,14 +216,20 @@ def test_a_package_adds_mappings_by_an_entry_point(value, tmp_path):
     )
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "mine.yaml").write_text(MAPPING)
+    own = "format: {name}\n{kind}\ntitle: a hub of my own\ndetect: {{all: [{key}.weight]}}\ntowers:\n  net:\n"
+    hub = own.format(name="my_hub", kind="kind: hub", key="layer") + "    layer.weight: layer.weight\n"
+    form = own.format(name="my_format", kind="hub: my_hub", key="l") + "    l.weight: layer.weight\n"
+    (tmp_path / "maps" / "my_hub.yaml").write_text(hub)
+    (tmp_path / "maps" / "my_format.yaml").write_text(form)
     info = tmp_path / "mine_mappings-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-mappings\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[keymap.mappings]\nmine = {value}\n")
     place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    code = "import keymap; print(keymap.list_formats()['mine'])"
+    code = "import keymap; print(keymap.list_formats()['mine'], *keymap.list_formats('my_hub'), "
+    code += "*keymap.convert_state_dict({'l.weight': __import__('torch').ones(1)}, 'my_hub'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
-    assert done.stdout.strip() == "names of my own", done.stderr
+    assert done.stdout.strip() == "names of my own my_format my_hub layer.weight", done.stderr
 
 
 def test_a_mapping_is_checked_whenever_it_is_read(tmp_path):

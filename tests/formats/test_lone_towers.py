@@ -6,7 +6,9 @@ of the first model that has it; the files are sparse, the models lie on the meta
 
 from __future__ import annotations
 
-from functools import partial
+import tempfile
+from functools import cache, lru_cache, partial
+from pathlib import Path
 
 import pytest
 from peers import full_size, sources
@@ -31,15 +33,22 @@ NO_TOWER = {  # these prefixes are those of a module within the tower, which has
 }
 
 
+@cache
 def files(form):
     """The files of a format, each with how its model is made."""
-    for name in full_size.names():
-        source = sources.of(name)[form]
-        if not isinstance(source, str):
-            yield source, partial(full_size.model, name)
-    for relative in sources.RELATIVES.values():
-        if relative.form == form:
-            yield relative.source, relative.model
+    named = [(sources.of(name)[form], partial(full_size.model, name)) for name in full_size.names()]
+    beside = [(one.source, one.model) for one in sources.RELATIVES.values() if one.form == form]
+    return [(source, build) for source, build in named if not isinstance(source, str)] + beside
+
+
+@lru_cache(maxsize=32)  # the tests of one format follow each other
+def planned(form, number):
+    """The file of this number, its model, and the plan of the load."""
+    source, build = files(form)[number]
+    keys, model = source.keys(), build()
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(keys, Path(folder))
+        return keys, model, keymap.plan_load(model, path, towers=source.towers, strict=False, mapping=form)
 
 
 PREFIXES = [
@@ -62,9 +71,8 @@ def of_the_file(plan, start=""):
 
 @pytest.mark.parametrize(("form", "start"), PREFIXES)
 def test_a_tower_without_its_prefix_is_planned_as_within_its_file(form, start, tmp_path):
-    for source, build in files(form):
-        keys, model = source.keys(), build()
-        whole = keymap.plan_load(model, written(keys, tmp_path), towers=source.towers, strict=False, mapping=form)
+    for number in range(len(files(form))):
+        keys, model, whole = planned(form, number)
         wanted = {
             key: made
             for key, made in of_the_file(whole).items()
@@ -77,7 +85,6 @@ def test_a_tower_without_its_prefix_is_planned_as_within_its_file(form, start, t
     towers = tuple({entry.tower for entry in whole.entries if entry.key in wanted})
     bare = {key.removeprefix("".join(whole.prefixes)).removeprefix("params/"): value for key, value in keys.items()}
     lone = {key[len(start) :]: value for key, value in bare.items() if key.startswith(start)}
-    (tmp_path / "config.json").unlink(missing_ok=True)
     plan = keymap.plan_load(model, written(lone, tmp_path), towers=towers, strict=False)
     assert plan.unexpected_keys == ()
     assert of_the_file(plan, start + "".join(plan.prefixes)) == wanted

@@ -76,7 +76,12 @@ def test_any_ratio_of_heads_comes_back(groups, queries, width, d):
 @pytest.mark.parametrize(
     ("facts", "text"),
     [
-        ({}, "the length text.heads is not known: pass facts={'text.heads': ...}"),
+        (
+            {},
+            "the lengths text.heads and text.kv_heads are not known: "
+            "pass facts={'text.heads': ..., 'text.kv_heads': ...}",
+        ),
+        ({"text.heads": 3}, "the length text.kv_heads is not known: pass facts={'text.kv_heads': ...}"),
         ({"text.heads": 0, "text.kv_heads": 1}, "the length text.heads is not positive: text.heads is 0"),
         ({"text.heads": 4, "text.kv_heads": 3}, "an axis of length 12 cannot be cut in proportions [4, 3]"),
     ],

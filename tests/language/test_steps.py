@@ -90,7 +90,7 @@ def test_a_step_gets_facts_that_are_not_known_when_the_file_is_opened():
     same(there, {"e": tensors["evidence"], "w.q": tensors["qkv"][:6], "w.k": tensors["qkv"][6:]})
     same(back, tensors)
     (fault,) = to_hub(claim(mapping, layouts(tensors), {}), {}).faults
-    assert "the length text.heads is not known: pass facts={'text.heads': ...}" in fault.text
+    assert "pass facts={'text.heads': ..., 'text.kv_heads': ...}" in fault.text
 
 
 def test_an_alias_gets_the_facts_too():

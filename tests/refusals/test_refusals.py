@@ -502,7 +502,7 @@ def test_model_on_the_meta_device_without_assign(strict, tmp_path):
 
 
 @STRICT
-@pytest.mark.parametrize("build", [lambda: nn.Linear(3, 4), nn.Identity, lambda: timm_towers.clip_vit()])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(3, 4), nn.Identity, lambda: nn.Bilinear(3, 4, 5)])
 def test_a_model_that_is_not_an_open_clip_model(build, strict, tmp_path):
     path = _safetensors(tmp_path)
     refuses(build(), path, keymap.PlanError, path.name, strict=strict)

@@ -120,13 +120,18 @@ def test_the_way_back_writes_the_other_format_bit_for_bit(nano, tmp_path):
 
 def test_a_file_of_one_hub_is_refused_by_a_model_of_another(nano, tmp_path):
     torch.save(gpt2_of(Nano()), tmp_path / "gpt2.pt")
-    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys") as caught:
         keymap.load_checkpoint(openclip.clip(), tmp_path / "gpt2.pt")
+    assert caught.value.faults[0] == "they are those of format conv_gpt of hub nano"
     torch.save(openclip.clip().state_dict(), tmp_path / "clip.pt")
     model = Nano()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(keymap.KeymapError, match="no known format has these keys"):
+    with pytest.raises(keymap.KeymapError, match="no known format has these keys") as caught:
         keymap.load_checkpoint(model, tmp_path / "clip.pt")
+    assert caught.value.faults[0] == "they are those of format open_clip of hub open_clip"
+    assert "this call is about hub nano" in caught.value.faults[1]
+    with pytest.raises(keymap.KeymapError, match="of format conv_gpt of hub nano"):
+        keymap.convert_checkpoint(tmp_path / "gpt2.pt", tmp_path / "x.safetensors", "hf_clip")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -457,3 +462,28 @@ def test_a_method_that_does_not_suit_the_axes_is_refused(fresh, tmp_path):
     (tmp_path / "lm.yaml").write_text(WITH_PREFIX + line, encoding="utf-8")
     with pytest.raises(keymap.MappingError, match=r"lm.yaml:8:45: a line is resized by linear or nearest"):
         keymap.register_mappings(tmp_path / "lm.yaml")
+
+
+# --- files alone show their hub ---
+
+
+def test_two_files_of_another_hub_are_compared_without_naming_it(nano, tmp_path):
+    model = Nano()
+    torch.save(gpt2_of(model), tmp_path / "theirs.pt")
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
+    assert found.equal and found.format_a == "conv_gpt" and found.format_b == "nano"
+    with torch.no_grad():
+        model.transformer["wpe"].weight[1, 2] += 1
+    torch.save(gpt2_of(model), tmp_path / "theirs.pt")
+    found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
+    (one,) = found.differences
+    assert "wpe" in one.key and round(one.max_abs, 4) == 1
+
+
+def test_a_checkpoint_of_another_hub_stands_for_a_model_on_the_command_line(nano, tmp_path):
+    from keymap.cli.targets import like
+
+    torch.save(gpt2_of(Nano()), tmp_path / "theirs.pt")
+    described = like(str(tmp_path / "theirs.pt"), None, None, None, True, None)
+    assert set(described.state_dict()) == set(Nano().state_dict())

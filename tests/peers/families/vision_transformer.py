@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,22 +51,228 @@ def logits(theirs: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor
     return lambda model: [(theirs(images()).logits, model(images()))]
 
 
+def features(theirs: nn.Module) -> Callable[[nn.Module], list[tuple[Tensor, Tensor]]]:
+    return lambda model: [(theirs(images()).last_hidden_state, model.forward_features(images()))]
+
+
+PLAIN = {"ViT": timm_vit(), "another width": timm_vit(num_classes=0, embed_dim=36)}
+DINO = {"DINOv2": timm_vit("vit_small_patch14_dinov2", num_classes=0)}
+
+
+# --- transformers ---
+
+
 def hf_vit() -> Example:
     theirs = hf("ViTForImageClassification", intermediate_size=120, layer_norm_eps=1e-6)
+    peer = "transformers ViTForImageClassification"
+    return Example("hf_vit", written(theirs), timm_vit(), peer, outputs=logits(theirs), wrong=DINO, prefix="vit.")
+
+
+def hf_vit_alone() -> Example:
+    theirs = hf("ViTModel", intermediate_size=120, layer_norm_eps=1e-6)
+    file = written(theirs)
+    pooler = tuple(key for key in file if key.startswith("pooler."))
     return Example(
         "hf_vit",
-        written(theirs),
-        timm_vit(),
-        "transformers ViTForImageClassification",
-        outputs=logits(theirs),
-        wrong={"DINOv2": timm_vit("vit_small_patch14_dinov2")},
-        prefix="vit.",
+        file,
+        timm_vit(num_classes=0),
+        "transformers ViTModel",
+        outputs=features(theirs),
+        wrong=DINO | {"a classifier": timm_vit()},
+        not_written=pooler,
     )
 
 
-EXAMPLES: Mapping[str, Callable[[], Example]] = {"hf_vit": hf_vit}
+def hf_deit() -> Example:
+    theirs = hf("DeiTForImageClassificationWithTeacher", intermediate_size=120, layer_norm_eps=1e-6)
+    return Example(
+        "hf_vit",
+        written(theirs),
+        timm_vit("deit_base_distilled_patch16_224"),
+        "transformers DeiTForImageClassificationWithTeacher",
+        outputs=logits(theirs),
+        wrong=PLAIN,
+        prefix="deit.",
+    )
+
+
+def hf_dinov2(registers: bool = False, swiglu: bool = False) -> Example:
+    theirs = hf(
+        "Dinov2WithRegistersModel" if registers else "Dinov2Model",
+        use_swiglu_ffn=swiglu,
+        layerscale_value=0.7,
+        **({"num_register_tokens": 3} if registers else {}),
+    )
+    other = timm_vit("vit_small_patch14_dinov2", num_classes=0, mlp_ratio=4, **REGISTERS[not registers])
+    name = "vit_giant_patch14_dinov2" if swiglu else "vit_small_patch14_dinov2"  # 256 of 48: rounded up to eights
+    ours = timm_vit(name, num_classes=0, mlp_ratio=256 / 48 if swiglu else 4, **REGISTERS[registers])
+    return Example(
+        "hf_dinov2",
+        written(theirs),
+        ours,
+        f"transformers {type(theirs).__name__}",
+        outputs=features(theirs),
+        wrong=PLAIN | {"other registers": other},
+        not_written=("embeddings.mask_token",),
+        oneway="cannot be written" if registers else "",
+    )
+
+
+REGISTERS = {True: {"reg_tokens": 3, "no_embed_class": True}, False: {}}
+
+
+# --- files that timm's own loaders read ---
+
+
+def filtered(file: Mapping[str, Tensor], ours: Callable[[], nn.Module], **options: Any) -> dict[str, Tensor]:
+    """What timm makes of a file."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    return checkpoint_filter_fn(dict(file), ours(), **options)
+
+
+def dinov2(registers: bool = False, swiglu: bool = False) -> Example:
+    example = hf_dinov2(registers, swiglu)
+    random, file = randomised(example.model, seed=2).state_dict(), {}
+    for key, value in random.items():
+        file[key.replace("fc1", "w12").replace("fc2", "w3") if swiglu else key] = value
+    file["mask_token"] = torch.rand(1, 48)
+    if registers:
+        file["register_tokens"] = file.pop("reg_token")
+        file["pos_embed"] = torch.cat([torch.rand(1, 1, 48), file["pos_embed"]], 1)
+    return Example(
+        "dinov2",
+        file,
+        example.model,
+        "checkpoint_filter_fn of timm",
+        expected=filtered(file, example.model),
+        wrong=example.wrong,
+        not_written=("mask_token",),
+        oneway=example.oneway,
+    )
+
+
+def timm_vit_old() -> Example:
+    ours = timm_vit("deit3_small_patch16_224")
+    file = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in ours().state_dict().items()
+    }
+    file = {key: torch.rand(value.shape) for key, value in file.items()}
+    expected = filtered(file, ours, adapt_layer_scale=True)
+    return Example("timm_vit_old", file, ours, "checkpoint_filter_fn of timm", expected=expected, wrong=PLAIN)
+
+
+def augreg() -> Example:
+    import tempfile
+
+    import numpy as np
+    from timm.models.vision_transformer import _load_weights
+
+    ours, width, kernel = timm_vit(), 48, "MultiHeadDotProductAttention_1"
+    shapes = {
+        "cls": (1, 1, width),
+        "embedding/kernel": (14, 14, 3, width),
+        "embedding/bias": (width,),
+        "Transformer/posembed_input/pos_embedding": (1, 5, width),
+        "head/kernel": (width, CLASSES),
+        "head/bias": (CLASSES,),
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+    }
+    for number in range(2):
+        block = f"Transformer/encoderblock_{number}"
+        for name in ("query", "key", "value"):
+            shapes[f"{block}/{kernel}/{name}/kernel"] = (width, HEADS, width // HEADS)
+            shapes[f"{block}/{kernel}/{name}/bias"] = (HEADS, width // HEADS)
+        shapes |= {
+            f"{block}/{kernel}/out/kernel": (HEADS, width // HEADS, width),
+            f"{block}/{kernel}/out/bias": (width,),
+        }
+        for name, sizes in (("Dense_0", (width, 120)), ("Dense_1", (120, width))):
+            shapes |= {f"{block}/MlpBlock_3/{name}/kernel": sizes, f"{block}/MlpBlock_3/{name}/bias": sizes[1:]}
+        for name in ("LayerNorm_0", "LayerNorm_2"):
+            shapes |= {f"{block}/{name}/scale": (width,), f"{block}/{name}/bias": (width,)}
+    file, loaded = {key: torch.rand(shape) for key, shape in shapes.items()}, ours()
+    with tempfile.NamedTemporaryFile(suffix=".npz") as path:
+        np.savez(path, **{key: value.numpy() for key, value in file.items()})
+        path.flush()
+        _load_weights(loaded, path.name)
+    return Example(
+        "augreg",
+        file,
+        ours,
+        "load_pretrained of timm",
+        expected=loaded.state_dict(),
+        wrong=DINO,
+        facts={"image.heads": HEADS},
+        suffix=".npz",
+    )
+
+
+EXAMPLES: Mapping[str, Callable[[], Example]] = {
+    "hf_vit": hf_vit,
+    "hf_vit alone": hf_vit_alone,
+    "hf_vit DeiT": hf_deit,
+    "hf_dinov2": hf_dinov2,
+    "hf_dinov2 SwiGLU": partial(hf_dinov2, swiglu=True),
+    "hf_dinov2 registers": partial(hf_dinov2, registers=True),
+    "dinov2": dinov2,
+    "dinov2 SwiGLU": partial(dinov2, swiglu=True),
+    "dinov2 registers": partial(dinov2, registers=True),
+    "augreg": augreg,
+    "timm_vit_old": timm_vit_old,
+}
 ROWS = r"""
 hf_vit: q and k swapped: differs
 - attention.attention.(query|key|value)
 + attention.attention.(key|query|value)
+hf_vit: the norms swapped: differs
+- {before: 1, after: 2}
++ {before: 2, after: 1}
+hf_vit alone: the second part of the MLP has no place: refused
+- output.dense.(weight|bias): mlp.fc2.\1
++ output.dense.(weight|bias): mlp.fc3.\1
+hf_vit DeiT: the classifiers swapped: differs
+- {cls: head, distillation: head_dist}
++ {cls: head_dist, distillation: head}
+hf_dinov2: layer scales swapped: differs
+- layer_scale(1|2).lambda1: ls\1.gamma
++ layer_scale1.lambda1: ls2.gamma
++ layer_scale2.lambda1: ls1.gamma
+hf_dinov2 SwiGLU: the halves of the first layer have no place: refused
+- {in: fc1, out: fc2}
++ {in: fc2, out: fc1}
+hf_dinov2 registers: no position for the class token: differs
+- {to: cls_token, add: 'rows[0]', oneway: true}
++ cls_token
+hf_dinov2 registers: the last position for the class token: differs
+- add: 'rows[0]'
++ add: 'rows[4]'
+dinov2: the norms swapped: differs
+- (norm1|norm2|attn.qkv|attn.proj).(weight|bias): blocks.\1.\2.\3
++ (attn.qkv|attn.proj).(weight|bias): blocks.\1.\2.\3
++ blocks.(\d+).norm1.(weight|bias): blocks.\1.norm2.\2
++ blocks.(\d+).norm2.(weight|bias): blocks.\1.norm1.\2
+dinov2 SwiGLU: w12 and w3 swapped: refused
+- {w12: fc1, w3: fc2}
++ {w12: fc2, w3: fc1}
+dinov2 registers: the registers left out: refused
+- register_tokens: reg_token
++ register: reg_token
+augreg: a kernel without its transpose: refused
+- embedding/kernel: {to: patch_embed.proj.weight, view: h w in out -> out in h w}
++ embedding/kernel: patch_embed.proj.weight
+augreg: the axes of a patch swapped: differs
+- view: h w in out -> out in h w
++ view: w h in out -> out in h w
+augreg: heads last: differs
+- view: d h k -> (h k) d, concat
++ view: d h k -> (k h) d, concat
+augreg: the norms swapped: differs
+- place: {0: 1, 2: 2}
++ place: {0: 2, 2: 1}
+timm_vit_old: layer scales swapped: differs
+- blocks.(\d+).gamma_(1|2): blocks.\1.ls\2.gamma
++ blocks.(\d+).gamma_1: blocks.\1.ls2.gamma
++ blocks.(\d+).gamma_2: blocks.\1.ls1.gamma
 """

@@ -1,0 +1,36 @@
+"""Which other hub a state dict belongs to, for the refusal of a call that is about another one."""
+
+from __future__ import annotations
+
+from keymap.errors import DetectionError
+from keymap.source.detect import claims
+from keymap.source.hubs import ask_each
+from keymap.source.open import Opened, layouts_of
+
+__all__ = ["naming_other_hubs"]
+
+
+def naming_other_hubs(error: DetectionError, opened: Opened) -> DetectionError:
+    """The refusal of a state dict without a format; it also names the formats that other hubs have for its keys.
+
+    Args:
+        error: the refusal. One that says why a file cannot be loaded at all comes back as it is.
+        opened: the file.
+    """
+    top, own = opened.top[0], opened.known.hub.name
+    if top.found is not None or top.refused or opened.named:
+        return error
+    layouts = layouts_of(top.unwrapped.tensors, top.unwrapped.start)
+    found = []
+    for asked in ask_each():
+        if asked.known.hub.name == own:
+            continue
+        try:
+            names = [one.mapping.name for one in claims(asked.known, layouts)]
+        except DetectionError:
+            continue
+        found.append(f"they are those of format {' or '.join(names)} of hub {asked.known.hub.name}")
+    if not found:
+        return error
+    advice = f"formats of two hubs are never converted into each other, and this call is about hub {own}"
+    return DetectionError(error.summary, [*found, advice, *error.faults])
