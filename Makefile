@@ -52,13 +52,14 @@ bench: $(DONE)
 
 # openai-clip needs the pkg_resources of an older setuptools than torch asks for; nothing else is affected.
 # cn-clip pins an lmdb that its models do not import; six is what they import. The others ask for packages that download,
-# tokenize or compile, which their models do not use (tests/peers/stubs.py).
+# tokenize or compile, which their models do not use (tests/peers/stubs.py, tests/peers/language_models.py).
 $(DONE): pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1,<26"
 	$(BIN)/pip install --quiet --constraint tools/constraints.txt --editable . --group peers --group dev
 	$(BIN)/pip install --quiet --no-deps "setuptools==69.5.1" "openai-clip==1.0.1" "cn-clip==1.6.0" "six==1.17.0" \
-	  "pytorch-pretrained-bert==0.3.0" "openai-whisper==20250625" "segment-anything==1.0"
+	  "pytorch-pretrained-bert==0.3.0" "openai-whisper==20250625" "segment-anything==1.0" \
+	  "torchtune==0.6.1" "torchtitan==0.3.0" "llama-models==0.3.0"
 	touch $(DONE)
 
 clean:

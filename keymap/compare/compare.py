@@ -194,10 +194,8 @@ def _meaning(side: Named, key: str) -> str:
         return ""
     if key.rpartition(".")[2] in hub.optional_buffers:
         return "a counter that a file may lack"
-    if key not in hub.absent_means:
-        return ""
-    value = hub.absent_means[key][0]
-    if failed_of(side.source, [Check(key, side.tensors[key], value, "")]):
+    meaning = hub.absent_means.get(key)
+    if meaning is None or failed_of(side.source, [Check(key, side.tensors[key], meaning.value, "")]):
         return ""
     return "and it holds what its absence means"
 

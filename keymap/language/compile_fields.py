@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from keymap.language.compile_rules import Compiler
-from keymap.language.format import Config, Configuration, Containers, Fact, Place, Position
+from keymap.language.format import Absence, Absences, Config, Configuration, Containers, Fact, Place, Position
 from keymap.language.pattern import Side
 from keymap.language.yaml_marks import Path as Where
 
@@ -48,19 +48,24 @@ def compile_positions(compiler: Compiler) -> dict[str, Position]:
     return {key: position(key, entry) for key, entry in data.get("positions", {}).items()}
 
 
-def compile_absences(compiler: Compiler) -> dict[str, tuple[float | str, bool]]:
-    """The hub's ``absent_means``: by key the value, and whether it is filled even where a format has a place for it."""
+def compile_absences(compiler: Compiler) -> Absences:
+    """The hub's ``absent_means``."""
     data = compiler.marked.data
-    absent = {
-        key: (value["value"], bool(value.get("always"))) if isinstance(value, dict) else (value, False)
-        for key, value in data.get("absent_means", {}).items()
-    }
+    keys: dict[str, Absence] = {}
+    patterns: list[tuple[Side, Absence]] = []
+    for key, value in data.get("absent_means", {}).items():
+        meaning = Absence(value["value"], bool(value.get("always"))) if isinstance(value, dict) else Absence(value)
+        side = compiler.side(key, ("absent_means", key)) if "(" in key else None
+        if side is not None:
+            patterns.append((side, meaning))
+        else:
+            keys[key] = meaning
     for key in data.get("file_only", []):
-        if key not in absent:
+        if key not in keys:
             compiler.fault(
                 compiler.marked, ("file_only",), f"{key} needs an entry in absent_means, because no model has it"
             )
-    return absent
+    return Absences(keys, tuple(patterns))
 
 
 def compile_facts(compiler: Compiler) -> dict[str, Fact]:

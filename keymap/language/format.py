@@ -12,6 +12,8 @@ from keymap.language.rules import Rule, RuleTable
 from keymap.language.shape_form import Form, written_form
 
 __all__ = [
+    "Absence",
+    "Absences",
     "Alias",
     "Clue",
     "Computed",
@@ -35,6 +37,13 @@ __all__ = [
 ]
 
 Scalar = str | int | float | bool
+
+
+class Absence(NamedTuple):
+    """The value that a key's absence means; with ``always`` it is filled even where a format has a place for it."""
+
+    value: float | str
+    always: bool = False
 
 
 def config_text(value: object) -> str:
@@ -326,6 +335,21 @@ class Containers:
     float8_words: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Absences:
+    """What absent keys of a hub mean: by key, and by patterns."""
+
+    keys: Mapping[str, Absence] = field(default_factory=dict)
+    patterns: tuple[tuple[Side, Absence], ...] = ()
+
+    def get(self, key: str) -> Absence | None:
+        """What it means that a key is absent; None if that has no meaning."""
+        found = self.keys.get(key)
+        if found is None and self.patterns:
+            return next((value for side, value in self.patterns if side.match(key) is not None), None)
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Format:
     """One mapping file, compiled. Fields are as in the schema.
@@ -372,7 +396,7 @@ class Format:
     heads: tuple[Side, ...] = ()
     classifiers: tuple[Side, ...] = ()
     optional_buffers: frozenset[str] = frozenset()
-    absent_means: Mapping[str, tuple[float | str, bool]] = field(default_factory=dict)
+    absent_means: Absences = field(default_factory=Absences)
     file_only: frozenset[str] = frozenset()
     positions: Mapping[str, Position] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import Any
 
 from keymap.language.amounts import facts_of, parse_amount
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Format
+from keymap.language.format import Fact, Format
 from keymap.language.overlap import overlap
 from keymap.language.pattern import PatternError, Side
 from keymap.language.review_targets import wrong_targets
@@ -103,7 +103,7 @@ def _shared(side: Side, others: Iterable[Side]) -> bool:
 
 
 def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, str]]:
-    """Facts that the hub does not know, and values that no format uses for a fact."""
+    """Facts that neither the hub nor the file itself declares, and values that no format uses for a fact."""
     hub_facts = known.hub.facts
     vocabulary: dict[str, set[Any]] = {}
     for other in known.files.values():
@@ -111,11 +111,11 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
             for _, fact, values in _named_facts(other.data):
                 vocabulary.setdefault(fact, set()).update(values)
     hub_words = {word for entry in hub_facts.values() for word in entry.words.values() if isinstance(word, str)}
-    for path, fact, values in _named_facts(marked.data):
+    own_facts = marked.data.get("facts", {}) if marked.data.get("kind") == "tables" else {}
+    named = (entry for entry in _named_facts(marked.data) if entry[1] in hub_facts or entry[1] not in own_facts)
+    for path, fact, values in named:  # without those that a file of tables declares for another hub
         if fact not in hub_facts:
-            today = next((name for name, entry in hub_facts.items() if entry.formerly == fact), "")
-            hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")
-            yield marked.at(path), f"there is no fact {fact!r}{hint}"
+            yield marked.at(path), _unknown(fact, hub_facts)
             continue
         entry = hub_facts[fact]
         allowed: set[Any] = {*vocabulary.get(fact, ()), *entry.words, *entry.words.values()}
@@ -125,6 +125,12 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
             text = "" if value is None or value in hub_words else _wrong_fact(fact, value, allowed, entry.present)
             if text:
                 yield marked.at(path), text
+
+
+def _unknown(fact: str, hub_facts: Mapping[str, Fact]) -> str:
+    today = next((name for name, entry in hub_facts.items() if entry.formerly == fact), "")
+    hint = f"; it is now called {today!r}" if today else did_you_mean(fact, hub_facts, "facts are")
+    return f"there is no fact {fact!r}{hint}"
 
 
 def _facts_of_names(mapping: Format, hub: Format) -> Iterator[tuple[str, str]]:

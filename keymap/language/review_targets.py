@@ -33,7 +33,11 @@ def wrong_targets(marked: Marked, mapping: Format, known: Catalogue) -> Iterator
     if recorded is None:
         return
     closed = [rule.source for rule in known.hub.rules if all(slot.kind == "alts" for slot in rule.source.slots)]
-    further = [*known.hub.absent_means, *known.hub.file_only, *(key for side in closed for key, _ in keys_of(side))]
+    further = [
+        *known.hub.absent_means.keys,
+        *known.hub.file_only,
+        *(key for side in closed for key, _ in keys_of(side)),
+    ]
     rules = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
     every: list[_Checked] = []
     for tower in dict.fromkeys(rule.tower for rule in rules):

@@ -193,11 +193,11 @@ def _canonical(
 
 
 def _fingerprint(hub: Format, keys: Mapping[str, Layout]) -> str:
-    left_out = {*hub.positions, *hub.scalars, *hub.absent_means}
+    left_out = {*hub.positions, *hub.scalars}
     lines = sorted(
         f"{key} {list(layout.shape)}"
         for key, layout in keys.items()
-        if key not in left_out and hub.ignored(key) is None
+        if key not in left_out and hub.absent_means.get(key) is None and hub.ignored(key) is None
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:10]
 

@@ -29,15 +29,15 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
     applied = apply_rules(back, ready, facts)
     left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
     for key, layout in left.items():
-        ignored = hub.ignored(key)
+        ignored, meaning = hub.ignored(key), hub.absent_means.get(key)
         if ignored is not None and (not ignored[1] or ignored[1] in translated.tensors):
             translated.dropped[key] = ignored[0]
             if ignored[1]:
                 twin = translated.tensors[ignored[1]]
                 translated.checks.append(Check(key, layout, twin, f"it is left out as a copy of {ignored[1]}"))
-        elif key in hub.absent_means:
+        elif meaning is not None:
             why = f"format {mapping.name} has no place for {key}"
-            translated.checks.append(Check(", ".join(layout.named(key)), layout, hub.absent_means[key][0], why))
+            translated.checks.append(Check(", ".join(layout.named(key)), layout, meaning.value, why))
         else:
             translated.unowned.append(key)
     one_way = _one_way_faults(mapping.name, rules, translated)

@@ -15,9 +15,9 @@ import torch
 
 from keymap.errors import some
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Format, Position
+from keymap.language.format import Absence, Format, Position
 from keymap.language.layout import Layout, Piece, Shaped, join_runs, whole
-from keymap.language.rules import Check
+from keymap.language.rules import Check, RuleTable
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, dtype_name
 from keymap.plan.request import Request
@@ -57,7 +57,7 @@ class Sides:
         """Why a key of the hub holds no weights; None if it does."""
         return self.hub.ignored(key) if self.hub_applies else None
 
-    def absent_means(self, key: str) -> tuple[float | str, bool] | None:
+    def absent_means(self, key: str) -> Absence | None:
         """What the absence of a key of the hub means, and whether in every format."""
         return self.hub.absent_means.get(key) if self.hub_applies else None
 
@@ -65,6 +65,11 @@ class Sides:
     def hub(self) -> Format:
         """Looked up once, for it is needed for every key."""
         return self.known.hub
+
+    @cached_property
+    def back(self) -> RuleTable:
+        """The way back of the rules that applied to the file."""
+        return RuleTable(self.translated.rules).inverse() if self.format.variants else self.format.back
 
     @cached_property
     def towers(self) -> dict[str, str]:
@@ -251,10 +256,9 @@ def _match_model_only(sides: Sides, entries: Sequence[Entry], mismatched: Mappin
                 optional.append(key)
         elif sides.addresses[key] in loaded_addresses:
             found.notes.append(f"{key}: tied to a tensor that is loaded")
-        elif tower in loaded_towers and _may_fill(sides, key):
-            value, always = sides.hub.absent_means[key]
-            owner = "the file" if always else f"format {sides.format.name}"
-            found.filled.append(_filled(key, tower, target, value, owner))
+        elif tower in loaded_towers and (meaning := _meaning(sides, key)) is not None:
+            owner = "the file" if meaning.always else f"format {sides.format.name}"
+            found.filled.append(_filled(key, tower, target, meaning.value, owner))
         else:
             found.missing.append(key)
     if optional:
@@ -282,18 +286,15 @@ def _filled(key: str, tower: str, target: torch.Tensor, value: float | str, owne
     return Entry(key, tower, _constant(value, shape, target.dtype), shape, target.dtype, filled=how)
 
 
-def _may_fill(sides: Sides, key: str) -> bool:
-    """True where the key's absence has a meaning, and the source's format has no such key."""
+def _meaning(sides: Sides, key: str) -> Absence | None:
+    """What a key's absence means, where it has a meaning and the source's format has no such key."""
     meaning = sides.absent_means(key)
-    if meaning is None:
-        return False
-    _, always = meaning
-    if always:
-        return True
+    if meaning is None or meaning.always:
+        return meaning
     name = key_before_bridges(sides, key)
     if name in sides.hub.file_only and sides.format.kind == "hub":
-        return True
-    return sides.format.back.find(name) is None
+        return meaning
+    return meaning if sides.back.find(name) is None else None
 
 
 class _FileOnly(NamedTuple):
@@ -314,9 +315,9 @@ def _match_file_only(sides: Sides) -> _FileOnly:
         elif _last_word(key) in sides.hub.optional_buffers:
             found.dropped.update(dict.fromkeys(layout.named(key), "the model does not keep it"))
         elif meaning is not None and not _of_a_module_without_place(sides, key):
-            value = _constant_name(meaning[0])
+            value = _constant_name(meaning.value)
             why = f"the model has no {key}, which means {value}"
-            found.checks.append(Check(", ".join(layout.named(key)), layout, meaning[0], why))
+            found.checks.append(Check(", ".join(layout.named(key)), layout, meaning.value, why))
             found.dropped.update(dict.fromkeys(layout.named(key), f"it holds {value}, as a model without it assumes"))
         else:
             found.unexpected.update(dict.fromkeys(layout.named(key)))

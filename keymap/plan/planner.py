@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from keymap.errors import DetectionError
+from keymap.errors import DetectionError, PlanError
 from keymap.language.format import Format
 from keymap.plan.matching import Sides, match
 from keymap.plan.model import ModelView
 from keymap.plan.own_names import OWN, is_foreign, own_names, take_own_names
 from keymap.plan.plan import Part, Plan
 from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
-from keymap.plan.request import Request, hub_towers, refuse_contradictions, sizes_of
+from keymap.plan.request import Request, hub_towers, other_lengths, refuse_contradictions, sizes_of
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import Detection, tower_layout
 from keymap.source.open import Source
@@ -92,11 +92,32 @@ def _translate(
         return translated, _counts(translated, hub), notes
     facts = source.settings.numbers | sizes_of(model.facts) | dict(request.facts)
     translated = to_hub(found, facts)
+    _refuse_other_lengths(source, found, translated, model, request)
     notes = keep_towers(translated, request, hub)
     refuse_empty(translated, request, found.mapping.name, hub_towers(hub))
     counts = _counts(translated, hub)
     _bring_to_model(source, translated, model, facts)
     return translated, counts, (*notes, *take_own_names(translated, model, request, hub))
+
+
+def _refuse_other_lengths(
+    source: Source, found: Detection, translated: Translated, model: ModelView, request: Request
+) -> None:
+    """Refuse a file that is read in one way by numbers of the model, and in another by those of its configuration.
+
+    Such numbers are head counts where the rows of each head change places: all shapes can agree, and the values not. A
+    configuration that the shapes contradict is a matter for a warning.
+
+    Raises:
+        PlanError: with one fault for each number.
+    """
+    differing = other_lengths(translated.rules, request, model, source.settings)
+    if not differing:
+        return
+    other = to_hub(found, sizes_of(model.facts) | source.settings.numbers)
+    if len(other.faults) <= len(translated.faults) and other.tensors != translated.tensors:
+        text = "by the numbers of its configuration the file is read in another way than by those of the model"
+        raise PlanError(f"{request.file}: {text}; load into a model with the numbers of the file", differing.values())
 
 
 def keep_towers(translated: Translated, request: Request, hub: Format) -> tuple[str, ...]:

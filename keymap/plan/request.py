@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import nn
 from keymap.errors import CheckpointError, PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format, Scalar
+from keymap.language.rules import Rule
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
 from keymap.source.settings import Settings, Unknown, config_text, in_hub_words
@@ -26,6 +27,7 @@ __all__ = [
     "example_towers",
     "hub_towers",
     "make_request",
+    "other_lengths",
     "refuse_contradictions",
     "request_for_towers",
     "sizes_of",
@@ -246,6 +248,17 @@ def refuse_contradictions(request: Request, model: ModelView, settings: Settings
             faults.append(_contradiction(name, value, "file", in_file, origin))
     if faults:
         raise PlanError(f"{request.file}: facts= contradicts the model or the file", faults)
+
+
+def other_lengths(rules: Iterable[Rule], request: Request, model: ModelView, settings: Settings) -> dict[str, str]:
+    """The numbers of rules in which the source's configuration and the model differ, each with both values in words."""
+    names = dict.fromkeys(fact for rule in rules if request.includes(rule.tower) for fact in rule.facts)
+    return {
+        name: f"{name}: {config_text(value)} in the source ({origin}), {config_text(model.facts[name])} in the model "
+        f"({model.fact_paths[name]})"
+        for name, (value, origin) in settings.facts.items()
+        if name in names and name in model.facts and value != model.facts[name]
+    }
 
 
 def _contradiction(name: str, given: Scalar, side: str, stated: Scalar, origin: str) -> str:

@@ -72,7 +72,10 @@ def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     result.take(applied)
     result.unbridged = result.tensors
     result.renamed = {source: key for key, layout in applied.left.items() for source in layout.named(key)}
-    result.unowned = list(result.renamed)
+    if found.mapping.kind == "hub":  # what it ignores without owning it
+        ignored = {source: found.mapping.ignored(key) for source, key in result.renamed.items()}
+        result.dropped.update({source: why[0] for source, why in ignored.items() if why is not None})
+    result.unowned = [source for source in result.renamed if source not in result.dropped]
     for (tower, why), keys in unsupported.items():
         text = f"{len(keys)} key{'' if len(keys) == 1 else 's'} ({some(keys, 2)}): {why}"
         result.faults.append(Fault(text, tuple(keys), tower, foreign=True))

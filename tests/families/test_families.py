@@ -106,7 +106,7 @@ def test_the_way_back_writes_the_file_bit_for_bit(hub, name, tmp_path):
         with pytest.raises(keymap.PlanError, match=made.oneway):
             keymap.save_checkpoint(model, tmp_path / "back.safetensors", made.form, hub=hub)
         return
-    want = {k.removeprefix(made.prefix): v for k, v in made.file.items() if k not in made.not_written}
+    want = made.back or {k.removeprefix(made.prefix): v for k, v in made.file.items() if k not in made.not_written}
     keymap.save_checkpoint(model, tmp_path / "back.safetensors", made.form, hub=hub)
     assert_same(load_file(tmp_path / "back.safetensors"), want)
     assert_same(keymap.convert_state_dict(model.state_dict(), made.form, hub=hub, facts=made.facts), want)
@@ -140,7 +140,7 @@ def test_every_hub_outside_clip_has_its_examples_and_every_format_a_broken_rule(
         assert {name.partition(" ")[0] for name in module.EXAMPLES} == formats - {hub}
         assert {row.values[0] for row in parsed(module.ROWS)} == set(module.EXAMPLES)
         bridges = {mapping.name for mapping in known.catalogue(hub).mappings.values() if mapping.kind == "bridge"}
-        assert set(keymap.list_formats(hub=hub)) - bridges == formats
+        assert set(keymap.list_formats(hub=hub)) == formats | bridges
 
 
 @pytest.mark.parametrize("hub", FAMILIES)

@@ -35,7 +35,7 @@ ignore:
 towers:
   text:
     wte.weight: {to: [transformer.wte.weight, lm_head.weight]}
-    wpe.weight: transformer.wpe.weight
+    pos.weight: transformer.pos.weight
     h.(\d+).: {to: 'transformer.h.\1.', table: block}
     ln_f.(weight|bias): transformer.ln_f.\1
 tables:
@@ -63,7 +63,7 @@ class Nano(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(WORDS, WIDTH),
-                "wpe": nn.Embedding(ROWS, WIDTH),
+                "pos": nn.Embedding(ROWS, WIDTH),
                 "h": nn.ModuleList(Block() for _ in range(LAYERS)),
                 "ln_f": nn.LayerNorm(WIDTH),
             }
@@ -272,7 +272,7 @@ def test_a_name_that_two_hubs_have_is_refused_and_hub_chooses(twin):
     assert keymap.convert_state_dict(written, "nano", mapping="conv_gpt").keys() == state.keys()  # the hub of `to`
     with pytest.raises(keymap.MappingError, match=r"source='conv_gpt': several hubs"):
         keymap.map_key("wte.weight", "conv_gpt", "conv_gpt")
-    assert keymap.map_key("wpe.weight", "conv_gpt", "nano") == "transformer.wpe.weight"
+    assert keymap.map_key("pos.weight", "conv_gpt", "nano") == "transformer.pos.weight"
 
 
 def test_a_name_is_resolved_by_the_hub_of_the_model(nano, fresh, tmp_path):
@@ -352,7 +352,7 @@ WRONG_FILES = {
         GPT2.replace("towers:", "layouts: {text: native}\ntowers:"),
         "the hub has no text layout 'native'",
     ),
-    "a key that the hub does not have": (GPT2.replace(": transformer.wpe", ": wpe"), "the hub has no such name"),
+    "a key that the hub does not have": (GPT2.replace(": transformer.pos", ": pos"), "the hub has no such name"),
 }
 
 
@@ -474,11 +474,11 @@ def test_two_files_of_another_hub_are_compared_without_naming_it(nano, tmp_path)
     found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
     assert found.equal and found.format_a == "conv_gpt" and found.format_b == "nano"
     with torch.no_grad():
-        model.transformer["wpe"].weight[1, 2] += 1
+        model.transformer["pos"].weight[1, 2] += 1
     torch.save(gpt2_of(model), tmp_path / "theirs.pt")
     found = keymap.compare_checkpoints(tmp_path / "theirs.pt", tmp_path / "own.pt")
     (one,) = found.differences
-    assert "wpe" in one.key and round(one.max_abs, 4) == 1
+    assert "pos" in one.key and round(one.max_abs, 4) == 1
 
 
 def test_a_checkpoint_of_another_hub_stands_for_a_model_on_the_command_line(nano, tmp_path):

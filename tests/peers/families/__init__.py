@@ -37,6 +37,7 @@ class Example:
         facts: what the shapes do not show and a conversion without a model is told.
         prefix: of the file's keys, which the way back does not write; the owner's loader reads both.
         not_written: keys of the file that the way back does not write: buffers.
+        back: what the way back writes, where that is more than these leave of the file: the copy of a tied weight.
         oneway: why there is no way back; "" where there is one.
         suffix: of the file's container.
     """
@@ -51,6 +52,7 @@ class Example:
     facts: Mapping[str, int] = field(default_factory=dict)
     prefix: str = ""
     not_written: tuple[str, ...] = ()
+    back: State | None = None
     oneway: str = ""
     suffix: str = ".safetensors"
 

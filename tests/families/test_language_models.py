@@ -1,0 +1,231 @@
+"""Files of language models as they lie on disk: folders, old buffers, files without a head; models that refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checks import assert_bits, refused
+from peers.families import example, gpt2, llama, mixture_of_experts
+from peers.language_models import written
+from safetensors.torch import save_file
+
+import keymap
+from keymap.source.registry import hubs
+
+PARAMS = {"dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 5000.0}
+
+
+def saved(state, path):
+    save_file({key: value.detach().contiguous().clone() for key, value in state.items()}, path)
+    return path
+
+
+@pytest.fixture
+def meta(tmp_path):
+    """A folder as Meta publishes it."""
+    folder = tmp_path / "Llama"
+    folder.mkdir()
+    torch.save(dict(example("llama", "meta_llama").file), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS), encoding="utf-8")
+    return folder
+
+
+# --- which hub a model has ---
+
+MODELS = {
+    "LlamaForCausalLM": (llama.llama, ("llama",)),
+    "LlamaModel": (llama.llama, ("llama",)),
+    "MistralForCausalLM": (llama.llama, ("llama",)),
+    "Qwen2ForCausalLM": (llama.llama, ("llama",)),
+    "Qwen3ForCausalLM": (llama.llama, ("llama",)),
+    "GemmaForCausalLM": (llama.llama, ("llama",)),
+    "Gemma2ForCausalLM": (llama.llama, ()),  # it has further norms
+    "Phi3ForCausalLM": (llama.llama, ()),
+    "GPT2LMHeadModel": (gpt2.gpt2, ("gpt2",)),
+    "GPT2Model": (gpt2.gpt2, ("gpt2",)),
+    "MixtralModel": (mixture_of_experts.moe, ("mixture_of_experts",)),
+    "GptOssForCausalLM": (mixture_of_experts.moe, ()),  # its experts have biases, and gate and up in turn
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_language_model_has_one_hub_or_none(kind):
+    make, claiming = MODELS[kind]
+    assert hubs().claiming(make(kind).state_dict()) == claiming
+
+
+# --- with a head and without ---
+
+BASES = {
+    "llama": (llama.llama, "LlamaForCausalLM", "LlamaModel", "model."),
+    "gpt2": (gpt2.gpt2, "GPT2LMHeadModel", "GPT2Model", "transformer."),
+    "mixture_of_experts": (mixture_of_experts.moe, "MixtralForCausalLM", "MixtralModel", "model."),
+}
+
+
+@pytest.mark.parametrize("hub", BASES)
+def test_a_file_without_a_head_loads_into_a_model_with_a_tied_head_and_back(hub, tmp_path):
+    make, whole, base, prefix = BASES[hub]
+    source, model = make(base, seed=1), make(whole, tie_word_embeddings=True)
+    keymap.load_checkpoint(model, saved(written(source), tmp_path / "base.safetensors"))
+    own = {prefix + key: value for key, value in source.state_dict().items()}
+    embedding = next(value for key, value in own.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+    assert_bits(model, {**own, "lm_head.weight": embedding})
+    again = make(base, seed=2)
+    keymap.load_checkpoint(again, saved(written(model), tmp_path / "whole.safetensors"))
+    assert_bits(again, source.state_dict())
+
+
+@pytest.mark.parametrize("hub", BASES)
+def test_a_model_with_a_head_of_its_own_refuses_a_file_without_one(hub, tmp_path):
+    make, whole, base, _ = BASES[hub]
+    path = saved(written(make(base, seed=1)), tmp_path / "base.safetensors")
+    refused(make(whole, tie_word_embeddings=False), path, "lm_head.weight")
+    path = saved(make(whole, seed=1, tie_word_embeddings=False).state_dict(), tmp_path / "whole.safetensors")
+    refused(make(base), path, "lm_head.weight")
+
+
+# --- old files ---
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_an_old_file_of_gpt2_has_masks_and_no_head(prefix, tmp_path):
+    source, model = gpt2.gpt2(seed=1), gpt2.gpt2()
+    file = {key.replace("transformer.", prefix): value for key, value in source.state_dict().items()}
+    del file["lm_head.weight"]
+    for layer in range(gpt2.LAYERS):
+        file[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        file[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    result = keymap.load_checkpoint(model, saved(file, tmp_path / "pytorch_model.safetensors"))
+    assert (result.report.plan.format, len(result.report.plan.dropped)) == ("gpt2", 2 * gpt2.LAYERS)
+    assert_bits(model, source.state_dict())
+
+
+@pytest.mark.parametrize("form", ["llama", "phi3", "mixtral"])
+def test_an_old_file_has_rotary_frequencies(form, tmp_path):
+    if form == "llama":
+        source, make = llama.llama(seed=1), llama.maker()
+        file, expected = dict(source.state_dict()), source.state_dict()
+    else:
+        made = example("llama" if form == "phi3" else "mixture_of_experts", form)
+        file, make = dict(made.file), made.model
+        plain = make()
+        keymap.load_checkpoint(plain, saved(file, tmp_path / "plain.safetensors"))
+        expected = plain.state_dict()
+    file |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(4) for layer in range(3)}
+    model = make()
+    result = keymap.load_checkpoint(model, saved(file, tmp_path / "old.safetensors"))
+    assert (result.report.plan.format, len(result.report.plan.dropped)) == (form, 3)
+    assert_bits(model, expected)
+
+
+# --- Meta's folder ---
+
+
+def test_a_folder_of_meta_states_its_heads(meta, tmp_path):
+    result = keymap.load_checkpoint(llama.llama(), meta)
+    assert result.report.plan.unverified == () and result.report.plan.warnings == ()
+    keymap.convert_checkpoint(meta, tmp_path / "back.safetensors", to="llama")  # without a model, and without facts=
+    again, model = llama.llama(seed=3), llama.llama()
+    keymap.load_checkpoint(again, tmp_path / "back.safetensors")
+    keymap.load_checkpoint(model, meta)
+    assert_bits(again, model.state_dict())
+
+
+def test_a_model_of_other_heads_and_equal_shapes_refuses_the_folder(meta):
+    model = llama.llama(num_attention_heads=12, num_key_value_heads=4)
+    refused(model, meta, "text.heads: 6 in the source (params.json: n_heads = 6), 12 in the model", "text.kv_heads: 2")
+
+
+@pytest.mark.parametrize(
+    ("stated", "label"),
+    [
+        ({"use_scaled_rope": True}, "scaling of the rotary angles: llama3 in the source"),
+        ({"rope_theta": 500000.0}, "base of the rotary angles: 500000.0 in the source"),
+        ({"norm_eps": 1e-6}, "eps of the norms: 1e-06 in the source"),
+    ],
+)
+def test_a_setting_of_metas_folder_that_differs_is_warned_of(stated, label, meta):
+    (meta / "params.json").write_text(json.dumps({**PARAMS, **stated}), encoding="utf-8")
+    with pytest.warns(keymap.ConfigurationWarning, match=label):
+        keymap.load_checkpoint(llama.llama(), meta)
+
+
+def test_a_conversion_without_a_model_asks_for_the_heads(tmp_path):
+    state = dict(example("llama", "meta_llama").file)
+    with pytest.raises(keymap.PlanError, match=r"text\.heads"):
+        keymap.convert_state_dict(state, "llama", mapping="meta_llama")
+    assert len(keymap.convert_state_dict(state, "llama", mapping="meta_llama", facts=llama.FACTS)) == 30
+
+
+@pytest.mark.parametrize("key", ["layers.0.attention.wq.bias", "layers.0.attention.q_norm.weight"])
+def test_a_qwen_under_metas_names_is_refused(key, tmp_path):
+    file = {**example("llama", "meta_llama").file, key: torch.zeros(48)}
+    refused(llama.llama(), saved(file, tmp_path / "qwen.safetensors"), "ExecuTorch", error=keymap.DetectionError)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_qwen_cannot_be_written_under_metas_names(kind):
+    with pytest.raises(keymap.PlanError, match="no place in meta_llama"):
+        keymap.convert_state_dict(llama.llama(kind).state_dict(), "meta_llama", facts=llama.FACTS)
+
+
+# --- nanoGPT ---
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_nanogpt_as_its_training_script_saves_it(prefix, tmp_path):
+    made, model = example("gpt2", "nanogpt without biases"), gpt2.gpt2()
+    state = {prefix + key: value for key, value in made.file.items()}
+    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 16, "bias": False, "vocab_size": 99}
+    torch.save({"model": state, "optimizer": {}, "model_args": sizes, "iter_num": 5}, tmp_path / "ckpt.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "ckpt.pt")
+    assert result.report.plan.format == "nanogpt"
+    assert sum("has no such key" in entry.filled for entry in result.report.plan.entries) == 13
+    assert max(value.abs().max() for key, value in model.state_dict().items() if key.endswith(".bias")) == 0
+
+
+def test_one_missing_bias_is_not_filled(tmp_path):
+    file = dict(example("gpt2", "nanogpt").file)
+    del file["transformer.h.1.mlp.c_fc.bias"]
+    refused(gpt2.gpt2(), saved(file, tmp_path / "x.safetensors"), "transformer.h.1.mlp.c_fc.bias")
+
+
+def test_the_activation_is_compared(tmp_path):
+    path = saved(example("gpt2", "nanogpt").file, tmp_path / "x.safetensors")
+    with pytest.warns(keymap.ConfigurationWarning, match="activation: gelu in the source"):
+        keymap.load_checkpoint(gpt2.gpt2(activation_function="gelu_new"), path)
+
+
+def test_a_head_of_its_own_cannot_be_written_as_nanogpt():
+    with pytest.raises(keymap.KeymapError, match=r"lm_head\.weight"):
+        keymap.convert_state_dict(gpt2.gpt2(tie_word_embeddings=False).state_dict(), "nanogpt")
+
+
+# --- mixtures of experts ---
+
+
+def test_a_sharded_file_of_experts_and_a_state_dict_of_the_memory(tmp_path):
+    source, model = mixture_of_experts.moe("MixtralForCausalLM", 1), mixture_of_experts.moe("MixtralForCausalLM")
+    source.save_pretrained(tmp_path / "hub", max_shard_size="100KB")
+    assert len(list((tmp_path / "hub").glob("model-*.safetensors"))) > 2
+    result = keymap.load_checkpoint(model, tmp_path / "hub")
+    assert (result.report.plan.format, result.report.plan.warnings, result.report.plan.unverified) == (
+        "mixtral",
+        (),
+        (),
+    )
+    assert_bits(model, source.state_dict())
+    model = mixture_of_experts.moe("MixtralForCausalLM", 2)
+    torch.save(source.state_dict(), tmp_path / "memory.pt")
+    assert keymap.load_checkpoint(model, tmp_path / "memory.pt").report.plan.format == "mixture_of_experts"
+    assert_bits(model, source.state_dict())
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    file = dict(example("mixture_of_experts", "mixtral").file)
+    del file["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    words = ("missing", "model.layers.1.block_sparse_moe.experts.2.w3.weight")
+    refused(example("mixture_of_experts", "mixtral").model(), saved(file, tmp_path / "x.safetensors"), *words)
