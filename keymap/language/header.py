@@ -16,6 +16,8 @@ from keymap.language.yaml_marks import parse_yaml, read_text
 __all__ = ["Header", "read_header"]
 
 _FIELD = re.compile(r"^(format|kind|hub|default):[ \t]+([\"']?)([A-Za-z0-9_]+)\2[ \t]*(?:#.*)?$", re.MULTILINE)
+_ALL = re.compile(r"\ball:(?: \[([^\]{}]*)\]|[ \t]*\n((?:[ \t]+- .*\n?)+))")
+_PLAIN = re.compile(r"([A-Za-z0-9_./]*)(?:\(([A-Za-z0-9_./|]*)\)([A-Za-z0-9_./]*))?")  # at most one choice of texts
 _DETECT = re.compile(r"^detect:.*\n?(?:(?:[ \t#].*)?\n)*(?:[ \t#].*)?", re.MULTILINE)
 
 
@@ -28,6 +30,7 @@ class Header(NamedTuple):
         hub: the hub that it names; "" for none.
         default: (hub) files that name no hub belong to it.
         detect: (hub) the text of its evidence.
+        needs: (hub) where its evidence matches, one key of each of these tuples is there; a part of what it asks for.
         line: where it names its hub.
     """
 
@@ -37,6 +40,7 @@ class Header(NamedTuple):
     hub: str
     default: bool
     detect: str
+    needs: tuple[tuple[str, ...], ...] = ()
     line: int = 1
 
 
@@ -64,7 +68,22 @@ def read_header(path: Path, shown: str) -> Header:
         str(found.get("hub", "")),
         str(found.get("default", "")).lower() == "true",
         detect[0] if detect is not None else "",
+        _needs(detect[0]) if detect is not None else (),
         text.count("\n", 0, at.start()) + 1 if at is not None else 1,
+    )
+
+
+def _needs(detect: str) -> tuple[tuple[str, ...], ...]:
+    """The plain keys that stand under ``all``, each with its alternatives."""
+    found = _ALL.search(detect)
+    if found is None:
+        return ()
+    items = found[1].split(",") if found[1] is not None else [line.strip()[2:] for line in found[2].splitlines()]
+    plain = [_PLAIN.fullmatch(item.partition(" #")[0].strip(" \t'\"")) for item in items]
+    return tuple(
+        tuple(f"{one[1]}{choice}{one[3] or ''}" for choice in (one[2] or "").split("|"))
+        for one in plain
+        if one and one[0]
     )
 
 

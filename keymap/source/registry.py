@@ -72,29 +72,31 @@ def yaml_files(path: Path) -> list[Path]:
     return [path]
 
 
-def _released(folder: Path) -> bool:
-    """Whether a folder's mappings are byte for byte those of an installed release, which were checked at the release.
+def _release(folder: Path) -> dict[Path, str]:
+    """The mappings of a folder with their hashes, if an installation recorded them; else an empty dict.
 
     An installation records the hash of each file (PyPA's specification of ``RECORD``). A checkout has no such record;
     then every process checks the mappings, as it checks those of other packages.
     """
-
-    def hash_of(file: Path) -> str:
-        digest = urlsafe_b64encode(sha256(file.read_bytes()).digest()) if file.is_file() else b""
-        return digest.rstrip(b"=").decode()
-
     folder = Path(os.path.abspath(folder))
     try:
         installed = {Path(os.path.abspath(file.locate())): file.hash for file in distribution("keymap").files or ()}
         recorded = {
-            path: entry for path, entry in installed.items() if folder in path.parents and path.suffix == ".yaml"
+            path: entry.value
+            for path, entry in installed.items()
+            if folder in path.parents and path.suffix == ".yaml" and entry is not None and entry.mode == "sha256"
         }
-        return set(folder.rglob("*.yaml")) == set(recorded) and all(
-            entry is not None and entry.mode == "sha256" and entry.value == hash_of(path)
-            for path, entry in recorded.items()
-        )
-    except Exception:  # no record, a damaged record, or unreadable files: then the mappings are checked
-        return False
+        return recorded if set(folder.rglob("*.yaml")) == set(recorded) else {}
+    except Exception:  # no record, or a damaged one: then the mappings are checked
+        return {}
+
+
+def _hash_of(file: Path) -> str:
+    """As ``RECORD`` has it; "" for a file that cannot be read."""
+    try:
+        return urlsafe_b64encode(sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
+    except OSError:
+        return ""
 
 
 def _check_evidence(known: Catalogue, names: Iterable[str]) -> None:
@@ -127,12 +129,12 @@ class Registry:
 
     Attributes:
         files: the head of each file.
-        released: those that were checked at the release.
+        release: the hashes of those that were checked at the release.
         foreign: those of other packages, whose evidence is compared with that of the others.
     """
 
     files: Mapping[Path, Header]
-    released: frozenset[Path] = frozenset()
+    release: Mapping[Path, str] = field(default_factory=dict)
     foreign: frozenset[Path] = frozenset()
     _compiled: dict[str, Catalogue] = field(default_factory=dict, repr=False)
     _evidence: dict[str, Evidence | None] = field(default_factory=dict, repr=False)
@@ -155,6 +157,11 @@ class Registry:
         first = self.default
         names = sorted(header.name for header in self.files.values() if header.kind == "hub")
         return (first, *(name for name in names if name != first))
+
+    @cached_property
+    def _heads(self) -> dict[str, Header]:
+        """The head of each hub."""
+        return {header.name: header for header in self.files.values() if header.kind == "hub"}
 
     def hub_of(self, header: Header) -> str:
         """The hub that a file belongs to; a file of tables or of containers that names none is also for the others."""
@@ -182,9 +189,15 @@ class Registry:
         """The mappings of a hub, compiled on first use."""
         if hub not in self._compiled:
             paths, new = self.paths_of(hub), Catalogue(shared=self.shared)
-            new.add(paths, self._check_of(paths), self.released.intersection(paths))
+            new.add(paths, self._check_of(paths), self._as_released(paths))
             self._compiled[hub] = new
         return self._compiled[hub]
+
+    def _as_released(self, paths: Iterable[Path]) -> frozenset[Path]:
+        """Those of a hub's files that were checked at the release; none, if one of these is another now."""
+        released = [path for path in paths if path in self.release]
+        same = all(_hash_of(path) == self.release[path] for path in released)
+        return frozenset(released if same else ())
 
     def paths_of(self, hub: str) -> list[Path]:
         """The files of a hub, and the containers of all hubs."""
@@ -204,7 +217,7 @@ class Registry:
             if header.name == name and header.kind == "tables" and not header.hub:
                 if header.path not in self._tables:
                     self._tables[header.path] = read_yaml(header.path, shown_path(header.path))
-                    if header.path in self.released:
+                    if self._as_released([header.path]):
                         known_right(self._tables[header.path])
                 return self._tables[header.path]
         return None
@@ -214,7 +227,8 @@ class Registry:
         names = sorted(tensors)
         found = []
         for hub in self.hubs:
-            evidence = self._evidence_of(hub)
+            may = all(any(key in tensors for key in keys) for keys in self._heads[hub].needs)
+            evidence = self._evidence_of(hub) if may else None
             if evidence is not None and matching_keys(evidence, tensors, names) is not None:
                 found.append(hub)
         return tuple(found)
@@ -222,8 +236,7 @@ class Registry:
     def _evidence_of(self, hub: str) -> Evidence | None:
         """What shows that keys are a hub's; None for one that only its name leads to."""
         if hub not in self._evidence:
-            header = next(one for one in self.files.values() if one.kind == "hub" and one.name == hub)
-            found = evidence_in(header.detect) if hub not in self._compiled else None
+            found = evidence_in(self._heads[hub].detect) if hub not in self._compiled else None
             if found is None:
                 compiled = self.catalogue(hub).hub
                 found = (compiled.detect, compiled.by_name)
@@ -239,7 +252,8 @@ class Registry:
         new = {path.resolve(): read_header(path, shown_path(path)) for path in paths}
         known = {path: header for path, header in self.files.items() if path.resolve() not in new}
         files = {**known, **{header.path: header for header in new.values()}}
-        result = Registry(files, self.released.intersection(known), self.foreign.intersection(known))
+        release = {path: value for path, value in self.release.items() if path in known}
+        result = Registry(files, release, self.foreign.intersection(known))
         result._evidence.update(self._evidence)
         result._tables.update({path: marked for path, marked in self._tables.items() if path in known})
         by_hub: dict[str, list[Path]] = {}
@@ -286,8 +300,7 @@ def hubs() -> Registry:
             location = point.load()
             others += yaml_files(Path(location() if callable(location) else location))
         files = {path: read_header(path, shown_path(path)) for path in (*shipped, *others)}
-        released = frozenset(shipped if _released(own) else ())
-        _registry.append(Registry(files, released, frozenset(others)))
+        _registry.append(Registry(files, _release(own), frozenset(others)))
     return _registry[0]
 
 
