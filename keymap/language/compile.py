@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from keymap.errors import MappingError
 from keymap.language.compile_fields import (
@@ -75,7 +76,7 @@ def compile_marked(
     mapping = None
     if sound is not None:
         compiler = Compiler(sound, library, marked, neighbours)
-        mapping = _compiled(compiler)
+        mapping = _compiled(compiler, released)
         if not released:
             compiler.check_unused_tables()
         compiler.faults += compiler.lookup_faults()
@@ -100,7 +101,7 @@ def _place(fault: str) -> tuple[str, int, int]:
     return file, line, column
 
 
-def _compiled(compiler: Compiler) -> Format:
+def _compiled(compiler: Compiler, released: bool) -> Format:
     """Every field compiled; what is wrong is left out, and reported in the compiler's faults."""
     marked = compiler.marked
     data = marked.data
@@ -111,6 +112,8 @@ def _compiled(compiler: Compiler) -> Format:
         for tower, entries in (towers.items() if is_hub else ())
     }
     detect = data.get("detect", NEVER)
+    made = None if released else compile_repository(compiler)  # now, for its faults
+    repository = partial(compile_repository, compiler) if released else lambda: made
     mapping = Format(
         name=data.get("format", ""),
         kind=data.get("kind", "format"),
@@ -137,7 +140,7 @@ def _compiled(compiler: Compiler) -> Format:
         shapes=tuple((side, tuple(shape)) for side, shape in compiler.by_pattern("shapes")),
         config=compile_config(compiler),
         fixed=data.get("fixed", {}),
-        repository=compile_repository(compiler),
+        make_repository=repository,
         tower=next(iter(bridged), ""),
         between=tuple(next(iter(bridged.values()), ())),
         layout_evidence=evidence,

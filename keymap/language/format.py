@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -363,6 +363,7 @@ class Format:
         layout_evidence: (hub) the evidence of each layout of a tower.
         heads: (hub) keys that a tower can lack and still be whole.
         classifiers: (hub) keys that a file can have beside a tower, and without which the tower is the same.
+        make_repository: compiles `repository`, which only the writing of a folder needs.
         tower, between: (bridge) the tower, and the two layouts that the rules join.
     """
 
@@ -387,7 +388,7 @@ class Format:
     shapes: tuple[tuple[Side, tuple[int, ...]], ...] = ()
     config: Config | None = None
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
-    repository: Repository | None = None
+    make_repository: Callable[[], Repository | None] = lambda: None
     tower: str = ""
     between: tuple[str, ...] = ()
     layout_evidence: Mapping[str, Mapping[str, Evidence]] = field(default_factory=dict)
@@ -404,6 +405,11 @@ class Format:
     measures: Mapping[str, Mapping[str, tuple[tuple[Side, int | None], ...]]] = field(default_factory=dict)
     configurations: tuple[Configuration, ...] = ()
     containers: Containers = field(default_factory=Containers)
+
+    @cached_property
+    def repository(self) -> Repository | None:
+        """The folder in the format's own layout; None if keymap writes none."""
+        return self.make_repository()
 
     @cached_property
     def table(self) -> RuleTable:

@@ -5,6 +5,7 @@ Of each file the head is read; the files of a hub are compiled when that hub is 
 
 from __future__ import annotations
 
+import csv
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Mapping
@@ -78,15 +79,17 @@ def _release(folder: Path) -> dict[Path, str]:
     An installation records the hash of each file (PyPA's specification of ``RECORD``). A checkout has no such record;
     then every process checks the mappings, as it checks those of other packages.
     """
-    folder = Path(os.path.abspath(folder))
+    inside = os.path.abspath(folder) + os.sep
     try:
-        installed = {Path(os.path.abspath(file.locate())): file.hash for file in distribution("keymap").files or ()}
+        installed = distribution("keymap")
+        rows = csv.reader((installed.read_text("RECORD") or "").splitlines())
         recorded = {
-            path: entry.value
-            for path, entry in installed.items()
-            if folder in path.parents and path.suffix == ".yaml" and entry is not None and entry.mode == "sha256"
+            Path(os.path.abspath(installed.locate_file(name))): digest.removeprefix("sha256=")
+            for name, digest, _ in rows
+            if name.endswith(".yaml") and digest.startswith("sha256=")
         }
-        return recorded if set(folder.rglob("*.yaml")) == set(recorded) else {}
+        recorded = {path: digest for path, digest in recorded.items() if str(path).startswith(inside)}
+        return recorded if set(folder.absolute().rglob("*.yaml")) == set(recorded) else {}
     except Exception:  # no record, or a damaged one: then the mappings are checked
         return {}
 
