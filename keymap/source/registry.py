@@ -84,7 +84,7 @@ def _release(folder: Path) -> dict[Path, str]:
         installed = distribution("keymap")
         rows = csv.reader((installed.read_text("RECORD") or "").splitlines())
         recorded = {
-            Path(os.path.abspath(installed.locate_file(name))): digest.removeprefix("sha256=")
+            Path(os.path.abspath(str(installed.locate_file(name)))): digest.removeprefix("sha256=")
             for name, digest, _ in rows
             if name.endswith(".yaml") and digest.startswith("sha256=")
         }
