@@ -48,6 +48,7 @@ EXAMPLES = (
     "docs/how-it-works.md",
     "docs/recipes.md",
     "docs/rule-language.md",
+    "docs/transformers.md",
     "docs/tutorial.md",
 )
 FOLDERS = ("tools", "tests", "mappings", "schemas", "keymap")  # that examples see beside their own files

@@ -49,7 +49,7 @@ def _in_order(join: Join, found: Iterable[tuple[str, ...]]) -> list[tuple[str | 
             column = list(join.members)
         else:
             indices = sorted({int(key[i]) for key in keys})
-            gap = next((n for n, index in enumerate(indices) if n != index), None)
+            gap = next((n for n, index in enumerate(indices, join.span(i)[0]) if n != index), None)
             if gap is not None:
                 raise RuleError(f"the index has a gap: {indices[-1]} exists, {gap} does not")
             column = [str(n) for n in indices]
@@ -162,7 +162,10 @@ def _slices(
         for member, (start, stop) in zip(members, join.bounds(now.shape[axis]), strict=True):
             yield {**values, join.variables[at]: member or ""}, cut(now, axis, start, stop), member is None
         return
-    names = members or tuple(str(n) for n in range(now.shape[axis]))
+    first, end = join.span(at)
+    if end is not None and first + now.shape[axis] > end:
+        raise RuleError(f"axis {axis} of {list(now.shape)} is too long for the indices {first} to {end - 1}")
+    names = members or tuple(str(n + first) for n in range(now.shape[axis]))
     if len(names) != now.shape[axis]:
         raise RuleError(f"axis {axis} of {list(now.shape)} is not {len(names)} long")
     for number, name in enumerate(names):

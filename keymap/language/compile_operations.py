@@ -179,7 +179,9 @@ def _join(kind: str, options: Mapping[str, Any], source: Side, lost: tuple[str, 
     if ranges and len(ranges) != len(members):
         raise PatternError(f"rows: one range for each of {len(members)} members")
     axis = 0 if kind == "rows" else _axis(options[kind], before, "`view`")
-    return Join(kind, axis, tuple(ordered), members, lengths, ranges)
+    spans = [(slots[name].low, slots[name].high) for name in ordered]
+    bounded = tuple(spans) if any(span != (0, None) for span in spans) else ()
+    return Join(kind, axis, tuple(ordered), members, lengths, ranges, bounded)
 
 
 def _members(options: Mapping[str, Any], members: tuple[str, ...]) -> tuple[str | None, ...]:

@@ -41,6 +41,7 @@ class Join(NamedTuple):
         lengths: proportions of the parts; with a None (what is left) exact lengths. Empty: equal parts. `within`
             puts numbers in the place of facts.
         ranges: for ``rows``.
+        spans: of each variable the first index, and the one after the last, if there is one. Empty: from 0 on.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Join(NamedTuple):
     members: tuple[str | None, ...] = ()
     lengths: tuple[Amount | None, ...] = ()
     ranges: tuple[tuple[int, int | None], ...] = ()
+    spans: tuple[tuple[Amount, Amount | None], ...] = ()
 
     @property
     def written_lengths(self) -> list[int | str]:
@@ -56,15 +58,22 @@ class Join(NamedTuple):
         return ["*" if n is None else n if isinstance(n, int) else str(n) for n in self.lengths]
 
     def within(self, facts: Mapping[str, int]) -> Join:
-        """The join with a number for each length.
+        """The join with a number for each length and each span.
 
         Raises:
             ValueError: a fact is not known, or not positive.
         """
-        if not facts_of(self.lengths):
+        if not facts_of((*self.lengths, *(end for span in self.spans for end in span))):
             return self
-        check_known(self.lengths, facts)
-        return self._replace(lengths=tuple(None if n is None else amount_in(n, facts) for n in self.lengths))
+        check_known((*self.lengths, *(end for span in self.spans for end in span)), facts)
+        lengths = tuple(None if n is None else amount_in(n, facts) for n in self.lengths)
+        spans = tuple((amount_in(a, facts), None if b is None else amount_in(b, facts)) for a, b in self.spans)
+        return self._replace(lengths=lengths, spans=spans)
+
+    def span(self, number: int) -> tuple[int, int | None]:
+        """The first index of a variable, and the one after the last, if there is one; after `within`."""
+        low, high = self.spans[number] if self.spans else (0, None)
+        return low if isinstance(low, int) else 0, high if isinstance(high, int) else None
 
     def bounds(self, total: int) -> list[tuple[int, int]]:
         """Where each member lies on the axis of a whole that is ``total`` long."""

@@ -342,6 +342,38 @@ def test_stacks_of_stacks_then_concat(sizes):
     check(r"l.(\d+).e.(\d+).(gate|up): {to: w.\1, concat: 0}", tensors, kept)
 
 
+def test_two_stacks_share_the_members(sizes):
+    """The first members make one tensor, the others another one, which is counted from 0."""
+    n, d, _, _ = sizes
+    tensors = {f"e.{i}.{p}": t(n, d) for i in range(5) for p in ("gate", "up")}
+
+    def experts(numbers):
+        return torch.stack([torch.cat([tensors[f"e.{i}.gate"], tensors[f"e.{i}.up"]], 0) for i in numbers])
+
+    want = {"text": experts(range(2)), "image": experts(range(2, 5))}
+    numbers = r"""
+        e.(\d+<2).(gate|up): {to: text, concat: 0}
+        e.(\d+>=2).(gate|up): {to: image, concat: 0}
+    """
+    check(numbers, tensors, want)
+    by_fact = numbers.replace("<2", "<text.experts").replace(">=2", ">=text.experts")
+    check(by_fact, tensors, want, facts={"text.experts": 2})
+    single = {key: value for key, value in tensors.items() if key.endswith("up")}
+    want = {"image": torch.stack([single[f"e.{i}.up"] for i in range(2, 5)], 1)}
+    check(r"e.(\d+>=2<5).up: {to: image, stack: 1}", {f"e.{i}.up": single[f"e.{i}.up"] for i in range(2, 5)}, want)
+
+
+def test_a_stack_of_a_range_has_no_gap_at_its_start():
+    table = RuleTable(compiled(r"e.(\d+>=2).w: {to: all, stack: 0}").rules)
+    assert "the index has a gap: 4 exists, 2 does not" in faults(table, {f"e.{i}.w": t(2) for i in (3, 4)})[0]
+
+
+def test_a_stack_that_is_longer_than_its_range_is_not_cut():
+    back = RuleTable(compiled(r"e.(\d+<3).w: {to: all, stack: 0}").rules).inverse()
+    (text,) = faults(back, {"all": t(4, 2)})
+    assert "axis 0 of [4, 2] is too long for the indices 0 to 2" in text
+
+
 def test_rows_by_ranges(sizes):
     """Long-CLIP: the first rows of one table, the others of another."""
     n, d, _, _ = sizes
