@@ -83,13 +83,12 @@ def _release(folder: Path) -> dict[Path, str]:
     try:
         installed = distribution("keymap")
         rows = csv.reader((installed.read_text("RECORD") or "").splitlines())
-        recorded = {
-            Path(os.path.abspath(str(installed.locate_file(name)))): digest.removeprefix("sha256=")
-            for name, digest, _ in rows
-            if name.endswith(".yaml") and digest.startswith("sha256=")
-        }
-        recorded = {path: digest for path, digest in recorded.items() if str(path).startswith(inside)}
-        return recorded if set(folder.absolute().rglob("*.yaml")) == set(recorded) else {}
+        listed = {os.path.abspath(str(installed.locate_file(row[0]))): row[1] for row in rows}
+        recorded = {Path(path): digest for path, digest in listed.items() if path.startswith(inside)}
+        recorded = {path: digest for path, digest in recorded.items() if path.suffix == ".yaml"}
+        same = set(folder.absolute().rglob("*.yaml")) == set(recorded)
+        hashed = all(digest.startswith("sha256=") for digest in recorded.values())
+        return {path: digest[7:] for path, digest in recorded.items()} if same and hashed else {}
     except Exception:  # no record, or a damaged one: then the mappings are checked
         return {}
 
