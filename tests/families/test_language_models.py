@@ -267,3 +267,28 @@ def test_an_old_file_of_megatron_is_refused_as_its_order_of_rows_is_not_known(tm
         "the order of its rows of q, k and v has changed",
         error=keymap.DetectionError,
     )
+
+
+# --- the layer for multi-token prediction ---
+
+
+def test_the_report_names_the_layer_for_multi_token_prediction_that_it_left_out(tmp_path):
+    made = example("mixture_of_experts", "qwen_moe a layer for multi-token prediction")
+    plan = keymap.load_checkpoint(made.model(), saved(made.file, tmp_path / "model.safetensors")).report.plan
+    assert set(plan.dropped) == set(made.not_written)
+    assert set(plan.dropped.values()) == {"the layer for multi-token prediction, which transformers leaves out"}
+
+
+def test_without_a_model_the_number_of_layers_is_asked_for_or_read_from_the_configuration(tmp_path):
+    made = example("mixture_of_experts", "qwen_moe a layer for multi-token prediction")
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.convert_state_dict(made.file, "mixture_of_experts")
+    assert "pass facts={'text.layers': ...}" in "\n".join(caught.value.faults)
+    assert set(keymap.convert_state_dict(made.file, "mixture_of_experts", facts={"text.layers": 3})) == set(
+        made.expected
+    )
+    path = saved(made.file, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "num_hidden_layers": 3}))
+    keymap.convert_checkpoint(path, tmp_path / "out.safetensors", to="mixture_of_experts")
+    keymap.load_checkpoint(again := made.model(), tmp_path / "out.safetensors")
+    assert_bits(again, made.expected)
