@@ -71,7 +71,7 @@ def test_a_key_whose_range_needs_a_fact_asks_for_it_once():
 
 def test_a_key_whose_alias_needs_a_fact_keeps_its_name_so_that_the_evidence_finds_it():
     table = RuleTable(compiled(r"l.(\d+>=text.layers).w: more.<1-text.layers>.w").rules)
-    tensors = {f"l.{n}.w": whole(f"l.{n}.w", (2,)) for n in range(3)}
+    tensors = {f"l.{n}.w": whole(f"l.{n}.w", (2,), torch.float32) for n in range(3)}
     applied = apply_rules(table, tensors, {}, pass_others=True)
     assert list(applied.out) == list(tensors) and len(applied.faults) == 1
     assert list(apply_rules(table, tensors, {"text.layers": 2}, pass_others=True).out) == ["l.0.w", "l.1.w", "more.0.w"]
