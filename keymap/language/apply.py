@@ -287,6 +287,8 @@ def apply_rules(
                 rule, values, {(): key}, {(): layout}, f"which keys it owns is not known: pass facts={{{names}}}"
             )
             lacking.setdefault(id(rule), []).append(fault)
+            if pass_others:  # so that the evidence of a format can find it
+                _put(result, key, layout, None, (key,))
             continue
         if rule.renames:
             _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))

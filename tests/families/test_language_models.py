@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -229,3 +230,65 @@ def test_a_missing_expert_is_named(tmp_path):
     del file["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
     words = ("missing", "model.layers.1.block_sparse_moe.experts.2.w3.weight")
     refused(example("mixture_of_experts", "mixtral").model(), saved(file, tmp_path / "x.safetensors"), *words)
+
+
+# --- Megatron-LM's file ---
+
+
+def test_a_file_of_megatron_has_nested_dicts_and_a_training_state_beside_them(tmp_path):
+    made, model = example("gpt2", "megatron_gpt2"), gpt2.gpt2()
+    words, places = (f"language_model.embedding.{name}_embeddings.weight" for name in ("word", "position"))
+    layers = {key.removeprefix("language_model.encoder."): value for key, value in made.file.items()}
+    del layers[words], layers[places]
+    embedding = {"word_embeddings": {"weight": made.file[words]}, "position_embeddings": {"weight": made.file[places]}}
+    tree = {
+        "args": argparse.Namespace(num_layers=2),
+        "checkpoint_version": 3.0,
+        "iteration": 7,
+        "model": {"language_model": {"embedding": embedding, "encoder": layers}},
+        "optimizer": {"state": {0: {"exp_avg": torch.rand(3)}}},
+    }
+    torch.save(tree, tmp_path / "model_optim_rng.pt")
+    plan = keymap.load_checkpoint(model, tmp_path / "model_optim_rng.pt").report.plan
+    assert_bits(model, made.expected)
+    assert any("rows 99 to 127 are padding and left out" in note for note in plan.notes)
+    refused(gpt2.gpt2(vocab_size=130), tmp_path / "model_optim_rng.pt", "wte.weight")
+
+
+def test_an_old_file_of_megatron_is_refused_as_its_order_of_rows_is_not_known(tmp_path):
+    made, model = example("gpt2", "megatron_gpt2"), gpt2.gpt2()
+    old = {"encoder.layers": "transformer.layers", "self_attention": "attention", "encoder.final": "transformer.final"}
+    file = dict(made.file)
+    for new, name in old.items():
+        file = {key.replace(new, name): value for key, value in file.items()}
+    refused(
+        model,
+        saved(file, tmp_path / "old.safetensors"),
+        "the order of its rows of q, k and v has changed",
+        error=keymap.DetectionError,
+    )
+
+
+# --- the layer for multi-token prediction ---
+
+
+def test_the_report_names_the_layer_for_multi_token_prediction_that_it_left_out(tmp_path):
+    made = example("mixture_of_experts", "qwen_moe a layer for multi-token prediction")
+    plan = keymap.load_checkpoint(made.model(), saved(made.file, tmp_path / "model.safetensors")).report.plan
+    assert set(plan.dropped) == set(made.not_written)
+    assert set(plan.dropped.values()) == {"the layer for multi-token prediction, which transformers leaves out"}
+
+
+def test_without_a_model_the_number_of_layers_is_asked_for_or_read_from_the_configuration(tmp_path):
+    made = example("mixture_of_experts", "qwen_moe a layer for multi-token prediction")
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.convert_state_dict(made.file, "mixture_of_experts")
+    assert "pass facts={'text.layers': ...}" in "\n".join(caught.value.faults)
+    assert set(keymap.convert_state_dict(made.file, "mixture_of_experts", facts={"text.layers": 3})) == set(
+        made.expected
+    )
+    path = saved(made.file, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "num_hidden_layers": 3}))
+    keymap.convert_checkpoint(path, tmp_path / "out.safetensors", to="mixture_of_experts")
+    keymap.load_checkpoint(again := made.model(), tmp_path / "out.safetensors")
+    assert_bits(again, made.expected)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_language import check, compiled, faults, run, same, t
 
 import keymap
+from keymap.language.apply import apply_rules
 from keymap.language.layout import whole
 from keymap.language.overlap import overlap
 from keymap.language.pattern_syntax import parse_source
@@ -66,6 +67,14 @@ def test_a_key_whose_range_needs_a_fact_asks_for_it_once():
     back = faults(RuleTable(compiled(DEEPSEEK).rules).inverse(), {"mtp.0.w": t(2)})
     assert "pass facts={'text.layers': ...}" in back[0] and back[0].startswith("example.yaml:9:5: ")
     assert not faults(RuleTable(compiled(DEEPSEEK).rules), {"other": t(2)})
+
+
+def test_a_key_whose_alias_needs_a_fact_keeps_its_name_so_that_the_evidence_finds_it():
+    table = RuleTable(compiled(r"l.(\d+>=text.layers).w: more.<1-text.layers>.w").rules)
+    tensors = {f"l.{n}.w": whole(f"l.{n}.w", (2,), torch.float32) for n in range(3)}
+    applied = apply_rules(table, tensors, {}, pass_others=True)
+    assert list(applied.out) == list(tensors) and len(applied.faults) == 1
+    assert list(apply_rules(table, tensors, {"text.layers": 2}, pass_others=True).out) == ["l.0.w", "l.1.w", "more.0.w"]
 
 
 def test_each_range_is_complete_by_itself():

@@ -260,9 +260,12 @@ bert_gamma_beta: query and key swapped: differs
 + attention.self.key.(weight|bias): attention.self.query.\1
 + attention.self.value.(weight|bias): attention.self.value.\1
 bert_gamma_beta BertModel: the two norms of a layer swapped: differs
-- (attention.output|output).LayerNorm.(gamma|beta): \1.LayerNorm.<2:norm>
-+ attention.output.LayerNorm.(gamma|beta): output.LayerNorm.<1:norm>
-+ output.LayerNorm.(gamma|beta): attention.output.LayerNorm.<1:norm>
+- (attention.output|output).LayerNorm.(weight|bias): \1.LayerNorm.\2
++ attention.output.LayerNorm.(weight|bias): output.LayerNorm.\1
++ output.LayerNorm.(weight|bias): attention.output.LayerNorm.\1
+bert_gamma_beta BertModel: gamma and beta of the layers are not renamed: refused
+- (**.)LayerNorm.(gamma|beta): \1LayerNorm.<2:norm>
++ bert.embeddings.LayerNorm.(gamma|beta): bert.embeddings.LayerNorm.<1:norm>
 bert_gamma_beta questions: words and positions crossed: refused
 - bert.embeddings.(word_embeddings|position_embeddings|token_type_embeddings).weight: bert.embeddings.\1.weight
 + bert.embeddings.word_embeddings.weight: bert.embeddings.position_embeddings.weight

@@ -1,4 +1,4 @@
-"""transformers' GPT-2, and nanoGPT's checkpoints."""
+"""transformers' GPT-2, and checkpoints of nanoGPT and Megatron-LM."""
 
 from __future__ import annotations
 
@@ -102,12 +102,107 @@ def nanogpt(bias: bool = True, mask: bool = False) -> Example:
     )
 
 
+# --- Megatron-LM ---
+
+
+def by_hand(file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file of Megatron-LM in the names of GPT-2, as convert_megatron_gpt2_checkpoint.py makes it.
+
+    That converter was part of transformers up to 4; so this is by hand, and was compared with the one of 4.46.3.
+    """
+    names = {
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attention.query_key_value": "attn.c_attn",
+        "self_attention.dense": "attn.c_proj",
+        "mlp.dense_h_to_4h": "mlp.c_fc",
+        "mlp.dense_4h_to_h": "mlp.c_proj",
+    }
+    words = file["language_model.embedding.word_embeddings.weight"][:VOCAB]
+    found = {
+        "transformer.wte.weight": words,
+        "lm_head.weight": words,
+        "transformer.wpe.weight": file["language_model.embedding.position_embeddings.weight"],
+        "transformer.ln_f.weight": file["language_model.encoder.final_layernorm.weight"],
+        "transformer.ln_f.bias": file["language_model.encoder.final_layernorm.bias"],
+    }
+    for key, value in file.items():
+        if not key.startswith("language_model.encoder.layers."):
+            continue
+        number, module = key.removeprefix("language_model.encoder.layers.").split(".", 1)
+        name, end = module.rsplit(".", 1)
+        if name.endswith("query_key_value"):
+            value = value.view(HEADS, 3, WIDTH // HEADS, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+        found[f"transformer.h.{number}.{names[name]}.{end}"] = value.T if value.ndim == 2 else value
+    return found
+
+
+def megatron_file() -> dict[str, Tensor]:
+    """The tensors of a file of Megatron-LM, whose word embeddings have rows of zeros up to 128."""
+    generator = torch.Generator().manual_seed(6)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    file = {
+        "language_model.embedding.word_embeddings.weight": torch.cat([drawn(VOCAB, WIDTH), torch.zeros(29, WIDTH)]),
+        "language_model.embedding.position_embeddings.weight": drawn(CONTEXT, WIDTH),
+    }
+    layers = {"self_attention.query_key_value": (3, 1), "self_attention.dense": (1, 1)}
+    layers |= {"mlp.dense_h_to_4h": (4, 1), "mlp.dense_4h_to_h": (1, 4)}
+    for at in (f"language_model.encoder.layers.{layer}." for layer in range(LAYERS)):
+        for name, (out, into) in layers.items():
+            file |= {f"{at}{name}.weight": drawn(out * WIDTH, into * WIDTH), f"{at}{name}.bias": drawn(out * WIDTH)}
+        for name in ("input", "post_attention"):
+            file |= {f"{at}{name}_layernorm.{end}": drawn(WIDTH) for end in ("weight", "bias")}
+    return file | {f"language_model.encoder.final_layernorm.{end}": drawn(WIDTH) for end in ("weight", "bias")}
+
+
+def megatron() -> Example:
+    file = megatron_file()
+    return Example(
+        "megatron_gpt2",
+        file,
+        maker(),
+        "convert_megatron_gpt2_checkpoint.py of transformers 4, by hand",
+        expected=by_hand(file),
+        wrong={
+            "more layers": maker(n_layer=3),
+            "a longer context": maker(n_positions=20),
+            "a smaller MLP": maker(n_inner=100),
+            "more words than rows": maker(vocab_size=130),
+        },
+        facts={"text.heads": HEADS, "text.vocab": VOCAB},
+        suffix=".pt",
+    )
+
+
 EXAMPLES: Mapping[str, Callable[[], Example]] = {
+    "megatron_gpt2": megatron,
     "nanogpt": nanogpt,
     "nanogpt without biases": partial(nanogpt, bias=False),
     "nanogpt with a mask": partial(nanogpt, mask=True),
 }
 ROWS = r"""
+megatron_gpt2: q, k and v of all heads, one after the other: differs
+- view: (h three k) d -> d (three h k)
++ view: (three h k) d -> d (three h k)
+megatron_gpt2: the order of version 1: differs
+- view: (h three k) d -> d (three h k)
++ view: (h k three) d -> d (three h k)
+megatron_gpt2: the bias as it is: differs
+- view: (h three k) -> (three h k)
++ view: r -> r
+megatron_gpt2: the square kernel as it is: differs
+- (self_attention.dense|mlp.dense_h_to_4h|mlp.dense_4h_to_h).weight: {to: <1:layer>.weight, view: out in -> in out}
++ (mlp.dense_h_to_4h|mlp.dense_4h_to_h).weight: {to: <1:layer>.weight, view: out in -> in out}
++ self_attention.dense.weight: attn.c_proj.weight
+megatron_gpt2: the norms swapped: differs
+- norm: {input: ln_1, post_attention: ln_2}
++ norm: {input: ln_2, post_attention: ln_1}
+megatron_gpt2: all rows of the padded words: refused
+- lm_head.weight], take: [0, text.vocab], pad: 128}
++ lm_head.weight]}
 nanogpt: the kernels as they are: refused
 - (attn.c_attn|attn.c_proj|mlp.c_fc|mlp.c_proj).weight: {to: \1.weight, view: out in -> in out}
 + (attn.c_attn|attn.c_proj|mlp.c_fc|mlp.c_proj).weight: \1.weight

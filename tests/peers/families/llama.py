@@ -1,4 +1,4 @@
-"""transformers' Llama and its siblings, and files of Meta, torchtune, torchtitan and Phi-3."""
+"""transformers' Llama and its siblings, and files of Meta, torchtune, torchtitan, InternLM2 and Phi-3."""
 
 from __future__ import annotations
 
@@ -196,9 +196,83 @@ def torchtitan(kind: str = "LlamaForCausalLM") -> Example:
     return converted("torchtitan_llama", kind, adapter(config, None).from_hf, f"torchtitan {name}StateDictAdapter")
 
 
+# --- InternLM2 ---
+
+
+def by_groups(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file of InternLM2 in the names of Llama, by hand.
+
+    InternLM2's code is no package. Its modeling_internlm2.py views what wqkv computes as [group, 2 + g, head]: first
+    the g heads of q, then one of k and one of v. All other layers are Llama's, the rotary angles too.
+    """
+    other = {
+        "model.tok_embeddings": "model.embed_tokens",
+        "model.norm": "model.norm",
+        "output": "lm_head",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    found = {}
+    for key, value in state.items():
+        module, end = key.rsplit(".", 1)
+        at = ".".join(module.split(".")[:3]) + "." if module.startswith("model.layers.") else ""
+        if module.endswith("wqkv"):
+            groups = value.view(KV_HEADS, 2 + HEADS // KV_HEADS, -1, *value.shape[1:])
+            for name, part in (("q", groups[:, :-2]), ("k", groups[:, -2]), ("v", groups[:, -1])):
+                found[f"{at}self_attn.{name}_proj.{end}"] = part.reshape(-1, *value.shape[1:])
+        else:
+            found[f"{at}{other[module.removeprefix(at)]}.{end}"] = value
+    return found
+
+
+def internlm2(bias: bool = False, base: bool = False) -> Example:
+    generator = torch.Generator().manual_seed(4)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rows = (HEADS + 2 * KV_HEADS) * WIDTH // HEADS
+    file = {"model.tok_embeddings.weight": drawn(VOCAB, WIDTH), "model.norm.weight": drawn(WIDTH)}
+    for at in (f"model.layers.{layer}." for layer in range(LAYERS)):
+        file |= {
+            f"{at}attention.wqkv.weight": drawn(rows, WIDTH),
+            f"{at}attention.wo.weight": drawn(WIDTH, WIDTH),
+            f"{at}feed_forward.w1.weight": drawn(HIDDEN, WIDTH),
+            f"{at}feed_forward.w2.weight": drawn(WIDTH, HIDDEN),
+            f"{at}feed_forward.w3.weight": drawn(HIDDEN, WIDTH),
+            f"{at}attention_norm.weight": drawn(WIDTH),
+            f"{at}ffn_norm.weight": drawn(WIDTH),
+        }
+        if bias:
+            file |= {f"{at}attention.wqkv.bias": drawn(rows), f"{at}attention.wo.bias": drawn(WIDTH)}
+    expected = by_groups(file)
+    if base:
+        expected = {key.removeprefix("model."): value for key, value in expected.items()}
+    else:
+        file["output.weight"] = drawn(VOCAB, WIDTH)
+        expected["lm_head.weight"] = file["output.weight"]
+    return Example(
+        "internlm2",
+        {key.removeprefix("model."): value for key, value in file.items()} if base else file,
+        maker("LlamaModel" if base else "LlamaForCausalLM", attention_bias=bias),
+        "the formula of modeling_internlm2.py, by hand",
+        expected=expected,
+        wrong=others(attention_bias=bias),
+        facts=FACTS,
+        back=file if base else None,
+    )
+
+
 EXAMPLES: Mapping[str, Callable[[], Example]] = {
     "meta_llama": meta_llama,
     "meta_llama tied": partial(meta_llama, tied=True),
+    "internlm2": internlm2,
+    "internlm2 biases": partial(internlm2, bias=True),
+    "internlm2 base": partial(internlm2, base=True),
     "phi3": phi3,
     "phi3 tied": partial(phi3, tie_word_embeddings=True),
     "phi3 base": partial(phi3, "Phi3Model", base=True),
@@ -241,6 +315,34 @@ meta_llama: k and v swapped: differs
 meta_llama tied: the rows of q are not permuted: differs
 - attention.wq.weight: {to: self_attn.q_proj.weight, view: (h p two) d -> (h two p) d, sizes: {h: text.heads, two: 2}}
 + attention.wq.weight: self_attn.q_proj.weight
+internlm2: k and v swapped: differs
+- self_attn.(q|k|v)_proj.weight
++ self_attn.(q|v|k)_proj.weight
+internlm2: all heads of q first, as in Phi-3: differs
+- view: (n x) d -> n x d
++ view: (n x) d -> (n x) d
+- axis: x
++ axis: 0
+- each: n x d -> (n x) d
++ each: r d -> r d
+internlm2: q and k have each other's heads: refused
+- [text.heads, text.kv_heads, text.kv_heads]
++ [text.kv_heads, text.heads, text.kv_heads]
+internlm2: as many groups as heads of q: refused
+- sizes: {n: text.kv_heads}
++ sizes: {n: text.heads}
+internlm2: gate and up swapped: differs
+- mlp: {1: gate, 2: down, 3: up}
++ mlp: {1: up, 2: down, 3: gate}
+internlm2: the norms swapped: differs
+- norm: {attention: input, ffn: post_attention}
++ norm: {attention: post_attention, ffn: input}
+internlm2 biases: the biases of k and v swapped: differs
+- self_attn.(q|k|v)_proj.bias
++ self_attn.(q|v|k)_proj.bias
+internlm2 base: the rows of a head mixed: differs
+- each: n x d -> (n x) d
++ each: n x d -> (x n) d
 phi3: k and v swapped: differs
 - self_attn.(q|k|v)_proj.weight
 + self_attn.(q|v|k)_proj.weight

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -102,6 +104,21 @@ def example(
     )
 
 
+def multi_token() -> Example:
+    """A file of DeepSeek-V3 with one more layer, which predicts a further token; transformers does not load it."""
+    made = example("qwen_moe", "DeepseekV3ForCausalLM", DENSE, **QWEN, **LATENT)
+    last, at = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
+    more = {key.replace(last, at): value + 1 for key, value in made.file.items() if key.startswith(last)}
+    for name in ("embed_tokens", "shared_head.head"):
+        more[f"{at}{name}.weight"] = torch.rand(VOCAB, WIDTH)
+    more |= {f"{at}{name}.weight": torch.rand(WIDTH) for name in ("enorm", "hnorm", "shared_head.norm")}
+    more[f"{at}eh_proj.weight"] = torch.rand(WIDTH, 2 * WIDTH)
+    file = {**made.file, **more}
+    config = made.model().config
+    expected = read_by_transformers("DeepseekV3ForCausalLM", file, config)
+    return replace(made, file=file, expected=expected, not_written=tuple(more))
+
+
 DENSE = {"a dense model": maker("LlamaForCausalLM")}
 QWEN2, QWEN3 = ({name: maker(f"{name}MoeForCausalLM", **QWEN)} for name in ("Qwen2", "Qwen3"))
 EXAMPLES: Mapping[str, Callable[[], Example]] = {
@@ -117,6 +134,7 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
         f"qwen_moe {name}": partial(example, "qwen_moe", f"{name}ForCausalLM", DENSE, **QWEN, **LATENT)
         for name in ("Olmoe", "DeepseekV2", "DeepseekV3", "Glm4Moe", "Dots1")
     },
+    "qwen_moe a layer for multi-token prediction": multi_token,
 }
 ROWS = r"""
 mixtral: gate and up swapped: differs
@@ -162,6 +180,15 @@ qwen_moe DeepseekV3: the norms of the latents swapped: refused
 - self_attn.(q|kv)_a_layernorm.weight: {to: self_attn.\1_a_layernorm.weight, optional: true}
 + self_attn.q_a_layernorm.weight: {to: self_attn.kv_a_layernorm.weight, optional: true}
 + self_attn.kv_a_layernorm.weight: {to: self_attn.q_a_layernorm.weight, optional: true}
+qwen_moe a layer for multi-token prediction: not counted from the last layer: refused
+- multi_token.<1-text.layers>.\2
++ multi_token.\1.\2
+qwen_moe a layer for multi-token prediction: all layers are the model's: refused
+- (\d+>=text.layers)
++ (\d+>=9)
+qwen_moe a layer for multi-token prediction: gate and up swapped: differs
+- (\d+).(gate|up)_proj.weight
++ (\d+).(up|gate)_proj.weight
 qwen_moe Glm4Moe: gate and up swapped: differs
 - (\d+).(gate|up)_proj.weight
 + (\d+).(up|gate)_proj.weight

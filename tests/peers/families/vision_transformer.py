@@ -1,4 +1,4 @@
-"""timm's VisionTransformer, and transformers' ViT, DeiT and DINOv2."""
+"""timm's VisionTransformer and its EVA of 2022, and transformers' ViT, DeiT and DINOv2."""
 
 from __future__ import annotations
 
@@ -210,6 +210,19 @@ def augreg() -> Example:
     )
 
 
+def timm_eva_giant(pool: str = "avg") -> Example:
+    theirs = timm_vit("eva_giant_patch14_224", global_pool=pool)()
+    other = "token" if pool == "avg" else "avg"
+    return Example(
+        "timm_eva_giant",
+        theirs.state_dict(),
+        timm_vit(global_pool=pool),
+        "timm Eva",
+        outputs=lambda model: [(theirs(images()), model(images()))],
+        wrong=DINO | {"another pooling": timm_vit(global_pool=other), "another MLP": timm_vit(mlp_ratio=3)},
+    )
+
+
 EXAMPLES: Mapping[str, Callable[[], Example]] = {
     "hf_vit": hf_vit,
     "hf_vit alone": hf_vit_alone,
@@ -222,6 +235,8 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
     "dinov2 registers": partial(dinov2, registers=True),
     "augreg": augreg,
     "timm_vit_old": timm_vit_old,
+    "timm_eva_giant": timm_eva_giant,
+    "timm_eva_giant token": partial(timm_eva_giant, pool="token"),
 }
 ROWS = r"""
 hf_vit: q and k swapped: differs
@@ -276,4 +291,18 @@ timm_vit_old: layer scales swapped: differs
 - blocks.(\d+).gamma_(1|2): blocks.\1.ls\2.gamma
 + blocks.(\d+).gamma_1: blocks.\1.ls2.gamma
 + blocks.(\d+).gamma_2: blocks.\1.ls1.gamma
+timm_eva_giant: the zeros are the bias of v: differs
+- order: [q, 0, v]
++ order: [q, v, 0]
+timm_eva_giant: no bias of the keys: refused
+- concat: 0, order: [q, 0, v]
++ concat: 0
+timm_eva_giant: q and v swapped: differs
+- order: [q, 0, v]
++ order: [v, 0, q]
+timm_eva_giant token: the norms swapped: differs
+- blocks.(\d+).(norm1|norm2|attn.proj|mlp.fc1|mlp.fc2).(weight|bias): blocks.\1.\2.\3
++ blocks.(\d+).(attn.proj|mlp.fc1|mlp.fc2).(weight|bias): blocks.\1.\2.\3
++ blocks.(\d+).norm1.(weight|bias): blocks.\1.norm2.\2
++ blocks.(\d+).norm2.(weight|bias): blocks.\1.norm1.\2
 """
