@@ -47,7 +47,7 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         others = (*plan.other_wrappers, *trial.others([source]))
         return Chosen(replace(plan, other_wrappers=tuple(dict.fromkeys(others))), source.unwrapped.tensors)
     error = trial.error()
-    raise naming_other_hubs(error, opened) if isinstance(error, DetectionError) else error
+    raise naming_other_hubs(error, opened, model.layouts()) if isinstance(error, DetectionError) else error
 
 
 def choose_for_towers(opened: Mapping[str, Opened], model: ModelView, request: Request) -> Chosen:

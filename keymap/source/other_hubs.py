@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from keymap.errors import DetectionError
-from keymap.source.detect import claims
+from keymap.language.layout import Layout
+from keymap.source.detect import claim, claims
 from keymap.source.hubs import ask_each
 from keymap.source.open import Opened, layouts_of
 
 __all__ = ["naming_other_hubs"]
 
 
-def naming_other_hubs(error: DetectionError, opened: Opened) -> DetectionError:
+def naming_other_hubs(
+    error: DetectionError, opened: Opened, model: Mapping[str, Layout] | None = None
+) -> DetectionError:
     """The refusal of a state dict without a format; it also names the formats that other hubs have for its keys.
 
     Args:
         error: the refusal. One that says why a file cannot be loaded at all comes back as it is.
         opened: the file.
+        model: the tensors of the model that it was to be loaded into, where there is one.
     """
     top, own = opened.top[0], opened.known.hub.name
     if top.found is not None or top.refused or opened.named:
         return error
     layouts = layouts_of(top.unwrapped.tensors, top.unwrapped.start)
-    found = []
+    found, formats = list[str](), list[str]()
     for asked in ask_each():
         if asked.known.hub.name == own:
             continue
@@ -30,7 +36,14 @@ def naming_other_hubs(error: DetectionError, opened: Opened) -> DetectionError:
         except DetectionError:
             continue
         found.append(f"they are those of format {' or '.join(names)} of hub {asked.known.hub.name}")
+        formats += [one.name for one in asked.known.formats if model and claim(one, model, {}) is not None]
     if not found:
         return error
+    if formats:
+        advice = (
+            f"the model's keys are those of format {' or '.join(formats)} of that hub: convert the weights with "
+            f"convert_state_dict(state_dict, to={formats[0]!r}), then call the model's own load_state_dict"
+        )
+        return DetectionError(error.summary, [*found, advice])
     advice = f"formats of two hubs are never converted into each other, and this call is about hub {own}"
     return DetectionError(error.summary, [*found, advice, *error.faults])

@@ -487,3 +487,18 @@ def test_a_checkpoint_of_another_hub_stands_for_a_model_on_the_command_line(nano
     torch.save(gpt2_of(Nano()), tmp_path / "theirs.pt")
     described = like(str(tmp_path / "theirs.pt"), None, None, None, True, None)
     assert set(described.state_dict()) == set(Nano().state_dict())
+
+
+def test_a_model_with_the_names_of_a_format_gets_the_conversion_to_it_as_advice(nano, tmp_path):
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tensors = {key: value.clone() for key, value in gpt2_of(Nano()).items()}
+
+        def state_dict(self, *args, **options):
+            return dict(self.tensors)
+
+    torch.save(Nano().state_dict(), tmp_path / "own.pt")
+    with pytest.raises(keymap.DetectionError) as caught:
+        keymap.load_checkpoint(Theirs(), tmp_path / "own.pt")
+    assert "convert_state_dict(state_dict, to='conv_gpt')" in caught.value.faults[-1]

@@ -1,0 +1,73 @@
+"""Settings that weights do not show: a sibling with the same names and shapes gives a warning, an equal model none."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import keymap
+
+WORDS = {"vocab_size": 99, "num_hidden_layers": 2}
+CAUSAL = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+BERT = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "max_position_embeddings": 20}
+VIT = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+
+
+def causal(name, **more):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")
+    return getattr(transformers, f"{name}ForCausalLM")(
+        config(**WORDS, **{**CAUSAL, "tie_word_embeddings": True, **more})
+    )
+
+
+def bert(name, **more):
+    import transformers
+
+    sizes = {**BERT, "type_vocab_size": 2, **more}
+    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**WORDS, **sizes))
+
+
+def vit(**more):
+    import transformers
+
+    sizes = {**VIT, "num_labels": 5, "layer_norm_eps": 1e-6, **more}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=2, **sizes))
+
+
+def timm_vit(**more):
+    import timm
+
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 28, "patch_size": 14, "num_classes": 5}
+    return timm.create_model("vit_base_patch16_224", **{**sizes, **more})
+
+
+PAIRS = {  # the model that saves, the model that loads, and what warns
+    "Llama": (lambda: causal("Llama"), lambda: causal("Llama"), ""),
+    "Mistral into Llama": (lambda: causal("Mistral", sliding_window=None), lambda: causal("Llama"), ""),
+    "Gemma into Llama": (lambda: causal("Gemma"), lambda: causal("Llama"), "kind of model: gemma"),
+    "Llama into Gemma": (lambda: causal("Llama"), lambda: causal("Gemma"), "kind of model: llama"),
+    "Granite into Llama": (lambda: causal("Granite"), lambda: causal("Llama"), "kind of model: granite"),
+    "another activation": (lambda: causal("Llama", hidden_act="gelu"), lambda: causal("Llama"), "activation: gelu"),
+    "BERT": (lambda: bert("Bert"), lambda: bert("Bert"), ""),
+    "RoBERTa into BERT": (lambda: bert("Roberta"), lambda: bert("Bert"), "kind of model: roberta"),
+    "a decoder into BERT": (lambda: bert("Bert", is_decoder=True), lambda: bert("Bert"), "causal mask: true"),
+    "ViT": (vit, timm_vit, ""),
+    "heads of a ViT": (vit, lambda: timm_vit(num_heads=8), "attention heads: 4"),
+    "activation of a ViT": (lambda: vit(hidden_act="quick_gelu"), timm_vit, "activation: quick_gelu"),
+    "pooling of a ViT": (vit, lambda: timm_vit(global_pool="avg", fc_norm=False), "pooling: token"),
+    "eps of a ViT": (lambda: vit(layer_norm_eps=1e-3), timm_vit, "eps of the norms: 0.001"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_setting_that_differs_is_warned_of_and_an_equal_model_is_not(name, tmp_path):
+    source, model, words = PAIRS[name]
+    source().save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", keymap.ConfigurationWarning)
+        keymap.load_checkpoint(model(), tmp_path)
+    found = [str(one.message) for one in caught if issubclass(one.category, keymap.ConfigurationWarning)]
+    assert any(words in text for text in found) if words else found == []
