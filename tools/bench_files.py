@@ -101,15 +101,15 @@ def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
         "load, convert and save by hand": lambda: by_hand(source, out),
         "transformers: from_pretrained, save_pretrained": through_transformers,
     }
-    lines = compare(f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB", cases, "cp", rounds)
+    fresh = partial(out.unlink, missing_ok=True)  # a new file each time: to replace one, ext4 first writes the new one out
+    lines = compare(f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB", cases, "cp", rounds, fresh)
     shutil.rmtree(folder / "hf2")
     cases = {
-        "cp": lambda: subprocess.run(["cp", pt, folder / "copy.pt"], check=True),
+        "cp": lambda: subprocess.run(["cp", pt, out], check=True),
         "keymap.convert_checkpoint": lambda: keymap.convert_checkpoint(pt, out, "open_clip"),
         "load, convert and save by hand": lambda: by_hand(pt, out),
     }
-    lines += compare(f"convert .pt of {pt.stat().st_size / 1e6:.0f} MB to .safetensors", cases, "cp", rounds)
-    (folder / "copy.pt").unlink()
+    lines += compare(f"convert .pt of {pt.stat().st_size / 1e6:.0f} MB to .safetensors", cases, "cp", rounds, fresh)
     out.unlink()
     return lines
 
