@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import numpy as np
 import open_clip
 import torch
 from bench import SIZES, reads_of
@@ -59,7 +60,10 @@ def read_once(path: Path) -> None:
 
 def by_hand(source: Path, destination: Path) -> None:
     """What a script does: load all tensors, convert the state dict, save it."""
-    tensors = load_file(source) if source.suffix == ".safetensors" else torch.load(source, weights_only=True)
+    if source.suffix == ".npz":
+        tensors = {key: torch.from_numpy(value) for key, value in np.load(source).items()}
+    else:
+        tensors = load_file(source) if source.suffix == ".safetensors" else torch.load(source, weights_only=True)
     converted = keymap.convert_state_dict(tensors, to="open_clip")
     save_file({key: value.contiguous() for key, value in converted.items()}, destination)
 
@@ -101,15 +105,20 @@ def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
         "load, convert and save by hand": lambda: by_hand(source, out),
         "transformers: from_pretrained, save_pretrained": through_transformers,
     }
-    fresh = partial(out.unlink, missing_ok=True)  # a new file each time: to replace one, ext4 first writes the new one out
+    fresh = partial(out.unlink, missing_ok=True)  # to replace a file, ext4 first writes the new one to disk
     lines = compare(f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB", cases, "cp", rounds, fresh)
     shutil.rmtree(folder / "hf2")
-    cases = {
-        "cp": lambda: subprocess.run(["cp", pt, out], check=True),
-        "keymap.convert_checkpoint": lambda: keymap.convert_checkpoint(pt, out, "open_clip"),
-        "load, convert and save by hand": lambda: by_hand(pt, out),
-    }
-    lines += compare(f"convert .pt of {pt.stat().st_size / 1e6:.0f} MB to .safetensors", cases, "cp", rounds, fresh)
+    npz = folder / "hf.npz"
+    keymap.convert_checkpoint(source, npz, "hf_clip")
+    for other in (pt, npz):
+        cases = {
+            "cp": partial(subprocess.run, ["cp", other, out], check=True),
+            "keymap.convert_checkpoint": partial(keymap.convert_checkpoint, other, out, "open_clip"),
+            "load, convert and save by hand": partial(by_hand, other, out),
+        }
+        title = f"convert {other.suffix} of {other.stat().st_size / 1e6:.0f} MB to .safetensors"
+        lines += compare(title, cases, "cp", rounds, fresh)
+        other.unlink()
     out.unlink()
     return lines
 
