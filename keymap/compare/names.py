@@ -137,7 +137,7 @@ def _as_written(source: Source, request: Request) -> Named:
     towers: dict[str, str] = {}
     dropped: dict[str, str] = {}
     for key, layout in found.tensors.items():
-        ignored = found.mapping.ignored(key) if key.endswith(found.mapping.ends_left_out) else None
+        ignored = found.mapping.ignored(key) if found.mapping.may_leave_out(key) else None
         rule = table.find(key)
         tower = rule[0].tower if rule is not None else _unsupported_tower(found.mapping, key)
         if ignored is not None:

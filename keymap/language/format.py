@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -428,10 +429,14 @@ class Format:
         return any(rule.facts for table in tables for rule in table.rules)
 
     @cached_property
-    def ends_left_out(self) -> tuple[str, ...]:
-        """Every key that `ignore` or `unsupported` leaves out ends with one of these texts."""
+    def _left_out(self) -> re.Pattern[str] | None:
+        """Matches what any pattern of `ignore` or `unsupported` matches, so most keys cost one match."""
         sides = [*(entry.side for entry in self.ignore), *(entry.side for entry in self.unsupported)]
-        return tuple(end for side in sides for end in side.ends)
+        return re.compile("|".join(f"(?:{side.regex})" for side in sides), re.DOTALL) if sides else None
+
+    def may_leave_out(self, key: str) -> bool:
+        """Whether `ignore` or `unsupported` has a pattern for a key."""
+        return self._left_out is not None and self._left_out.fullmatch(key) is not None
 
     def ignored(self, key: str) -> tuple[str, str] | None:
         """Why a key has no weights, and the key that it must repeat (empty for none); None for other keys."""

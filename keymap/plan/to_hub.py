@@ -92,7 +92,7 @@ def _sort_out(found: Detection, result: Translated) -> tuple[dict[str, Layout], 
     kept: dict[str, Layout] = {}
     unsupported: dict[tuple[str, str], list[str]] = {}
     for key, layout in found.tensors.items():
-        if not key.endswith(mapping.ends_left_out):
+        if not mapping.may_leave_out(key):
             kept[key] = layout
             continue
         ignored = mapping.ignored(key) if mapping.kind != "hub" else None

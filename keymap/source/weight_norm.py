@@ -30,10 +30,12 @@ def normalised(
         tensors: by key.
         containers: the declared table with the ends of the keys.
     """
+    directions = tuple(direction_end for _, direction_end, _ in containers.weight_norms)
+    candidates = [key for key in tensors if key.endswith(directions)]
     found: dict[str, LazyTensor] = {}
     used: set[str] = set()
     for length_end, direction_end, weight_end in containers.weight_norms:
-        for key in tensors:
+        for key in candidates:
             start = key.removesuffix(direction_end)
             length = tensors.get(start + length_end)
             if start == key or length is None or start + weight_end in tensors:

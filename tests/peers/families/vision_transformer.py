@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -119,6 +120,14 @@ def hf_dinov2(registers: bool = False, swiglu: bool = False) -> Example:
     )
 
 
+def in_memory(make: Callable[[], Example], kind: str, **options: Any) -> Example:
+    """The same, and the file is ``state_dict()``, whose names transformers 5 changes before it writes them."""
+    made, theirs = make(), hf(kind, **options)
+    saved = {k.removeprefix(made.prefix): v for k, v in written(theirs).items() if k not in made.not_written}
+    outputs = logits(theirs) if made.prefix else features(theirs)
+    return replace(made, file=dict(theirs.state_dict()), outputs=outputs, back=None if made.oneway else saved)
+
+
 REGISTERS = {True: {"reg_tokens": 3, "no_embed_class": True}, False: {}}
 
 
@@ -227,6 +236,13 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
     "hf_vit": hf_vit,
     "hf_vit alone": hf_vit_alone,
     "hf_vit DeiT": hf_deit,
+    "hf_vit in memory": partial(
+        in_memory, hf_vit, "ViTForImageClassification", intermediate_size=120, layer_norm_eps=1e-6
+    ),
+    "hf_dinov2 in memory": partial(in_memory, hf_dinov2, "Dinov2Model", layerscale_value=0.7),
+    "hf_dinov2 SwiGLU in memory": partial(
+        in_memory, partial(hf_dinov2, swiglu=True), "Dinov2Model", layerscale_value=0.7, use_swiglu_ffn=True
+    ),
     "hf_dinov2": hf_dinov2,
     "hf_dinov2 SwiGLU": partial(hf_dinov2, swiglu=True),
     "hf_dinov2 registers": partial(hf_dinov2, registers=True),
@@ -240,8 +256,12 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
 }
 ROWS = r"""
 hf_vit: q and k swapped: differs
-- attention.attention.(query|key|value)
-+ attention.attention.(key|query|value)
+- attention.attention.(query|key|value).(weight|bias): {to: attn.qkv.\2, concat: 0}
+- attention.output.dense.(weight|bias): attn.proj.\1
+- layernorm_(before|after)
++ attention.attention.(key|query|value).(weight|bias): {to: attn.qkv.\2, concat: 0}
++ attention.output.dense.(weight|bias): attn.proj.\1
++ layernorm_(before|after)
 hf_vit: the norms swapped: differs
 - {before: 1, after: 2}
 + {before: 2, after: 1}
@@ -251,6 +271,15 @@ hf_vit alone: the second part of the MLP has no place: refused
 hf_vit DeiT: the classifiers swapped: differs
 - {cls: head, distillation: head_dist}
 + {cls: head_dist, distillation: head}
+hf_vit in memory: q and k swapped: differs
+- part: {q: query, k: key, v: value}
++ part: {q: key, k: query, v: value}
+hf_dinov2 in memory: q and v swapped: differs
+- part: {q: query, k: key, v: value}
++ part: {q: value, k: key, v: query}
+hf_dinov2 SwiGLU in memory: the halves swapped: differs
+- mlp.(gate|up)_proj.(weight|bias)
++ mlp.(up|gate)_proj.(weight|bias)
 hf_dinov2: layer scales swapped: differs
 - layer_scale(1|2).lambda1: ls\1.gamma
 + layer_scale1.lambda1: ls2.gamma
