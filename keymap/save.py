@@ -34,6 +34,7 @@ from keymap.plan.request import (
 from keymap.source.hubs import PathLike, ask
 from keymap.source.open import open_source
 from keymap.source.registry import path_text
+from keymap.source.settings import unlike_target
 from keymap.write.containers import SUFFIXES, write_container
 from keymap.write.place import check_folder, check_place, check_set, remove, whole_files, whole_folder
 from keymap.write.shards import index_text, shards_of
@@ -56,7 +57,8 @@ class WriteResult(NamedTuple):
         casts: dtype conversions, and the number of tensors for each.
         dropped: keys of the source that hold no weights, and why.
         notes: which file of a folder was read, what was taken from within it, what else the file holds; names that a
-            folder's configuration has from a recorded one of the same sizes; rows that pad a vocabulary.
+            folder's configuration has from a recorded one of the same sizes; rows that pad a vocabulary; settings of
+            the source that the format's code fixes otherwise.
     """
 
     files: tuple[str, ...]
@@ -138,7 +140,8 @@ def convert_checkpoint(
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
     result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
-    notes = (*result.notes, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
+    unlike = unlike_target(known.hub, target, reading.settings.facts)
+    notes = (*result.notes, *unlike, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
     return result._replace(notes=notes)
 
 
@@ -171,7 +174,8 @@ def save_checkpoint(
     stated = {name: (value, "the model") for name, value in own.items()}
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(only_reading(opened), target, request_for_towers(towers, known.hub), sizes_of(given))
-    return _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
+    result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
+    return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated)))
 
 
 def _name(to: PathLike) -> PathLike:

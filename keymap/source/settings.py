@@ -22,6 +22,7 @@ __all__ = [
     "config_text",
     "differences",
     "in_hub_words",
+    "unlike_target",
     "unverified",
 ]
 
@@ -107,6 +108,24 @@ def differences(hub: Format, rows: Iterable[Compared]) -> tuple[str, ...]:
             change = hub.facts[row.name].change
             found.setdefault(row.label, f"{row.label}: {theirs}, {ours}, so embeddings will differ; change {change}")
     return tuple(found.values())
+
+
+def unlike_target(hub: Format, target: Format, stated: Mapping[str, tuple[Scalar, str]]) -> tuple[str, ...]:
+    """One text for each setting of a source that differs from what a format's code fixes for all its files.
+
+    Args:
+        hub: of both.
+        target: the format that is written.
+        stated: value and origin of each setting of the source.
+    """
+    towers = {name.partition(".")[0] for name in target.fixed}
+    rows = compared(hub, towers, Settings(facts=stated), target.fixed)
+    return tuple(
+        f"{row.label}: {_source_text(row)} in the source ({row.origin}), and {target.name} means "
+        f"{config_text(row.model)}: what reads the file computes something else"
+        for row in rows
+        if row.source is not None and not row.equal
+    )
 
 
 def unverified(rows: Iterable[Compared]) -> tuple[str, ...]:

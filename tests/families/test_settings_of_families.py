@@ -71,3 +71,24 @@ def test_a_setting_that_differs_is_warned_of_and_an_equal_model_is_not(name, tmp
         keymap.load_checkpoint(model(), tmp_path)
     found = [str(one.message) for one in caught if issubclass(one.category, keymap.ConfigurationWarning)]
     assert any(words in text for text in found) if words else found == []
+
+
+CONVERSIONS = {  # what is converted, to which format, and what is noted
+    "Llama to Meta's": (lambda: causal("Llama"), "meta_llama", ""),
+    "Gemma to Meta's": (lambda: causal("Gemma"), "meta_llama", "kind of model: gemma in the source"),
+    "RoBERTa to BERT's old names": (lambda: bert("Roberta"), "bert_gamma_beta", "kind of model: roberta in the source"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_notes_a_setting_that_its_target_fixes_otherwise(name, tmp_path):
+    source, to, words = CONVERSIONS[name]
+    model = source()
+    model.save_pretrained(tmp_path / "theirs")
+    hub = "bert" if to.startswith("bert") else "llama"
+    for result in (
+        keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "x.safetensors", to, hub=hub),
+        keymap.save_checkpoint(model, tmp_path / "y.safetensors", to),
+    ):
+        found = [note for note in result.notes if "what reads the file computes something else" in note]
+        assert any(words in note for note in found) if words else found == []
