@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peers.common import images, randomised
+from peers.language_models import written
 
 from . import Example
 
@@ -28,17 +29,6 @@ def timm_vit(name: str = "vit_base_patch16_224", **options: Any) -> Callable[[],
         return randomised(timm.create_model, name, **{**size, "mlp_ratio": 2.5, "num_classes": CLASSES, **options})
 
     return made
-
-
-def written(model: nn.Module) -> dict[str, Tensor]:
-    """The file that ``save_pretrained`` of transformers writes."""
-    import tempfile
-
-    from safetensors.torch import load_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return load_file(f"{folder}/model.safetensors")
 
 
 def hf(kind: str, **options: Any) -> nn.Module:
