@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from keymap.errors import KeymapError
 
-__all__ = ["Argument", "Other", "advised", "choices", "renaming", "replaced"]
+__all__ = ["Argument", "Other", "advised", "choices", "conversion", "renaming", "replaced"]
 
 _NAME = re.compile(r"(?<![\w.'\"-])([a-z][a-z_]*)=(?!=)")
 _TOKEN = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[(\[{]|[)\]}]|[^'\"()\[\]{}]+", re.DOTALL)
@@ -63,6 +63,13 @@ def replaced(text: str, write: Callable[[Argument, str], str | None]) -> str:
 def choices(name: str, values: Iterable[object]) -> str:
     """The values that an argument can have, each ready to be passed: ``wrapper='a' or wrapper='b'``."""
     return " or ".join(f"{name}={value!r}" for value in values)
+
+
+def conversion(to: str) -> str:
+    """What to do with a file for a model whose names are those of a format."""
+    return (
+        f"convert the weights with convert_state_dict(state_dict, to={to!r}), then call the model's own load_state_dict"
+    )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ __all__ = ["Header", "read_header"]
 _FIELD = re.compile(r"^(format|kind|hub|default):[ \t]+([\"']?)([A-Za-z0-9_]+)\2[ \t]*(?:#.*)?$", re.MULTILINE)
 _ALL = re.compile(r"\ball:(?: \[([^\]{}]*)\]|[ \t]*\n((?:[ \t]+- .*\n?)+))")
 _PLAIN = re.compile(r"([A-Za-z0-9_./]*)(?:\(([A-Za-z0-9_./|]*)\)([A-Za-z0-9_./]*))?")  # at most one choice of texts
+_COMMENT = re.compile(r"(?:^|[ \t])#.*", re.MULTILINE)
 _DETECT = re.compile(r"^detect:.*\n?(?:(?:[ \t#].*)?\n)*(?:[ \t#].*)?", re.MULTILINE)
 
 
@@ -75,11 +76,11 @@ def read_header(path: Path, shown: str) -> Header:
 
 def _needs(detect: str) -> tuple[tuple[str, ...], ...]:
     """The plain keys that stand under ``all``, each with its alternatives."""
-    found = _ALL.search(detect)
+    found = _ALL.search(_COMMENT.sub("", detect))
     if found is None:
         return ()
     items = found[1].split(",") if found[1] is not None else [line.strip()[2:] for line in found[2].splitlines()]
-    plain = [_PLAIN.fullmatch(item.partition(" #")[0].strip(" \t'\"")) for item in items]
+    plain = [_PLAIN.fullmatch(item.strip(" \t'\"")) for item in items]
     return tuple(
         tuple(f"{one[1]}{choice}{one[3] or ''}" for choice in (one[2] or "").split("|"))
         for one in plain

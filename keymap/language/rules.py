@@ -63,9 +63,10 @@ class Join(NamedTuple):
         Raises:
             ValueError: a fact is not known, or not positive.
         """
-        if not facts_of((*self.lengths, *(end for span in self.spans for end in span))):
+        amounts = (*self.lengths, *(end for span in self.spans for end in span))
+        if not facts_of(amounts):
             return self
-        check_known((*self.lengths, *(end for span in self.spans for end in span)), facts)
+        check_known(amounts, facts)
         lengths = tuple(None if n is None else amount_in(n, facts) for n in self.lengths)
         spans = tuple((amount_in(a, facts), None if b is None else amount_in(b, facts)) for a, b in self.spans)
         return self._replace(lengths=lengths, spans=spans)

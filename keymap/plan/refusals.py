@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
+from keymap.advice import conversion
 from keymap.errors import SHOWN, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -50,8 +51,7 @@ def refuse_other_model(known: Catalogue, model: ModelView, file: str) -> None:
         if other is not None:
             raise PlanError(
                 f"{file}: the model's keys ({keys}) are those of {other.name} ({other.title}), and keymap loads into "
-                f"{title}; convert the weights with convert_state_dict(state_dict, to={other.name!r}), then call the "
-                f"model's own load_state_dict"
+                f"{title}; {conversion(other.name)}"
             )
         raise PlanError(
             f"{file}: the model's keys ({keys}) are not those of {title}; if the model is wrapped, pass the inner "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -201,17 +201,22 @@ def open_under_one_hub(paths: Sequence[tuple[PathLike, str | None]], weights_onl
         paths: each with the dotted path of the wanted state dict in it, or None.
         weights_only: see `open_checkpoint`.
     """
-    for asked in ask_each():
-        opened = [open_source(path, weights_only, asked, wrapper) for path, wrapper in paths]
-        if all(one.top[0].found is not None for one in opened):
-            return opened
-    return None
+    asked = ask_each()
+    each = zip(*(_opened_in_each(path, weights_only, asked, wrapper) for path, wrapper in paths), strict=True)
+    return next((list(opened) for opened in each if all(one.top[0].found is not None for one in opened)), None)
 
 
 def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wrapper: str | None) -> list[Opened]:
     """A checkpoint, opened under each of several hubs; it is read once. See `open_source`."""
+    return list(_opened_in_each(path, weights_only, asked, wrapper))
+
+
+def _opened_in_each(
+    path: PathLike, weights_only: bool, asked: Sequence[Asked], wrapper: str | None
+) -> Iterator[Opened]:
+    """As `open_in_each`, each when it is asked for."""
     text = path_text(path, CheckpointError, "pass the path of a checkpoint file or of a folder")
-    file_path, found = Path(text), []
+    file_path = Path(text)
     checkpoints: dict[tuple[Path, ...], Checkpoint] = {}
     for one in asked:
         known = one.known
@@ -225,8 +230,7 @@ def open_in_each(path: PathLike, weights_only: bool, asked: Sequence[Asked], wra
             checkpoints[files] = open_checkpoint(files[0], weights_only) if is_one else open_shards(files, weights_only)
         checkpoint = checkpoints[files]
         notes = (*choice.notes, *checkpoint.notes)
-        found.append(_Reader(known, one.mapping, checkpoint, notes, own=one.own).opened(wrapper))
-    return found
+        yield _Reader(known, one.mapping, checkpoint, notes, own=one.own).opened(wrapper)
 
 
 def open_tree(asked: Asked, tree: Mapping[str, Any], wrapper: str | None, facts: Mapping[str, int]) -> Opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from keymap.advice import conversion
 from keymap.errors import DetectionError
 from keymap.language.layout import Layout
 from keymap.source.detect import claim, claims
@@ -40,10 +41,7 @@ def naming_other_hubs(
     if not found:
         return error
     if formats:
-        advice = (
-            f"the model's keys are those of format {' or '.join(formats)} of that hub: convert the weights with "
-            f"convert_state_dict(state_dict, to={formats[0]!r}), then call the model's own load_state_dict"
-        )
+        advice = f"the model's keys are those of format {' or '.join(formats)} of that hub: {conversion(formats[0])}"
         return DetectionError(error.summary, [*found, advice])
     advice = f"formats of two hubs are never converted into each other, and this call is about hub {own}"
     return DetectionError(error.summary, [*found, advice, *error.faults])

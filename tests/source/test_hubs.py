@@ -13,6 +13,8 @@ from peers import openclip
 from torch import nn
 
 import keymap
+from keymap.language.compile import evidence_in
+from keymap.language.header import read_header
 from keymap.source import registry as registry_module
 from keymap.source.registry import hubs
 
@@ -502,3 +504,31 @@ def test_a_model_with_the_names_of_a_format_gets_the_conversion_to_it_as_advice(
     with pytest.raises(keymap.DetectionError) as caught:
         keymap.load_checkpoint(Theirs(), tmp_path / "own.pt")
     assert "convert_state_dict(state_dict, to='conv_gpt')" in caught.value.faults[-1]
+
+
+@pytest.mark.parametrize(
+    ("detect", "needs"),
+    [
+        ("{all: [a.weight, b.0.bias], none: [c]}", (("a.weight",), ("b.0.bias",))),
+        ("{any: [a, b], none: [c]}", ()),
+        ("{all: [(m.|)a.w, 'b.(x|y)']}", (("m.a.w", "a.w"), ("b.x", "b.y"))),
+        ("{all: ['b.(\\d+).w', {key: k, ndim: 2}, a]}", ()),  # the search stops at a brace: nothing is taken
+        (
+            "\n  all:\n    - a.w # why\n    - {key: k, ndim: 2}\n    - 'b.(\\d+)'\n    - c\n  none: [d]",
+            (("a.w",), ("c",)),
+        ),
+        ("# all: [never.there]\n  all: [a]", (("a",),)),
+        ("never", ()),
+    ],
+)
+def test_the_head_of_a_hub_names_keys_without_which_its_evidence_cannot_match(detect, needs, tmp_path):
+    file = tmp_path / "h.yaml"
+    file.write_text(
+        f"format: h\nkind: hub\ntitle: h\ndetect: {detect}\ntowers:\n  net:\n    (.+): \\1\n", encoding="utf-8"
+    )
+    header = read_header(file, "h.yaml")
+    assert header.needs == needs
+    found = evidence_in(header.detect)
+    asked = [clue.side for clue in found[0].all] if found is not None else []
+    for keys in needs:  # each is a part of what the evidence asks for
+        assert any(all(side.match(key) is not None for key in keys) for side in asked)
