@@ -120,13 +120,20 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def _alike(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which elements are equal; NaN equals NaN, in the real and in the imaginary part by itself."""
+    if x.is_complex():
+        return _alike(torch.view_as_real(x), torch.view_as_real(y)).all(-1)
+    return (x == y) | ((x != x) & (y != y))
+
+
 def _compare(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> Gap:
     if _same_bits(a, b):
         return Gap()
     both_exact = not any(x.is_floating_point() or x.is_complex() for x in (a, b))
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     x, y = a.to(wide), b.to(wide)
-    same = (x == y) | ((x != x) & (y != y))
+    same = _alike(x, y)
     if both_exact:
         same &= a.to(torch.int64) == b.to(torch.int64)  # float64 does not hold every integer
     elif not (a.is_floating_point() or a.is_complex()):

@@ -23,7 +23,7 @@ _MAX_SLICES_OF_EACH = 100  # ... and so many more for each key of the file
 _MAX_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Applied:
     """The outcome of one set of rules for one set of keys."""
 
@@ -269,11 +269,11 @@ def apply_rules(
     """
     result = Applied()
     table = table.within(facts)
-    asks = table.facts_of_names
+    asks, find = table.facts_of_names, table.find
     lacking: dict[int, list[Fault]] = {}
-    jobs: dict[tuple[int, tuple[tuple[str, str], ...]], _Job] = {}
+    jobs: dict[tuple[Rule, tuple[str, ...]], _Job] = {}
     for key, layout in tensors.items():
-        found = table.find(key)
+        found = find(key)
         if found is None:
             if pass_others:
                 _put(result, key, layout, None, (key,))
@@ -294,10 +294,11 @@ def apply_rules(
             _put(result, key if rule.keeps else rule.targets[0].write(values), layout, rule, (key,))
             continue
         row = tuple([values.pop(name) for name in rule.join.variables]) if rule.join is not None else ()
-        job = (id(rule), tuple(values.items()))
-        if job not in jobs:
-            jobs[job] = _Job(rule, values, {})
-        jobs[job].keys[row] = key
+        number = (rule, tuple(values.values()))
+        job = jobs.get(number)
+        if job is None:
+            jobs[number] = job = _Job(rule, values, {})
+        job.keys[row] = key
     result.faults += [_one_fault(faults) for faults in lacking.values()]
     _run_jobs(jobs.values(), tensors, _Blocks(facts), result)
     return result

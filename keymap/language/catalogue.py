@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def _no_tables(_name: str) -> Marked | None:
     return None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Catalogue:
     """The mappings of one hub, by name.
 
@@ -53,7 +54,7 @@ class Catalogue:
     shared: Callable[[str], Marked | None] = field(default=_no_tables, repr=False)
     _paths: dict[tuple[str, str], dict[str, list[Bridge]]] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def hub(self) -> Format:
         return next(m for m in self.mappings.values() if m.kind == "hub")
 
@@ -67,7 +68,7 @@ class Catalogue:
         """The formats that are looked for in a file; others only a caller can name."""
         return [m for m in self.formats if m.kind == "hub" or not m.by_name]
 
-    @property
+    @cached_property
     def containers(self) -> Containers:
         """The tables of all files that have one, in the order of their registration."""
         every = [mapping.containers for mapping in self.mappings.values()]
@@ -139,6 +140,8 @@ class Catalogue:
         if check is not None:
             check(together, tuple(added))
         self._paths.clear()
+        for name in ("hub", "containers"):
+            self.__dict__.pop(name, None)
         self.mappings, self.files, self.places = together.mappings, together.files, together.places
         return list(added.values())
 

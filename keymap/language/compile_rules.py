@@ -51,7 +51,7 @@ class _Written(NamedTuple):
         return self.marked.at(self.where)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Context:
     """What the rules of a table inherit: the tower, and the rules with ``table:`` that lead to them.
 

@@ -336,7 +336,7 @@ class Containers:
     float8_words: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Absences:
     """What absent keys of a hub mean: by key, and by patterns."""
 
@@ -351,7 +351,7 @@ class Absences:
         return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Format:
     """One mapping file, compiled. Fields are as in the schema.
 

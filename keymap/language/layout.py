@@ -20,6 +20,7 @@ __all__ = ["Layout", "Piece", "Shaped", "cut", "join_runs", "permute", "place", 
 _MAX_PIECES = 20_000  # of one tensor; where axes do not follow each other, it splits into its elements
 
 _ONE = (1,)
+_COPIED = (1.0, 0.0, False)  # the factor, the term and `add` of a plain copy
 _tuple = tuple.__new__
 Axis = tuple[int, int, int]  # length, stride in the source, stride in the target
 
@@ -99,7 +100,7 @@ class Layout(NamedTuple):
         if len(self.pieces) != 1:
             return False
         piece = self.pieces[0]
-        return piece[2:6] == (0, _ONE, 0, _ONE) and not piece.computed  # of offsets and strides
+        return piece[2:6] == (0, _ONE, 0, _ONE) and piece.source is not None and piece[7:] == _COPIED
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -23,17 +23,31 @@ from keymap.language.schema_words import as_yaml, did_you_mean
 from keymap.language.view import ViewError, parse_view
 from keymap.language.yaml_marks import Marked, Path
 
-__all__ = ["review"]
+__all__ = ["review", "vocabulary_of"]
 
 _NEAR = 0.7
 
 
-def review(known: Catalogue, name: str) -> list[str]:
+Vocabulary = Mapping[str, Mapping[Any, set[str]]]
+
+
+def vocabulary_of(known: Catalogue) -> Vocabulary:
+    """The values that files name for each fact, and for each value the names of these files."""
+    found: dict[str, dict[Any, set[str]]] = {}
+    for name, marked in known.files.items():
+        for _, fact, values in _named_facts(marked.data):
+            for value in values:
+                found.setdefault(fact, {}).setdefault(value, set()).add(name)
+    return found
+
+
+def review(known: Catalogue, name: str, vocabulary: Vocabulary | None = None) -> list[str]:
     """Everything that a check finds in a compiled file, each with ``file:line:column``, in the order of its lines.
 
     Args:
         known: all mappings, the hub's and this one among them.
         name: of the mapping.
+        vocabulary: `vocabulary_of` all mappings, if the caller has it.
     """
     mapping, marked = known.mappings[name], known.files[name]
     faults: list[tuple[str, str]] = []
@@ -41,7 +55,7 @@ def review(known: Catalogue, name: str) -> list[str]:
         faults += _layouts(marked, mapping, known)
         faults += wrong_targets(marked, mapping, known)
         faults += _evidence(marked, mapping)
-    faults += _facts(marked, known, name)
+    faults += _facts(marked, known.hub.facts, name, vocabulary_of(known) if vocabulary is None else vocabulary)
     faults += _facts_of_names(mapping, known.hub)
     faults += _unused(marked, known, name)
     faults += _sizes(marked, known)
@@ -102,14 +116,10 @@ def _shared(side: Side, others: Iterable[Side]) -> bool:
 # --- facts ---
 
 
-def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, str]]:
-    """Facts that neither the hub nor the file itself declares, and values that no format uses for a fact."""
-    hub_facts = known.hub.facts
-    vocabulary: dict[str, set[Any]] = {}
-    for other in known.files.values():
-        if other is not marked:
-            for _, fact, values in _named_facts(other.data):
-                vocabulary.setdefault(fact, set()).update(values)
+def _facts(
+    marked: Marked, hub_facts: Mapping[str, Fact], name: str, vocabulary: Vocabulary
+) -> Iterator[tuple[str, str]]:
+    """Facts that neither the hub nor the file itself declares, and values that no other file uses for a fact."""
     hub_words = {word for entry in hub_facts.values() for word in entry.words.values() if isinstance(word, str)}
     own_facts = marked.data.get("facts", {}) if marked.data.get("kind") == "tables" else {}
     named = (entry for entry in _named_facts(marked.data) if entry[1] in hub_facts or entry[1] not in own_facts)
@@ -118,7 +128,8 @@ def _facts(marked: Marked, known: Catalogue, name: str) -> Iterator[tuple[str, s
             yield marked.at(path), _unknown(fact, hub_facts)
             continue
         entry = hub_facts[fact]
-        allowed: set[Any] = {*vocabulary.get(fact, ()), *entry.words, *entry.words.values()}
+        by_others = (value for value, files in vocabulary.get(fact, {}).items() if files - {name})
+        allowed: set[Any] = {*by_others, *entry.words, *entry.words.values()}
         if entry.present:
             allowed = {True, False}
         for value in values:

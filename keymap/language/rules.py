@@ -92,7 +92,7 @@ class Join(NamedTuple):
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule:
     """One rule in one direction.
 
@@ -308,7 +308,7 @@ def _like(rule: Rule, values: Mapping[str, str]) -> _Like | None:
     return _Like(dict(values), tuple(indices), tuple(fixed))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RuleTable:
     """Rules that share no key, apart from `rest` rules, which own what no other rule owns."""
 
@@ -350,14 +350,14 @@ class RuleTable:
         literal = self._literal.get(key)
         if literal is not None:
             return literal, {}
-        if not key.startswith(self._starts):
-            return None
         form = key.encode("utf-8", "surrogatepass").translate(_ZEROS)
         seen = self._seen.get(form, ())
         for rule, like in seen:
             values = rule.match(key) if like is None else like.captures(key)
             if values is not None:
                 return rule, values
+        if not key.startswith(self._starts):
+            return None
         if len(self._patterns) > _MANY and self._any.fullmatch(key) is None:
             return None
         for rule in self._patterns:

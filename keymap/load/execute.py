@@ -26,7 +26,7 @@ _MAX_WAITING = 64  # batches that wait to be read
 _MAX_MAPPED = 1 << 24  # bytes of the file that are copied before their pages are released
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Schedule:
     """A plan's pieces, by the way in which they are copied.
 

@@ -29,7 +29,7 @@ __all__ = ["Matches", "Sides", "key_before_bridges", "match"]
 Address = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sides:
     """The two sides of a match.
 
@@ -143,12 +143,16 @@ def match(sides: Sides) -> Matches:
 def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: list[str]) -> Entry:
     """The entry of one key; raises MismatchError where the file's tensor cannot fill the model's."""
     dtype, shape = target.dtype, tuple(target.shape)
+    position = sides.hub.positions.get(key)
+    if position is None and layout.shape == shape and layout.copied_whole:  # as most are
+        source = layout.pieces[0].source
+        if layout.dtype == dtype and source is not None and sides.file_tensors[source].dtype == dtype:
+            return Entry(key, sides.towers[key], layout, shape, dtype)
     if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
         raise MismatchError(
             f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: keymap does not cast between "
             f"these dtypes"
         )
-    position = sides.hub.positions.get(key)
     resize = _resize(sides, position, layout, shape, notes) if position is not None else None
     if resize is None and layout.shape != shape:
         if key not in sides.hub.scalars or not prod(layout.shape) == prod(shape) == 1:
@@ -157,14 +161,15 @@ def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: 
         layout = layout._replace(shape=shape)
     if len(layout.pieces) > 1:
         layout = layout._replace(pieces=join_runs(layout.pieces))
-    covered = 0
-    casts: set[str] = set()
-    for piece in layout.pieces:
-        covered += 0 if piece.add else prod(piece.shape)
-        if piece.source is not None and (source_dtype := sides.file_tensors[piece.source].dtype) != dtype:
-            casts.add(f"{dtype_name(source_dtype)} to {dtype_name(dtype)}")
+    covered = sum(piece.numel for piece in layout.pieces if not piece.add)
     assert covered == prod(layout.shape), f"pieces of {key} fill {covered} of {prod(layout.shape)} elements"
-    return Entry(key, sides.towers[key], layout, shape, dtype, resize, "", tuple(sorted(casts)))
+    return Entry(key, sides.towers[key], layout, shape, dtype, resize, "", _casts(sides, layout, dtype))
+
+
+def _casts(sides: Sides, layout: Layout, dtype: torch.dtype) -> tuple[str, ...]:
+    """The dtype conversions that a layout's sources need."""
+    dtypes = {sides.file_tensors[piece.source].dtype for piece in layout.pieces if piece.source is not None}
+    return tuple(sorted(f"{dtype_name(source)} to {dtype_name(dtype)}" for source in dtypes if source != dtype))
 
 
 def _resize(
@@ -346,9 +351,11 @@ def _address(tensor: torch.Tensor) -> Address | None:
     count = tensor.numel()
     if not count:
         return None
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_meta:  # its storage has no address
+    if has_memory(tensor):
+        return tensor.data_ptr(), count
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):  # on the meta device: its storage has no address
         return (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), count)
-    return (tensor.data_ptr(), count) if has_memory(tensor) else (id(tensor), -1)
+    return (id(tensor), -1)
 
 
 def _kind(dtype: torch.dtype) -> str:

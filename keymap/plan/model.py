@@ -19,7 +19,7 @@ from keymap.language.layout import Layout, whole
 __all__ = ["ModelView", "State", "has_memory", "modules_of", "state_of", "view_model"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ModelView:
     """A model as a plan sees it.
 

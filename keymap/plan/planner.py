@@ -156,7 +156,7 @@ def _bring_to_model(source: Source, translated: Translated, model: ModelView, fa
 
 def _counts(translated: Translated, hub: Format) -> Counter[str]:
     """How many tensors the file has of each tower, those under unknown names and of other architectures included."""
-    counts = Counter(tower_of(hub, key) for key in translated.tensors)
+    counts = Counter([tower_of(hub, key) for key in translated.tensors])
     counts.update(towers_of_unowned(translated, hub).values())
     counts.update(fault.tower for fault in translated.faults for _ in fault.sources if fault.foreign)
     return counts

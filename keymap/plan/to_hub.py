@@ -20,7 +20,7 @@ __all__ = ["Translated", "bring_to_layouts", "to_hub", "tower_of", "towers_of_un
 _FIRST_WORD = re.compile(r"[^./]+[./]")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Translated:
     """Tensors under other names, and what was found on the way.
 

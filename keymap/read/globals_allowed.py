@@ -63,7 +63,7 @@ UNREAD = {
 }
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Storage:
     """A storage that tensors of the pickle use; ``torch_file`` finds its bytes later."""
 
@@ -73,7 +73,7 @@ class Storage:
     first: int = 0  # first element, if this is a view of a storage, as in older files
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class TensorView:
     """A tensor as the pickle states it, not checked yet."""
 
@@ -84,14 +84,14 @@ class TensorView:
     strides: tuple[int, ...]
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class NumpyType:
     """A numpy dtype by its type string."""
 
     descr: str
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class NumpyArray:
     """A numpy array with its values, which the pickle itself holds."""
 
@@ -101,7 +101,7 @@ class NumpyArray:
     raw: bytes = b""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Instance:
     """An object of a class that keymap did not import."""
 
@@ -167,10 +167,10 @@ class AllowedGlobals:
             ForbiddenGlobalError: the name may not be called.
             BadPickleError: the arguments are unknown.
         """
-        if not self._is_known(name):
-            raise ForbiddenGlobalError(name)
         function = _CALLS.get(name)
         if function is None:
+            if not self._is_known(name):
+                raise ForbiddenGlobalError(name)
             if name.startswith("__torch__."):
                 return Instance(name)
             raise BadPickleError(f"it calls {name}, which a pickle may name but not call")

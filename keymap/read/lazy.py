@@ -115,7 +115,7 @@ class LazyTensor(NamedTuple):
         return block.check if isinstance(block, Block) and (block.crc is not None or block.stored_crc) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
     """One checkpoint file, or all shards of one index, opened without reading values.
 

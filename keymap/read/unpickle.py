@@ -271,9 +271,12 @@ def _store(count: int) -> Callable[[_Machine], None]:
     number = _unpacked(count)
 
     def step(m: _Machine) -> None:
-        at = m.at
+        at, memo = m.at, m.memo
         m.at = at + count
-        m.store(number(m.data, at)[0])
+        (index,) = number(m.data, at)
+        if not m.stack or index > len(memo) + MEMO_GAP:
+            m.store(index)  # which raises
+        memo[index] = m.stack[-1]
 
     return step
 
@@ -285,9 +288,10 @@ def _recall(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (index,) = number(m.data, at)
-        if index not in m.memo:
+        value = m.memo.get(index, m)
+        if value is m:
             raise BadPickleError(f"it recalls value {index}, which it never stored")
-        m.stack.append(m.memo[index])
+        m.stack.append(value)
 
     return step
 
@@ -309,7 +313,8 @@ def _string(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (size,) = number(m.data, at)
-        m.stack.append(m.text(m.take(size)))
+        raw = m.take(size)
+        m.stack.append(raw.decode("ascii") if raw.isascii() else m.text(raw))
 
     return step
 

@@ -12,7 +12,7 @@ from keymap.language.catalogue import Catalogue, shown_path
 from keymap.language.compile import compile_marked
 from keymap.language.format import Format
 from keymap.language.header import Header, read_header
-from keymap.language.review import review
+from keymap.language.review import review, vocabulary_of
 from keymap.language.schema_words import did_you_mean
 from keymap.language.yaml_marks import Marked, read_yaml
 from keymap.paths import data_folder
@@ -126,7 +126,8 @@ def _check_hub(registry: Registry, hub: str, named: Sequence[Path]) -> tuple[dic
     names = [str(marked[file].data["format"]) for file in named if file in marked]
     places = {_place_of(fault) for fault in faults}
     if any(mapping.kind == "hub" for mapping in compiled.values()):
-        for fault in (fault for name in names for fault in review(known, name)):
+        vocabulary = vocabulary_of(known)
+        for fault in (fault for name in names for fault in review(known, name, vocabulary)):
             faults += [fault] if _place_of(fault) not in places else []
         faults = faults or list(evidence_faults(known, names))
     return checks, faults

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from keymap.advice import choices
@@ -125,15 +125,27 @@ def matching_keys(
     return [*found, *optional]
 
 
-def _refused_keys(refusal: Refusal, tensors: Mapping[str, Shaped], names: Sequence[str], keys: str) -> list[str] | None:
-    """Keys that match a refusal; None if it does not apply. ``names`` are the sorted keys, ``keys`` one joined text."""
-    if refusal.contains and not any(fragment in keys for fragment in refusal.contains):
+def _refused_keys(
+    refusal: Refusal, tensors: Mapping[str, Shaped], names: Sequence[str], forms: bytes
+) -> list[str] | None:
+    """Keys that match a refusal; None if it does not apply. ``names`` are the sorted keys, ``forms`` see `_forms`."""
+    if refusal.contains and not any(_form(fragment) in forms for fragment in refusal.contains):
         return None
     found = matching_keys(refusal.when, tensors, names)
     if found is None or not refusal.contains:
         return found
     containing = [key for key in tensors if any(fragment in key for fragment in refusal.contains)]
     return [*found, *containing] if containing else None
+
+
+def _form(text: str) -> bytes:
+    """A text without its digits."""
+    return text.encode("utf-8", "surrogatepass").translate(None, b"0123456789")
+
+
+def _forms(keys: Iterable[str]) -> bytes:
+    """The keys' forms, each once: a small text to search, because keys of repeated blocks differ in their digits."""
+    return b"\n".join(set(_form("\n".join(keys)).split(b"\n")))
 
 
 def check_refused(
@@ -144,10 +156,10 @@ def check_refused(
     Raises:
         DetectionError: a mapping refuses it; the message is the mapping's reason.
     """
-    names, keys = sorted(tensors), "\n".join(tensors)
+    names, forms = sorted(tensors), _forms(tensors)
     for mapping in known.mappings.values():
         for refusal in mapping.refuse if wanted in (None, mapping.name) or mapping.kind == "containers" else ():
-            found = _refused_keys(refusal, tensors, names, keys)
+            found = _refused_keys(refusal, tensors, names, forms)
             if found is not None:
                 raise DetectionError(f"{file}: {refusal.why}", [f"recognised by {', '.join(found[:3])}"])
 

@@ -82,7 +82,7 @@ class Found(NamedTuple):
     refused: Sequence[tuple[Source, DetectionError]] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Opened:
     """A checkpoint, read: its state dict, and on demand the state dicts within it.
 
@@ -284,7 +284,7 @@ class _Read:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Reader:
     """Makes the sources of one checkpoint."""
 

@@ -114,9 +114,10 @@ def _check_fully(known: Catalogue, names: Iterable[str]) -> None:
     Raises:
         MappingError: with every fault that `review` finds in the files, or with those of the evidence.
     """
-    from keymap.language.review import review
+    from keymap.language.review import review, vocabulary_of
 
-    faults = [fault for name in names for fault in review(known, name)]
+    vocabulary = vocabulary_of(known)
+    faults = [fault for name in names for fault in review(known, name, vocabulary)]
     if faults:
         raise MappingError("the mapping has faults that a load would meet later", faults)
     _check_evidence(known, names)
@@ -125,7 +126,7 @@ def _check_fully(known: Catalogue, names: Iterable[str]) -> None:
 _Check = Callable[[Catalogue, Iterable[str]], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Registry:
     """All known mapping files, by hub.
 

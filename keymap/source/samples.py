@@ -6,7 +6,7 @@ are as small as the views, joins and splits allow; the axes of a view differ in 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -354,7 +354,8 @@ def _sample_faults(
     """
     all_layouts = {key: whole(key, shape, torch.float32) for key, shape in sample.shapes.items()}
     for tower, layouts in _towers(mapping, all_layouts):
-        own = matching_keys(mapping.detect, apply_aliases(mapping, layouts, {})[0])
+        names = sorted(layouts)
+        own = _claimed_by(mapping, layouts, names)
         if own is None:
             if not tower:
                 yield (
@@ -363,7 +364,7 @@ def _sample_faults(
                 )
             continue
         for other in others:
-            found = matching_keys(other.detect, apply_aliases(other, layouts, {})[0])
+            found = _claimed_by(other, layouts, names)
             if found is not None and other.name not in matched:
                 matched.add(other.name)
                 at = known.files[mapping.name if mapping.name in new else other.name].at(("detect",))
@@ -372,6 +373,12 @@ def _sample_faults(
                     f"{mapping.name} by {', '.join(own[:3])}; {other.name} by {', '.join(found[:3])}. "
                     f"Add keys that only one of them has to `detect: none` of the other"
                 )
+
+
+def _claimed_by(mapping: Format, layouts: Mapping[str, Layout], names: Sequence[str]) -> list[str] | None:
+    """The keys by which a format claims these; None if it does not. ``names`` are the sorted keys."""
+    renamed = apply_aliases(mapping, layouts, {}, names)[0]
+    return matching_keys(mapping.detect, renamed, names if renamed is layouts else None)
 
 
 def check_evidence(known: Catalogue, new: Iterable[str]) -> None:

@@ -265,6 +265,25 @@ def test_values_of_every_kind_of_dtype(dtype, tmp_path):
     assert (found.where, found.max_abs, found.differing) == ((2,), 1.0, 1)
 
 
+COMPLEX = {  # a, b, how many elements differ, the largest difference
+    "NaN in the same part": ([complex(math.nan, 1), 1j], [complex(math.nan, 1), 1j], 0, 0.0),
+    "NaN in the same part, beside another value": ([complex(math.nan, 1), 1j], [complex(math.nan, 2), 1j], 1, math.inf),
+    "NaN in the other part": ([complex(math.nan, 1), 1j], [complex(1, math.nan), 1j], 1, math.inf),
+    "zeros of both signs": ([complex(0.0, -0.0), 1j], [complex(-0.0, 0.0), 1j], 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("dtypes", [("complex64", "complex64"), ("complex64", "complex128")])
+@pytest.mark.parametrize("name", COMPLEX)
+def test_special_values_of_complex_tensors(name, dtypes, tmp_path):
+    a, b, differing, largest = COMPLEX[name]
+    for file, values, dtype in zip("ab", (a, b), dtypes, strict=True):
+        saved({"w": torch.tensor(values, dtype=getattr(torch, dtype))}, tmp_path / f"{file}.pt")
+    result = keymap.compare_checkpoints(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert (sum(each.differing for each in result.differences), result.max_abs) == (differing, largest)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_nan_of_other_bits_is_the_same(tmp_path):
     bits = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32)
     saved({"w": bits[:1].view(torch.float32)}, tmp_path / "a.pt")
