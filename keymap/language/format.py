@@ -434,9 +434,10 @@ class Format:
         sides = [*(entry.side for entry in self.ignore), *(entry.side for entry in self.unsupported)]
         return re.compile("|".join(f"(?:{side.regex})" for side in sides), re.DOTALL) if sides else None
 
-    def may_leave_out(self, key: str) -> bool:
-        """Whether `ignore` or `unsupported` has a pattern for a key."""
-        return self._left_out is not None and self._left_out.fullmatch(key) is not None
+    @cached_property
+    def may_leave_out(self) -> Callable[[str], object]:
+        """Of a key, whether `ignore` or `unsupported` has a pattern for it, as a true or false value."""
+        return self._left_out.fullmatch if self._left_out is not None else lambda key: False
 
     def ignored(self, key: str) -> tuple[str, str] | None:
         """Why a key has no weights, and the key that it must repeat (empty for none); None for other keys."""

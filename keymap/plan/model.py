@@ -191,8 +191,10 @@ def state_of(model: nn.Module) -> State:
             f"torch.jit.trace, for example with create_model(..., jit=False)"
         )
     state = _state_dict(model)
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     lazy = tuple(key for key, value in state.items() if is_lazy(value))
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and not is_lazy(value)}
+    for key in lazy:
+        tensors.pop(key, None)
     unloadable = [f"{key} {why}" for key, value in tensors.items() if (why := _why_unloadable(value))]
     if unloadable:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")

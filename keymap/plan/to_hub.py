@@ -89,24 +89,22 @@ def _sort_out(found: Detection, result: Translated) -> tuple[dict[str, Layout], 
         The keys that rules apply to; and those that no model of the hub has a place for, by tower and reason.
     """
     mapping = found.mapping
-    kept: dict[str, Layout] = {}
+    kept = dict(found.tensors)
     unsupported: dict[tuple[str, str], list[str]] = {}
-    for key, layout in found.tensors.items():
-        if not mapping.may_leave_out(key):
-            kept[key] = layout
-            continue
+    for key in filter(mapping.may_leave_out, found.tensors):
+        layout = found.tensors[key]
         ignored = mapping.ignored(key) if mapping.kind != "hub" else None
         if ignored is not None:
             why, twin = ignored
+            del kept[key]
             result.dropped.update(dict.fromkeys(layout.named(key), why))
             if twin in found.tensors:
                 result.checks.append(Check(key, layout, found.tensors[twin], f"it is ignored as a copy of {twin}"))
             continue
         entry = next((entry for entry in mapping.unsupported if entry.side.match(key) is not None), None)
         if entry is not None:
+            del kept[key]
             unsupported.setdefault((entry.tower, entry.why), []).extend(layout.named(key))
-        else:
-            kept[key] = layout
     return kept, unsupported
 
 

@@ -276,7 +276,7 @@ def _state_dict_paths(
 
 def _tensors(tree: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
     """The tensors of a dict that have a string as their key."""
-    return ((key, value) for key, value in tree.items() if isinstance(key, str) and isinstance(value, LazyTensor))
+    return ((key, value) for key, value in tree.items() if type(value) is LazyTensor and isinstance(key, str))
 
 
 def _at(tree: Any, path: _Path) -> Any:
