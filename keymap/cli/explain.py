@@ -28,7 +28,7 @@ def described(mapping: Format) -> dict[str, Any]:
         "variants": [[_rule(rule) for rule in variant.rules] for variant in mapping.variants],
         "ignored": {str(entry.side): entry.why for entry in mapping.ignore},
         "unsupported": {str(entry.side): entry.why for entry in mapping.unsupported},
-        "configuration_file": config.file if config is not None else None,
+        "configuration_file": (config.file or config.inside) if config is not None else None,
         "settings": sorted({*config.facts, *config.defaults}) if config is not None else [],
         "fixed": dict(mapping.fixed),
     }

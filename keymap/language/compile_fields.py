@@ -170,15 +170,17 @@ def compile_config(compiler: Compiler) -> Config | None:
             at = (*where, "facts", fact) if where == ("config",) else where
             starts = sections.get(fact.partition(".")[0], [""])
             facts[fact] = tuple(_places(value, compiler, at, starts, named))
-    if "file" not in joined and len(blocks) <= len(used):
+    named_file = "file" in joined or "inside" in joined
+    if not named_file and len(blocks) <= len(used):
         return None  # a config block is unknown, which is reported
-    if "file" not in joined and "file" in dict(compiler.written.data.get("config", {})):
+    if not named_file and {"file", "inside"} & dict(compiler.written.data.get("config", {})).keys():
         return None  # it is there and wrong, which is reported
-    if "file" not in joined:
+    if not named_file:
         compiler.fault(
             marked,
             ("config",),
-            "file is missing: add it, for example `file: config.json`, or `use` a config block that has it",
+            "file is missing: add it, for example `file: config.json`, or `use` a config block that has it; for a dict "
+            "in the checkpoint write `inside: NAME`",
         )
         return None
     image, patch = (
@@ -186,7 +188,9 @@ def compile_config(compiler: Compiler) -> Config | None:
         for name in ("image_size", "patch_size")
     )
     types = tuple(name for _, block in blocks for name in block.get("model_types", ()))
-    return Config(joined["file"], image, patch, facts, defaults, types, tuple(own.get("distinguishes", ())))
+    different = tuple(own.get("distinguishes", ()))
+    file, inside = joined.get("file", ""), joined.get("inside", "")
+    return Config(file, image, patch, facts, defaults, types, different, inside)
 
 
 def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], named: tuple[str, ...]) -> Iterator[Place]:

@@ -19,17 +19,21 @@ _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
 _MAX_NUMBER = 1 << 53
 _SHOWN = 40  # characters of a value that is too long for a message
+_PLAIN = (str, int, float, bool, type(None))  # what a configuration within a checkpoint may hold
 _ABSENT = object()
 _IGNORED = object()
 
 
-def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format) -> Settings:
-    """The settings that the format fixes, and those of a configuration in the metadata or beside the file.
+def read_config(
+    file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format, tree: Mapping[str, Any] | None = None
+) -> Settings:
+    """The settings that the format fixes, and those of a configuration in the checkpoint or beside it.
 
     Args:
         file: the checkpoint. Its configuration has the name that the format gives, or the checkpoint's name with .json.
         metadata: strings that the container holds beside tensors.
         mapping: the checkpoint's format.
+        tree: what the checkpoint holds, in which a format's configuration may be a dict.
         hub: its form of a configuration is read if the format has none, or none is found.
     """
     fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
@@ -37,14 +41,9 @@ def read_config(file: Path, metadata: Mapping[str, str], mapping: Format, hub: F
     for config in (mapping.config, hub.config if mapping is not hub else None):
         if config is None:
             continue
-        for origin, text, fault in _config_texts(file, metadata, config.file):
+        for origin, data, fault in _configurations(file, metadata, config, tree or {}):
             if fault:
                 notes.append(f"{origin} could not be read: {fault}")
-                continue
-            try:
-                data = json.loads(text)
-            except (ValueError, RecursionError):
-                notes.append(f"{origin} could not be read: it is not valid JSON")
                 continue
             settings = _parse(data, config, origin)
             if settings is not None:
@@ -91,11 +90,7 @@ def is_model_type(kind: str, config: Config) -> bool:
 
 def model_type(file: Path, metadata: Mapping[str, str], config: Config) -> str:
     """The ``model_type`` of the configuration of a checkpoint, "" for none."""
-    for _, text, fault in _config_texts(file, metadata, config.file):
-        try:
-            data = json.loads(text) if not fault else None
-        except (ValueError, RecursionError):
-            continue
+    for _, data, _ in _configurations(file, metadata, config, {}):
         if isinstance(data, dict) and isinstance(data.get("model_type"), str):
             return str(data["model_type"])
     return ""
@@ -106,6 +101,24 @@ def _leaves_out(data: Any, places: Iterable[Place]) -> bool:
     if any(place.unless and _holds(data, place.unless) for place in places):
         return False
     return all(place.others == "ignore" or _at(data, place.path) is _ABSENT for place in _applicable(data, places))
+
+
+def _configurations(
+    file: Path, metadata: Mapping[str, str], config: Config, tree: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str]]:
+    """The possible configurations of a checkpoint: origin, values, and the fault of one that cannot be read."""
+    within = _at(tree, config.inside) if config.inside else _ABSENT
+    if isinstance(within, dict):
+        plain = {key: value for key, value in within.items() if isinstance(key, str) and type(value) in _PLAIN}
+        yield f"{config.inside} in {file.name}", plain, ""
+    for origin, text, fault in _config_texts(file, metadata, config.file) if config.file else ():
+        data = None
+        if not fault:
+            try:
+                data = json.loads(text)
+            except (ValueError, RecursionError):
+                fault = "it is not valid JSON"
+        yield origin, data, fault
 
 
 def _config_texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, str, str]]:

@@ -396,10 +396,11 @@ class _Reader:
         return named or found
 
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
-        settings = Settings()
-        if found is not None and self.checkpoint.container:
-            settings = read_config(self.checkpoint.path, self.checkpoint.metadata, found.mapping, self.known.hub)
-        checkpoint = self.checkpoint
+        settings, checkpoint = Settings(), self.checkpoint
+        if found is not None and checkpoint.container:
+            settings = read_config(
+                checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree
+            )
         return Source(
             self.known,
             self.file,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
 import keymap
 
@@ -92,3 +93,44 @@ def test_a_conversion_notes_a_setting_that_its_target_fixes_otherwise(name, tmp_
     ):
         found = [note for note in result.notes if "what reads the file computes something else" in note]
         assert any(words in note for note in found) if words else found == []
+
+
+def whisper_file(path, wrong):
+    """A .pt file of OpenAI's Whisper, with the sizes under dims, and the model that it fits."""
+    from peers.families import whisper
+
+    sizes = {"n_audio_head": 3 + wrong, "n_text_head": 2, "n_mels": whisper.MELS}
+    torch.save({"dims": sizes, "model_state_dict": whisper.openai().state_dict()}, path)
+    return whisper.hf()()
+
+
+def nanogpt_file(path, wrong):
+    """A ckpt.pt of nanoGPT's train.py, with the sizes under model_args, and the model that it fits."""
+    from peers.families import gpt2
+
+    sizes = {"n_layer": gpt2.LAYERS, "n_head": gpt2.SIZE["n_head"] + wrong, "bias": True, "dropout": 0.0}
+    torch.save({"model": gpt2.nanogpt().file, "model_args": sizes, "iter_num": 5, "config": {"n_head": 77}}, path)
+    return gpt2.gpt2(activation_function="gelu", layer_norm_epsilon=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize(
+    ("write", "where"), [(whisper_file, "dims in ckpt.pt: n_audio_head = 4"), (nanogpt_file, "model_args in ckpt.pt")]
+)
+def test_settings_within_a_checkpoint_are_compared(write, where, wrong, tmp_path):
+    model = write(tmp_path / "ckpt.pt", wrong)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", keymap.ConfigurationWarning)
+        keymap.load_checkpoint(model, tmp_path / "ckpt.pt")
+    found = [str(one.message) for one in caught if issubclass(one.category, keymap.ConfigurationWarning)]
+    assert (len(found) == 1 and where in found[0]) if wrong else found == [], found
+
+
+@pytest.mark.parametrize("dims", [None, 3, [], {}, {"n_audio_head": [4]}, {"n_audio_head": torch.zeros(2)}, {7: 7}])
+def test_odd_settings_within_a_checkpoint_say_nothing(dims, tmp_path):
+    from peers.families import whisper
+
+    torch.save({"dims": dims, "model_state_dict": whisper.openai().state_dict()}, tmp_path / "w.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keymap.ConfigurationWarning)
+        keymap.load_checkpoint(whisper.hf()(), tmp_path / "w.pt")
