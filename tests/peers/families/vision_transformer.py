@@ -54,10 +54,17 @@ DINO = {"DINOv2": timm_vit("vit_small_patch14_dinov2", num_classes=0)}
 # --- transformers ---
 
 
-def hf_vit() -> Example:
-    theirs = hf("ViTForImageClassification", intermediate_size=120, layer_norm_eps=1e-6)
-    peer = "transformers ViTForImageClassification"
-    return Example("hf_vit", written(theirs), timm_vit(), peer, outputs=logits(theirs), wrong=DINO, prefix="vit.")
+def hf_vit(bias: bool = True) -> Example:
+    theirs = hf("ViTForImageClassification", intermediate_size=120, layer_norm_eps=1e-6, qkv_bias=bias)
+    return Example(
+        "hf_vit",
+        written(theirs),
+        timm_vit(qkv_bias=bias),
+        "transformers ViTForImageClassification",
+        outputs=logits(theirs),
+        wrong={**DINO, f"qkv_bias={not bias}": timm_vit(qkv_bias=not bias)},
+        prefix="vit.",
+    )
 
 
 def hf_vit_alone() -> Example:
@@ -224,6 +231,7 @@ def timm_eva_giant(pool: str = "avg") -> Example:
 
 EXAMPLES: Mapping[str, Callable[[], Example]] = {
     "hf_vit": hf_vit,
+    "hf_vit without biases of q, k, v": partial(hf_vit, bias=False),
     "hf_vit alone": hf_vit_alone,
     "hf_vit DeiT": hf_deit,
     "hf_vit in memory": partial(
@@ -246,10 +254,12 @@ EXAMPLES: Mapping[str, Callable[[], Example]] = {
 }
 ROWS = r"""
 hf_vit: q and k swapped: differs
-- attention.attention.(query|key|value).(weight|bias): {to: attn.qkv.\2, concat: 0}
+- attention.attention.(query|key|value).weight: {to: attn.qkv.weight, concat: 0}
+- attention.attention.(query|key|value).bias: {to: attn.qkv.bias, concat: 0, optional: true} # with qkv_bias
 - attention.output.dense.(weight|bias): attn.proj.\1
 - layernorm_(before|after)
-+ attention.attention.(key|query|value).(weight|bias): {to: attn.qkv.\2, concat: 0}
++ attention.attention.(key|query|value).weight: {to: attn.qkv.weight, concat: 0}
++ attention.attention.(query|key|value).bias: {to: attn.qkv.bias, concat: 0, optional: true} # with qkv_bias
 + attention.output.dense.(weight|bias): attn.proj.\1
 + layernorm_(before|after)
 hf_vit: the norms swapped: differs
