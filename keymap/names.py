@@ -35,7 +35,8 @@ def map_key(name: str, source: PathLike, to: PathLike, *, hub: str | None = None
     groups, of modules that adapters are put on.
 
     Args:
-        name: a key of the source format, or the name of a module, which is what keys have before ``.weight``.
+        name: a key of the source format, also in a spelling of its ``aliases``; or the name of a module, which is what
+            keys have before ``.weight``.
         source: the name of the source's format, or the path of a YAML file.
         to, hub: as in `convert_state_dict`.
 
@@ -59,16 +60,25 @@ def map_key(name: str, source: PathLike, to: PathLike, *, hub: str | None = None
     known, wanted, target, _ = ask(hub, source, to, as_mapping="source")
     assert wanted is not None, "the source is named"
     way = _Way(known, known.get(wanted), target_format(known, target))
-    names = way.key(name)
-    if not names:
-        below = _module(name, way)
-        names = below if below or names is None else names
+    names = _key_or_module(name, way)
+    if names is None:
+        found = (_key_or_module(other, way) for other in way.respelled(name))
+        names = next((each for each in found if each is not None), None)
     if names is None or (not names and way.open(name)):
         near = get_close_matches(name[:_MAX_COMPARED], way.samples(), 3, 0.7)
         hint = f"; did you mean one like {', '.join(near)}?" if near else ""
         what = f"{wanted} has no key and no module" if names is None else f"{target} has no place for the key or module"
         raise PlanError(f"{what} {name!r}{hint}")
     return names[0] if len(names) == 1 else names
+
+
+def _key_or_module(name: str, way: _Way) -> Names | None:
+    """The names that a key becomes, or a module; None if the source format has neither."""
+    names = way.key(name)
+    if not names:
+        below = _module(name, way)
+        names = below if below or names is None else names
+    return names
 
 
 class _Way(NamedTuple):
@@ -95,6 +105,11 @@ class _Way(NamedTuple):
                 return tuple(dict.fromkeys(one for several in names for one in several))
         ignored = self.source.ignored(name) is not None
         return () if owned or ignored else None
+
+    def respelled(self, name: str) -> Names:
+        """The names that the aliases of the source format make of a name; none if they leave it as it is."""
+        names = _through([block.table for block in self.source.aliases if block.when is None], (name,))
+        return names if names != (name,) else ()
 
     def open(self, name: str) -> bool:
         """Whether a name is one of the source format only by a rule for any name."""

@@ -164,7 +164,8 @@ class Place(NamedTuple):
 class Config(NamedTuple):
     """A format's configuration: where it holds the image grid, and settings that weights do not show.
 
-    ``file`` is the name of a file, ``inside`` that of a dict in the checkpoint; one of them may be empty. ``defaults`` are what the format's code takes where the file leaves a fact out; ``model_types`` the values of
+    ``file`` is the name of a file, ``inside`` that of a dict in the checkpoint; one of them may be empty. ``defaults``
+    are what the format's code takes where a configuration leaves a fact out; ``model_types`` the values of
     ``model_type``, in the file or in a section, that belong to the format; ``distinguishes`` the formats with the same
     keys that ``model_type`` tells apart.
     """

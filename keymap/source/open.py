@@ -398,9 +398,7 @@ class _Reader:
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
         settings, checkpoint = Settings(), self.checkpoint
         if found is not None and checkpoint.container:
-            settings = read_config(
-                checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree
-            )
+            settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree)
         return Source(
             self.known,
             self.file,

@@ -147,3 +147,15 @@ def test_unknown_formats_are_refused_with_near_ones():
 def test_arguments_that_are_no_names_are_refused(arguments):
     with pytest.raises(keymap.KeymapError):
         keymap.map_key(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("vit.encoder.layer.3.attention.attention.query.weight", "blocks.3.attn.qkv.weight"),
+        ("deit.encoder.layer.3.attention", "blocks.3.attn"),
+        ("vit.layers.3.attention.q_proj.bias", "blocks.3.attn.qkv.bias"),
+    ],
+)
+def test_names_that_a_format_reads_by_its_aliases_are_mapped(name, there):
+    assert keymap.map_key(name, "hf_vit", "vision_transformer") == there
