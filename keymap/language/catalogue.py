@@ -120,21 +120,22 @@ class Catalogue:
                 known_right(marked)
             texts.append((file, marked))
         added: dict[str, Format] = {}
-        places, checked = dict(self.places), {file.resolve() for file in released}
+        places, new = dict(self.places), list[str]()
         hub = next((one for one in parsed.values() if one.data.get("kind") == "hub"), None)
         for file, marked in texts:
             mapping = compile_marked(
                 marked, lambda name: parsed.get(name) or self.shared(name), file in released, parsed, hub
             )
             name, place = mapping.name, parsed[mapping.name].at(("format",))
-            taken = added.get(name) or (self.mappings.get(name) if places.get(name) != file.resolve() else None)
+            resolved = file.resolve()
+            taken = added.get(name) or (self.mappings.get(name) if places.get(name) != resolved else None)
             if taken is not None:
                 raise MappingError(f"{place}: the name {name!r} is taken by {taken.file}; choose another name")
             if file.stem != name:
                 raise MappingError(f"{place}: format {name!r} belongs in {name}.yaml; rename one of them")
-            added[name], places[name] = mapping, file.resolve()
+            added[name], places[name] = mapping, resolved
+            new += [name] * (file not in released)
         together = Catalogue({**self.mappings, **added}, parsed, places, self.shared)
-        new = [name for name, mapping in added.items() if places[name] not in checked]
         if new:
             together._check(new)
         if check is not None:

@@ -15,7 +15,8 @@ from keymap.language.yaml_marks import parse_yaml, read_text
 
 __all__ = ["Header", "read_header"]
 
-_FIELD = re.compile(r"^(format|kind|hub|default):[ \t]+([\"']?)([A-Za-z0-9_]+)\2[ \t]*(?:#.*)?$", re.MULTILINE)
+_FIELDS = ("format", "kind", "hub", "default")
+_VALUE = re.compile(r"[ \t]+([\"']?)([A-Za-z0-9_]+)\1[ \t]*(?:#.*)?$", re.MULTILINE)
 _ALL = re.compile(r"\ball:(?: \[([^\]{}]*)\]|[ \t]*\n((?:[ \t]+- .*\n?)+))")
 _PLAIN = re.compile(r"([A-Za-z0-9_./]*)(?:\(([A-Za-z0-9_./|]*)\)([A-Za-z0-9_./]*))?")  # at most one choice of texts
 _COMMENT = re.compile(r"(?:^|[ \t])#.*", re.MULTILINE)
@@ -56,12 +57,12 @@ def read_header(path: Path, shown: str) -> Header:
         MappingError: it cannot be read.
     """
     text = read_text(path, shown)
-    found: dict[str, Any] = {field: value for field, _, value in _FIELD.findall(text)}
+    found: dict[str, Any] = {field: value for field in _FIELDS if (value := _value_of(field, text))}
     if "format" not in found:
         found = _parsed(text, shown)
     kind = str(found.get("kind", "format"))
     detect = _DETECT.search(text) if kind == "hub" else None
-    at = re.search(r"^hub:", text, re.MULTILINE)
+    at = f"\n{text}".find("\nhub:")
     return Header(
         path,
         str(found.get("format", "")),
@@ -70,8 +71,15 @@ def read_header(path: Path, shown: str) -> Header:
         str(found.get("default", "")).lower() == "true",
         detect[0] if detect is not None else "",
         _needs(detect[0]) if detect is not None else (),
-        text.count("\n", 0, at.start()) + 1 if at is not None else 1,
+        text.count("\n", 0, max(at, 0)) + 1,
     )
+
+
+def _value_of(field: str, text: str) -> str:
+    """The value of a field at the top level, where it is a plain word; "" for none."""
+    at = 0 if text.startswith(f"{field}:") else text.find(f"\n{field}:") + 1
+    found = _VALUE.match(text, at + len(field) + 1) if at or text.startswith(f"{field}:") else None
+    return found[2] if found is not None else ""
 
 
 def _needs(detect: str) -> tuple[tuple[str, ...], ...]:

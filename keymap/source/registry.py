@@ -302,7 +302,8 @@ def hubs() -> Registry:
         for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
             location = point.load()
             others += yaml_files(Path(location() if callable(location) else location))
-        files = {path: read_header(path, shown_path(path)) for path in (*shipped, *others)}
+        files = {path: read_header(path, str(path)) for path in shipped}
+        files |= {path: read_header(path, shown_path(path)) for path in others}
         _registry.append(Registry(files, _release(own), frozenset(others)))
     return _registry[0]
 
