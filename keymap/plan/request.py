@@ -221,8 +221,10 @@ def checked_flag(name: str, value: object) -> bool:
 
 def _sizes_of_rules(known: Catalogue) -> set[str]:
     """The facts that the rules of any mapping may ask for."""
-    tables = [(mapping.rules, *(variant.rules for variant in mapping.variants)) for mapping in known.mappings.values()]
-    return {fact for rules in tables for part in rules for rule in part for fact in rule.facts}
+    tables = [
+        part.rules for mapping in known.mappings.values() for part in (mapping, *mapping.variants, *mapping.steps)
+    ]
+    return {fact for rules in tables for rule in rules for fact in rule.facts}
 
 
 def _unknown_fact(name: str, value: int, names: Collection[str], grids: Collection[str]) -> str:
