@@ -28,12 +28,12 @@ class Scale(NamedTuple):
     divides: bool = False
     undo: bool = False
 
-    @classmethod
-    def of_root(cls, written: str, term: float) -> Scale:
+    @staticmethod
+    def of_root(written: str, term: float) -> Scale:
         """The arithmetic of ``sqrt 1``, ``1/sqrt 1``, ``sqrt text.width`` or ``1/sqrt text.width``, and of ``plus``."""
         name, _, of = written.partition(" ")
         root = int(of) if of.isdigit() else parse_amount(of)
-        return cls(term=term, root=root, divides=name.startswith("1/"))
+        return Scale(term=term, root=root, divides=name.startswith("1/"))
 
     @property
     def fact(self) -> str:

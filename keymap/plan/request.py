@@ -221,9 +221,10 @@ def checked_flag(name: str, value: object) -> bool:
 
 def _sizes_of_rules(known: Catalogue) -> set[str]:
     """The facts that the rules of any mapping may ask for."""
-    tables = [
-        part.rules for mapping in known.mappings.values() for part in (mapping, *mapping.variants, *mapping.steps)
-    ]
+    mappings = known.mappings.values()
+    tables = [mapping.rules for mapping in mappings]
+    tables += [part.rules for mapping in mappings for part in mapping.variants]
+    tables += [part.rules for mapping in mappings for part in mapping.steps]
     return {fact for rules in tables for rule in rules for fact in rule.facts}
 
 

@@ -57,6 +57,27 @@ def test_a_folder_of_transformers_loads_without_a_warning(kind, tmp_path):
     assert_bits(model, source.state_dict())
 
 
+OLD = {  # what configurations on the Hub say, as older releases wrote them
+    "Gemma2ForCausalLM": {"hidden_act": "gelu_pytorch_tanh", "rope_theta": gemma.BASES[2][1]},
+    "Gemma3ForCausalLM": {"rope_local_base_freq": gemma.BASES[3][0], "rope_theta": gemma.BASES[3][1]},
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_an_old_configuration_says_the_same(kind, tmp_path):
+    source, model = gemma.gemma(kind, seed=1), gemma.gemma(kind)
+    source.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **OLD[kind]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", keymap.ConfigurationWarning)
+        assert "angles" not in str(keymap.load_checkpoint(model, tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **OLD[kind], "rope_theta": 10.0}))
+    with pytest.warns(keymap.ConfigurationWarning, match="base of the rotary angles: 10.0"):
+        keymap.load_checkpoint(model, tmp_path)
+
+
 def test_a_head_of_its_own_is_loaded(tmp_path):
     source, model = (gemma.gemma(seed=seed, tie_word_embeddings=False) for seed in (1, 2))
     assert max_diff(source.lm_head.weight, source.model.embed_tokens.weight) > 0.1

@@ -23,12 +23,13 @@ def causal(name, **more):
     )
 
 
-def gemma3(local=1e4, whole=1e6):
-    angles = {"sliding_attention": local, "full_attention": whole}
-    return causal(
-        "Gemma3",
-        rope_parameters={name: {"rope_type": "default", "rope_theta": base} for name, base in angles.items()},
-    )
+def gemma3(local=1e4, whole=1e6, **scaling):
+    angles = {
+        name: {"rope_type": "default", "rope_theta": base}
+        for name, base in (("sliding_attention", local), ("full_attention", whole))
+    }
+    angles["full_attention"] |= scaling
+    return causal("Gemma3", rope_parameters=angles)
 
 
 def bert(name, **more):
@@ -83,6 +84,26 @@ PAIRS = {  # the model that saves, the model that loads, and what warns
         "activation: gelu",
     ),
     "global angles": (lambda: gemma3(whole=5e5), lambda: gemma3(), "base of the rotary angles: 500000"),
+    "scaled angles": (
+        lambda: gemma3(rope_type="linear", factor=8.0),
+        lambda: gemma3(),
+        "scaling of the rotary angles: linear",
+    ),
+    "factor of the angles": (
+        lambda: gemma3(rope_type="linear", factor=8.0),
+        lambda: gemma3(rope_type="linear", factor=4.0),
+        "factor of the rotary angles: 8",
+    ),
+    "EmbeddingGemma": (
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        "",
+    ),
+    "EmbeddingGemma into Gemma 3": (
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        lambda: causal("Gemma3"),
+        "attention in both directions: true",
+    ),
     "local angles": (lambda: gemma3(local=5e3), lambda: gemma3(), "base of the local rotary angles: 5000"),
     "BERT": (lambda: bert("Bert"), lambda: bert("Bert"), ""),
     "RoBERTa into BERT": (lambda: bert("Roberta"), lambda: bert("Bert"), "kind of model: roberta"),
