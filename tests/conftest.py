@@ -98,7 +98,7 @@ def proves_format(request):
     import proofs
 
     def stated(word, hub, example, name):
-        way_back = "one-way" if example.oneway else "bit-equal"
+        way_back = "one-way" if example.oneway else "rounded" if example.rounded else "bit-equal"
         found = {"word": word, "format": example.form, "hub": hub, "example": name}
         proofs.state(request.node, {**found, "peer": example.peer, "way_back": way_back, "towers": {}})
 

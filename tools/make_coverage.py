@@ -288,7 +288,8 @@ def families(records: Sequence[Record]) -> list[str]:
     return [
         "## Models outside CLIP",
         "",
-        "Small models with random weights. The way back is bit-equal if it writes the file's own tensors.",
+        "Small models with random weights. The way back is bit-equal if it writes the file's own tensors. It is",
+        "rounded if some of them are computed and differ in their last bits.",
         "",
         *table(["model", "format", "compared with", "tests show", "way back"], rows),
         "",

@@ -117,7 +117,7 @@ def operation(value: str | Data) -> str:
     if "add" in value:
         does.append(f"add {code(value['add'])}")
     if "times" in value:
-        does.append(f"multiply by {value['times']}")
+        does.append(multiplied(value["times"]))
     if "plus" in value:
         does.append(f"add {value['plus']}")
     if "then" in value:
@@ -145,6 +145,15 @@ def operation(value: str | Data) -> str:
     if value.get("rest"):
         does.append("every key that no other rule matches")
     return "; ".join(does)
+
+
+def multiplied(times: float | str) -> str:
+    """``times`` in words."""
+    if not isinstance(times, str):
+        return f"multiply by {times}"
+    name, _, of = times.partition(" ")
+    root = f"the root of {f'the length of axis {of}' if of.isdigit() else code(of)}"
+    return f"{'divide' if name.startswith('1/') else 'multiply'} by {root}"
 
 
 def target(value: str | Data) -> str:
@@ -180,6 +189,7 @@ def facts(some: Iterable[Rule]) -> list[str]:
 def writing(mapping: Format) -> Iterator[str]:
     """Whether keymap can write the format, and what it needs for that."""
     every = [*mapping.rules, *(rule for variant in mapping.variants for rule in variant.rules)]
+    every += [rule for table in mapping.steps for rule in table.rules]
     if not every:
         yield "This file supports other mappings. It is not a checkpoint format."
         return

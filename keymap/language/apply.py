@@ -207,11 +207,11 @@ def _make(rule: Rule, members: Mapping[tuple[str, ...], Layout], facts: Mapping[
     if zeros > _MAX_MADE_UP * (prod(now.shape) - zeros):
         raise RuleError(f"{zeros} of {prod(now.shape)} elements would be zeros that no key holds")
     if rule.arithmetic is not None and not rule.arithmetic.undo:
-        now = rule.arithmetic.apply(now)
+        now = rule.arithmetic.apply(now, facts)
     if rule.then is not None:
         now = rule.then.apply(now, sizes)
     if rule.arithmetic is not None and rule.arithmetic.undo:
-        now = rule.arithmetic.apply(now)
+        now = rule.arithmetic.apply(now, facts)
     parts = _cut_all(rule.cut.within(facts), now) if rule.cut is not None else iter([({}, now, False)])
     for values, layout, zeros in parts:
         made = layout if rule.after is None else rule.after.apply(layout, sizes)

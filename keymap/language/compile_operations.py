@@ -109,7 +109,7 @@ def _scale(options: Mapping[str, Any]) -> Scale | None:
         return None
     times, term = options.get("times", 1.0), float(options.get("plus", 0.0))
     if isinstance(times, str):
-        return Scale(term=term, root=int(times.split()[1]))
+        return Scale.of_root(times, term)
     factor = float(times)
     if not options.get("oneway") and (not factor or not isfinite(1 / factor) or not isfinite(term)):
         raise PatternError(f"times: {times} cannot be undone: add oneway: true")

@@ -281,11 +281,12 @@ def _wrong_sizes(
 
 
 def _wrong_amounts(marked: Marked, path: Path, options: Mapping[str, Any], hub: Format) -> Iterator[tuple[str, str]]:
-    """Lengths of parts by a fact that the hub does not know."""
-    pad = options.get("pad")
-    kept = {"pad": [pad["keep"]]} if isinstance(pad, dict) else {}
-    for field in ("take", "split", "parts", "pad"):
-        for written in kept.get(field) or (options.get(field, ()) if field != "pad" else ()):
+    """Lengths of parts, and roots, by a fact that the hub does not know."""
+    pad, times = options.get("pad"), options.get("times")
+    rooted = times.split()[1] if isinstance(times, str) else "0"
+    of_one = {"pad": [pad["keep"]] if isinstance(pad, dict) else [], "times": [] if rooted.isdigit() else [rooted]}
+    for field in ("take", "split", "parts", "pad", "times"):
+        for written in of_one[field] if field in of_one else options.get(field, ()):
             for fact in facts_of([parse_amount(written)]) if written not in ("*", None) else ():
                 if fact not in hub.facts:
                     near = did_you_mean(fact, hub.facts, "facts are")

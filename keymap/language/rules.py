@@ -148,10 +148,11 @@ class Rule:
 
     @cached_property
     def facts_of_parts(self) -> tuple[str, ...]:
-        """The facts that lengths of parts, numbers of rows and indices need."""
+        """The facts that lengths of parts, numbers of rows, arithmetic and indices need."""
         lengths = (length for step in (self.join, self.cut) if step is not None for length in step.lengths)
         rows = self.take.stop if self.take is not None else None
-        return tuple(dict.fromkeys((*facts_of((*lengths, rows)), *self.facts_of_names)))
+        root = self.arithmetic.root if self.arithmetic is not None else None
+        return tuple(dict.fromkeys((*facts_of((*lengths, rows, root)), *self.facts_of_names)))
 
     @cached_property
     def facts_of_names(self) -> tuple[str, ...]:

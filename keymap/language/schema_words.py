@@ -84,7 +84,7 @@ _FORMS = {  # what a text of a field with a pattern holds
     "take": "a number, a fact such as text.vocab, or null",
     "parts": _AMOUNT_FORM,
     "split": _AMOUNT_FORM,
-    "times": "a number, or sqrt and the number of an axis",
+    "times": "a number, sqrt and the number of an axis or a fact, or 1/sqrt",
     "file": "a file name without a folder",
 }
 _KINDS = {  # a Python type of YAML data -> the schema's name of it

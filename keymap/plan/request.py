@@ -221,8 +221,11 @@ def checked_flag(name: str, value: object) -> bool:
 
 def _sizes_of_rules(known: Catalogue) -> set[str]:
     """The facts that the rules of any mapping may ask for."""
-    tables = [(mapping.rules, *(variant.rules for variant in mapping.variants)) for mapping in known.mappings.values()]
-    return {fact for rules in tables for part in rules for rule in part for fact in rule.facts}
+    mappings = known.mappings.values()
+    tables = [mapping.rules for mapping in mappings]
+    tables += [part.rules for mapping in mappings for part in mapping.variants]
+    tables += [part.rules for mapping in mappings for part in mapping.steps]
+    return {fact for rules in tables for rule in rules for fact in rule.facts}
 
 
 def _unknown_fact(name: str, value: int, names: Collection[str], grids: Collection[str]) -> str:

@@ -97,6 +97,8 @@ class _ShapeMaker:
                 lengths[name] *= factor
         self._fit_join(lengths, right, values)
         shape = tuple(prod(lengths[name] for name in group) for group in left)
+        if self.rule.arithmetic is not None and self.rule.arithmetic.fact:
+            self._fact(self.rule.arithmetic.fact)
         take, pad = self.rule.take, self.rule.pad
         if take is not None:
             end = self._rows(take)
@@ -150,7 +152,7 @@ class _ShapeMaker:
         elif rule.after is not None and rule.cut is not None:
             rank = len(rule.after.left) + (rule.cut.kind == "stack") - self.added_axes
         named = [step.axis for step in (rule.join, rule.cut) if step is not None] + [
-            rule.arithmetic.root or 0 if rule.arithmetic is not None else 0
+            root if rule.arithmetic is not None and isinstance(root := rule.arithmetic.root, int) else 0
         ]
         groups = tuple((f"{axis}",) for axis in range(max(rank, max(named) + 1)))
         return groups, groups

@@ -17,6 +17,7 @@ import keymap
 from keymap.source.registry import hubs
 
 ROOT = Path(__file__).parents[2]
+ROUNDED = 2**-22  # the largest relative difference of float32 that was multiplied by a number and divided by it
 FAMILIES = families()
 
 
@@ -97,6 +98,15 @@ def test_a_model_of_another_kind_refuses_the_file_and_keeps_its_values(hub, name
 # --- the way back ---
 
 
+def assert_written(got, want, made: Example):
+    """The same keys and bits; apart from values that are computed, which are rounded."""
+    computed = {key: value for key, value in got.items() if key in made.rounded}
+    assert_same({**got, **{key: want[key] for key in computed}}, want)
+    assert set(computed) == set(made.rounded)
+    for key, value in computed.items():
+        torch.testing.assert_close(value, want[key], rtol=ROUNDED, atol=0)
+
+
 @pytest.mark.parametrize(("hub", "name"), cases())
 def test_the_way_back_writes_the_file_bit_for_bit(hub, name, tmp_path):
     made, path = example(hub, name), saved(example(hub, name), tmp_path)
@@ -108,8 +118,8 @@ def test_the_way_back_writes_the_file_bit_for_bit(hub, name, tmp_path):
         return
     want = made.back or {k.removeprefix(made.prefix): v for k, v in made.file.items() if k not in made.not_written}
     keymap.save_checkpoint(model, tmp_path / "back.safetensors", made.form, hub=hub)
-    assert_same(load_file(tmp_path / "back.safetensors"), want)
-    assert_same(keymap.convert_state_dict(model.state_dict(), made.form, hub=hub, facts=made.facts), want)
+    assert_written(load_file(tmp_path / "back.safetensors"), want, made)
+    assert_written(keymap.convert_state_dict(model.state_dict(), made.form, hub=hub, facts=made.facts), want, made)
 
 
 # --- broken rules ---

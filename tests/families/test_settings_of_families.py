@@ -18,10 +18,19 @@ VIT = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 4, "i
 def causal(name, **more):
     import transformers
 
-    config = getattr(transformers, f"{name}Config")
+    config = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
     return getattr(transformers, f"{name}ForCausalLM")(
         config(**WORDS, **{**CAUSAL, "tie_word_embeddings": True, **more})
     )
+
+
+def gemma3(local=1e4, whole=1e6, **scaling):
+    angles = {
+        name: {"rope_type": "default", "rope_theta": base}
+        for name, base in (("sliding_attention", local), ("full_attention", whole))
+    }
+    angles["full_attention"] |= scaling
+    return causal("Gemma3", rope_parameters=angles)
 
 
 def bert(name, **more):
@@ -52,6 +61,51 @@ PAIRS = {  # the model that saves, the model that loads, and what warns
     "Llama into Gemma": (lambda: causal("Llama"), lambda: causal("Gemma"), "kind of model: llama"),
     "Granite into Llama": (lambda: causal("Granite"), lambda: causal("Llama"), "kind of model: granite"),
     "another activation": (lambda: causal("Llama", hidden_act="gelu"), lambda: causal("Llama"), "activation: gelu"),
+    "Gemma 2": (lambda: causal("Gemma2"), lambda: causal("Gemma2"), ""),
+    "Gemma 3": (lambda: gemma3(), lambda: gemma3(), ""),
+    "scale of the queries": (
+        lambda: causal("Gemma2", query_pre_attn_scalar=144),
+        lambda: causal("Gemma2"),
+        "scale of the queries: 144",
+    ),
+    "sliding window": (lambda: causal("Gemma2", sliding_window=9), lambda: causal("Gemma2"), "sliding window: 9"),
+    "cap of the attention": (
+        lambda: causal("Gemma2", attn_logit_softcapping=20.0),
+        lambda: causal("Gemma2"),
+        "cap of the attention: 20",
+    ),
+    "cap of the logits": (
+        lambda: causal("Gemma2", final_logit_softcapping=20.0),
+        lambda: causal("Gemma2"),
+        "cap of the logits: 20",
+    ),
+    "activation of Gemma": (
+        lambda: causal("Gemma2", hidden_activation="gelu"),
+        lambda: causal("Gemma2"),
+        "activation: gelu",
+    ),
+    "global angles": (lambda: gemma3(whole=5e5), lambda: gemma3(), "base of the rotary angles: 500000"),
+    "scaled angles": (
+        lambda: gemma3(rope_type="linear", factor=8.0),
+        lambda: gemma3(),
+        "scaling of the rotary angles: linear",
+    ),
+    "factor of the angles": (
+        lambda: gemma3(rope_type="linear", factor=8.0),
+        lambda: gemma3(rope_type="linear", factor=4.0),
+        "factor of the rotary angles: 8",
+    ),
+    "EmbeddingGemma": (
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        "",
+    ),
+    "EmbeddingGemma into Gemma 3": (
+        lambda: causal("Gemma3", use_bidirectional_attention=True),
+        lambda: causal("Gemma3"),
+        "attention in both directions: true",
+    ),
+    "local angles": (lambda: gemma3(local=5e3), lambda: gemma3(), "base of the local rotary angles: 5000"),
     "BERT": (lambda: bert("Bert"), lambda: bert("Bert"), ""),
     "RoBERTa into BERT": (lambda: bert("Roberta"), lambda: bert("Bert"), "kind of model: roberta"),
     "a decoder into BERT": (lambda: bert("Bert", is_decoder=True), lambda: bert("Bert"), "causal mask: true"),

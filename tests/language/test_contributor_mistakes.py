@@ -264,7 +264,16 @@ MISTAKES: dict[str, Mistake] = {
     "axes by number": of("view: out in -> in out, opt", "view: 1 0, opt", "20:36", "the axes before and after ->"),
     "another arrow": of("view: out in -> in out, opt", "view: out in => in out, opt", "20:36", "before and after ->"),
     "a word for a factor": of(
-        "view: 1 1 d -> d", "times: half, oneway: true", "15:46", "write a number, or sqrt and the number of an axis"
+        "view: 1 1 d -> d",
+        "times: half, oneway: true",
+        "15:46",
+        "write a number, sqrt and the number of an axis or a fact, or 1/sqrt",
+    ),
+    "a root of a fact that is not there": of(
+        "view: 1 1 d -> d",
+        "times: sqrt image.head",
+        "15:46",
+        "there is no fact 'image.head'; did you mean 'image.heads'?",
     ),
     "a flag for an axis": of("concat: 0", "concat: true", "29:55", "true is not allowed; write for example 0 or d"),
     "a view that loses an axis": of("view: 1 n d -> n d", "view: 1 n d -> n", "16:5", "do not balance: d"),

@@ -146,7 +146,7 @@ FIELDS = {
     "a power": (
         rules("a: {to: b, times: cube 1, oneway: true}"),
         "8:16",
-        "times: 'cube 1' has the wrong form; write a number, or sqrt and the number of an axis",
+        "times: 'cube 1' has the wrong form; write a number, sqrt and the number of an axis or a fact, or 1/sqrt",
     ),
     "one tied target": (rules("a: {to: [b]}"), "8:9", "to: a list of one entry; write b without [ ]"),
     "one part": (

@@ -114,6 +114,26 @@ def test_the_root_of_an_empty_axis_is_a_fault():
         assert "does not exist or is empty" in faults(table.inverse(), {"y": t(*shape)})[0]
 
 
+@pytest.mark.parametrize(
+    ("times", "factor"),
+    [("sqrt 1", 2.0), ("1/sqrt 1", 0.5), ("sqrt text.width", 3.0), ("1/sqrt text.width", 1 / 3)],
+)
+def test_roots_of_an_axis_and_of_a_fact_and_one_over_them(times, factor):
+    x, facts = t(5, 4), {"text.width": 9}
+    rule = f"x: {{to: y, view: a b -> a b, times: {times}, plus: 1}}"
+    table = RuleTable(compiled(rule).rules)
+    there, _ = run(table, {"x": x}, facts)
+    torch.testing.assert_close(there["y"], x * factor + 1)
+    torch.testing.assert_close(run(table.inverse(), there, facts)[0]["x"], x)
+
+
+def test_the_root_of_a_fact_needs_the_fact():
+    table = RuleTable(compiled("x: {to: y, times: sqrt text.width}").rules)
+    assert table.rules[0].facts == ("text.width",)
+    assert "text.width is not known: pass facts={'text.width': ...}" in faults(table, {"x": t(2)})[0]
+    assert "text.width is -3" in faults(table, {"x": t(2)}, {"text.width": -3})[0]
+
+
 # --- ties ---
 
 TIED = "wte.weight: {to: embed.weight, tied: lm_head.weight}"

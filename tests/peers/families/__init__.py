@@ -38,6 +38,7 @@ class Example:
         prefix: of the file's keys, which the way back does not write; the owner's loader reads both.
         not_written: keys of the file that the way back does not write: buffers.
         back: what the way back writes, where that is more than these leave of the file: the copy of a tied weight.
+        rounded: keys of the file whose values the way back computes and does not meet in the last bits.
         oneway: why there is no way back; "" where there is one.
         suffix: of the file's container.
     """
@@ -53,6 +54,7 @@ class Example:
     prefix: str = ""
     not_written: tuple[str, ...] = ()
     back: State | None = None
+    rounded: tuple[str, ...] = ()
     oneway: str = ""
     suffix: str = ".safetensors"
 
