@@ -57,6 +57,11 @@ def timm_vit(**more):
 PAIRS = {  # the model that saves, the model that loads, and what warns
     "Llama": (lambda: causal("Llama"), lambda: causal("Llama"), ""),
     "Mistral into Llama": (lambda: causal("Mistral", sliding_window=None), lambda: causal("Llama"), ""),
+    "window of a Mistral": (
+        lambda: causal("Mistral", sliding_window=8),
+        lambda: causal("Mistral", sliding_window=16),
+        "sliding window: 8 in the source",
+    ),
     "Gemma into Llama": (lambda: causal("Gemma"), lambda: causal("Llama"), "kind of model: gemma"),
     "Llama into Gemma": (lambda: causal("Llama"), lambda: causal("Gemma"), "kind of model: llama"),
     "Granite into Llama": (lambda: causal("Granite"), lambda: causal("Llama"), "kind of model: granite"),
