@@ -262,6 +262,15 @@ hf_vit: q and k swapped: differs
 + attention.attention.(query|key|value).bias: {to: attn.qkv.bias, concat: 0, optional: true} # with qkv_bias
 + attention.output.dense.(weight|bias): attn.proj.\1
 + layernorm_(before|after)
+hf_vit without biases of q, k, v: q and k swapped: differs
+- attention.attention.(query|key|value).weight: {to: attn.qkv.weight, concat: 0}
+- attention.attention.(query|key|value).bias: {to: attn.qkv.bias, concat: 0, optional: true} # with qkv_bias
+- attention.output.dense.(weight|bias): attn.proj.\1
+- layernorm_(before|after)
++ attention.attention.(key|query|value).weight: {to: attn.qkv.weight, concat: 0}
++ attention.attention.(query|key|value).bias: {to: attn.qkv.bias, concat: 0, optional: true} # with qkv_bias
++ attention.output.dense.(weight|bias): attn.proj.\1
++ layernorm_(before|after)
 hf_vit: the norms swapped: differs
 - {before: 1, after: 2}
 + {before: 2, after: 1}
