@@ -18,7 +18,7 @@ from keymap.plan.export import Target, export, only_reading, target_format
 from keymap.plan.live import plain_values
 from keymap.plan.model import has_memory
 from keymap.plan.request import checked_facts, checked_wrapper, request_for_towers
-from keymap.read import LazyTensor
+from keymap.plan.twins import lazy_state
 from keymap.read.lazy import brief
 from keymap.source.hubs import Asked, PathLike, ask
 from keymap.source.open import open_tree
@@ -58,10 +58,7 @@ def convert_state_dict(
     """
     asked, target = _checked(state_dict, to, mapping, hub)
     facts = checked_facts(facts, asked.known)
-    lazy = {
-        key: LazyTensor(tuple(value.shape), value.dtype, partial(plain_values, value))
-        for key, value in state_dict.items()
-    }
+    lazy = lazy_state(state_dict, lambda key, value: partial(plain_values, value))
     source = only_reading(open_tree(asked, lazy, checked_wrapper(wrapper), facts))
     planned = export(source, target, request_for_towers(towers, asked.known.hub), facts)
 

@@ -35,6 +35,7 @@ __all__ = [
     "Unsupported",
     "Variant",
     "config_text",
+    "ignored_in_model",
 ]
 
 Scalar = str | int | float | bool
@@ -448,3 +449,14 @@ class Format:
             if values is not None:
                 return entry.why, entry.same_as.write(values) if entry.same_as is not None else ""
         return None
+
+
+def ignored_in_model(hub: Format, mapping: Format, key: str) -> tuple[str, str] | None:
+    """Why a key of a model holds no weights, and the key that it must repeat; None for other keys.
+
+    A hub for any model knows no names, so there ``ignore`` of the format names keys of the model, too, if no rule does.
+    """
+    found = hub.ignored(key)
+    if found is not None or not hub.by_name or mapping.kind != "format":
+        return found
+    return mapping.ignored(key) if mapping.back.find(key) is None else None

@@ -20,6 +20,7 @@ from keymap.plan.planner import keep_towers
 from keymap.plan.request import Request
 from keymap.plan.rule_faults import with_lacking_facts_once
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
+from keymap.plan.twins import same_elements
 from keymap.source.detect import ambiguous, tower_layout
 from keymap.source.open import Opened, Source
 from keymap.source.other_hubs import naming_other_hubs
@@ -139,7 +140,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     foreign = set(translated.unowned[before:])  # of towers that are faults already
     in_hub = dict(translated.tensors)
     if target.kind == "format":
-        from_hub(known.hub, target, translated, facts)
+        from_hub(known.hub, target, translated, facts, same_elements(source.unwrapped.tensors))
     if request.towers is not None and not translated.tensors and not translated.unowned:
         has = ", ".join(repr(tower) for tower in present if tower)
         raise PlanError(f"{source.file} has no tensors of towers={request.towers!r}; it has {has or 'none'}")
@@ -147,7 +148,8 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     unowned = [key for key in translated.unowned if key not in foreign]
     if unowned:
         have = "key has" if len(unowned) == 1 else "keys have"
-        faults.append(f"{len(unowned)} {have} no place in {target.name}: {some(unowned)}")
+        hint = "; keys that files lack belong under `ignore` of the mapping" if known.hub.by_name else ""
+        faults.append(f"{len(unowned)} {have} no place in {target.name}: {some(unowned)}{hint}")
     if faults:
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)

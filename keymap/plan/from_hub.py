@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from keymap.errors import some
 from keymap.language.apply import apply_rules
-from keymap.language.format import Format
+from keymap.language.format import Format, ignored_in_model
 from keymap.language.rules import Check, Fault, Rule, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.to_hub import Translated
@@ -15,8 +15,17 @@ from keymap.source.detect import matching_keys
 __all__ = ["from_hub"]
 
 
-def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mapping[str, int]) -> None:
-    """Translate in place from the hub's names (in the layouts of the format) to the format's own."""
+def from_hub(
+    hub: Format, mapping: Format, translated: Translated, facts: Mapping[str, int], same: Mapping[str, str]
+) -> None:
+    """Translate in place from the hub's names (in the layouts of the format) to the format's own.
+
+    Args:
+        hub, mapping: of the names before and after.
+        translated: the tensors.
+        facts: that rules may need.
+        same: for each source key the first one that is the same memory.
+    """
     if mapping.kind == "hub":
         return
     extra = [
@@ -28,8 +37,10 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
     ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}
     applied = apply_rules(back, ready, facts)
     left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
+    written = {same[layout.sources[0]]: key for key, layout in ready.items() if key not in left and layout.copied_whole}
     for key, layout in left.items():
-        ignored, meaning = hub.ignored(key), hub.absent_means.get(key)
+        ignored, meaning = ignored_in_model(hub, mapping, key), hub.absent_means.get(key)
+        tied = written.get(same[layout.sources[0]]) if layout.copied_whole else None
         if ignored is not None and (not ignored[1] or ignored[1] in translated.tensors):
             translated.dropped[key] = ignored[0]
             if ignored[1]:
@@ -38,6 +49,10 @@ def from_hub(hub: Format, mapping: Format, translated: Translated, facts: Mappin
         elif meaning is not None:
             why = f"format {mapping.name} has no place for {key}"
             translated.checks.append(Check(", ".join(layout.named(key)), layout, meaning.value, why))
+        elif tied is not None:
+            translated.dropped[key] = f"one tensor with {tied}"
+        elif key.rpartition(".")[2] in hub.optional_buffers:
+            translated.dropped[key] = f"format {mapping.name} has no place for it, and a model may lack it"
         else:
             translated.unowned.append(key)
     one_way = _one_way_faults(mapping.name, rules, translated)

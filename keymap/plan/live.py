@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,9 +12,9 @@ from torch import nn
 from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Scalar
-from keymap.plan.model import State, has_memory, view_model
+from keymap.plan.model import State, view_model
 from keymap.plan.request import sizes_of
-from keymap.read import LazyTensor
+from keymap.plan.twins import lazy_state
 from keymap.source.hubs import Asked
 from keymap.source.open import Opened, open_tree
 
@@ -37,25 +37,13 @@ def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -
         CheckpointError: it has no tensors.
     """
     facts = view_model(model, known.hub, state).facts
-    readers: dict[object, Callable[[], torch.Tensor]] = {}  # one for tied weights, so that they are known as such
-    lazy = {
-        key: LazyTensor(
-            tuple(value.shape), value.dtype, readers.setdefault(_memory(key, value), partial(_values, key, value))
-        )
-        for key, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, torch.Tensor)
-    }
+    state_dict = model.state_dict(keep_vars=True)
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    lazy = lazy_state(tensors, lambda key, value: partial(_values, key, value))
     opened = open_tree(Asked(known, known.hub.name), lazy, None, sizes_of(facts))
     if opened.top[0].found is None:  # perhaps a model of another library, whose names are those of a format
         opened = open_tree(Asked(known), lazy, None, sizes_of(facts))
     return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
-
-
-def _memory(key: str, tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same elements in memory; the key for those that have none."""
-    if not has_memory(tensor) or tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
-        return key
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _values(key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from keymap.errors import some
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Absence, Format, Position
+from keymap.language.format import Absence, Format, Position, ignored_in_model
 from keymap.language.layout import Layout, Piece, Shaped, join_runs, whole
 from keymap.language.rules import Check, RuleTable
 from keymap.plan.model import ModelView, has_memory
@@ -55,7 +55,7 @@ class Sides:
 
     def ignored(self, key: str) -> tuple[str, str] | None:
         """Why a key of the hub holds no weights; None if it does."""
-        return self.hub.ignored(key) if self.hub_applies else None
+        return ignored_in_model(self.hub, self.format, key) if self.hub_applies else None
 
     def absent_means(self, key: str) -> Absence | None:
         """What the absence of a key of the hub means, and whether in every format."""

@@ -173,7 +173,8 @@ def _strict_faults(
     missing = [key for key in matches.missing if not of_rules.explain(key_before_bridges(sides, key))]
     lines = [*cause, *(fault.text for fault in of_rules.merged(following))]
     if missing:
-        lines.append(f"{keys_are(missing, 'model')} missing from the file: {some(missing, shown)}")
+        hint = "; keys that files lack belong under `ignore` of the mapping" if sides.hub.by_name else ""
+        lines.append(f"{keys_are(missing, 'model')} missing from the file: {some(missing, shown)}{hint}")
     if matches.unexpected:
         lines.append(
             f"{keys_are(matches.unexpected, 'file')} unexpected, with no place in the model: "

@@ -14,10 +14,10 @@ from keymap.load.copying import materialise
 from keymap.load.direct import stored_at
 from keymap.plan.export import Export, Target
 from keymap.plan.plan import dtype_name
+from keymap.plan.twins import same_elements
 from keymap.read import LazyTensor, SourceFile
-from keymap.read.lazy import Block
 
-__all__ = ["Item", "bytes_of_item", "items_of", "parse_dtype", "same_elements"]
+__all__ = ["Item", "bytes_of_item", "items_of", "parse_dtype"]
 
 _FLOATS = (
     torch.float64,
@@ -97,17 +97,6 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
     chosen = item.dtype != item.target.dtype
     advice = f"pass dtype={dtype_name(value.dtype)!r}" if chosen else ""
     return cast(key, value, item.dtype, advice).reshape(item.target.shape).contiguous()
-
-
-def same_elements(tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """For each tensor the first one that is the same memory: tied weights, under several names."""
-    first: dict[object, str] = {}
-    names = {}
-    for key, lazy in tensors.items():
-        block = lazy.values
-        place = (id(block.file), block.start) if isinstance(block, Block) else id(block)
-        names[key] = first.setdefault((place, lazy.shape, lazy.dtype, lazy.strides, lazy.offset), key)
-    return names
 
 
 def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:

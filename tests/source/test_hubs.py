@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peers import openclip
+from peers.common import randomised
 from torch import nn
 
 import keymap
@@ -197,6 +198,71 @@ def test_a_mapping_leads_to_the_names_of_any_model_and_back(mine, tmp_path):
     assert keymap.compare_checkpoints(tmp_path / "theirs.pt", model, mapping_a=mine).equal
     assert keymap.map_key("out.bias", "any", mine) == "head/b"
     assert keymap.map_key("head/w", mine, "any") == "out.weight"
+
+
+class Usual(nn.Module):
+    """A model with a batch norm, a buffer that files lack, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.register_buffer("positions", torch.arange(5))
+
+
+USUAL = r"""format: usual
+hub: any
+title: Flax's names
+ignore: {positions: counted by the model}
+towers:
+  model:
+    conv/kernel: {to: conv.weight, view: h w i o -> o i h w}
+    conv/bias: conv.bias
+    norm/(scale|bias|mean|var): norm.<1:norm>
+    words: words.weight
+lookups:
+  norm: {scale: weight, bias: bias, mean: running_mean, var: running_var}
+"""
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_counters_tied_weights_and_named_buffers_of_a_model_need_no_key_in_the_file(suffix, tmp_path):
+    """Both ways: what a load leaves as it is, a conversion leaves out, from memory and from a file of the model."""
+    (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
+    theirs, model = randomised(Usual, seed=1), randomised(Usual, seed=2)
+    written = keymap.convert_state_dict(theirs.state_dict(), to=tmp_path / "usual.yaml")
+    assert sorted(written) == [
+        "conv/bias",
+        "conv/kernel",
+        *(f"norm/{n}" for n in ("bias", "mean", "scale", "var")),
+        "words",
+    ]
+    result = keymap.save_checkpoint(theirs, tmp_path / f"flax{suffix}", tmp_path / "usual.yaml")
+    assert result.dropped["head.weight"] == "one tensor with words.weight"
+    assert {"positions", "norm.num_batches_tracked", "head.weight"} == result.dropped.keys()
+    torch.save(theirs.state_dict(), tmp_path / "own.pt")
+    keymap.convert_checkpoint(tmp_path / "own.pt", tmp_path / f"again{suffix}", tmp_path / "usual.yaml")
+    assert keymap.compare_checkpoints(tmp_path / f"again{suffix}", tmp_path / f"flax{suffix}").equal
+    assert not keymap.load_checkpoint(model, tmp_path / f"flax{suffix}", mapping=tmp_path / "usual.yaml").missing_keys
+    for key, value in theirs.state_dict().items():
+        same = torch.equal(model.state_dict()[key], value)
+        assert same or key in ("norm.num_batches_tracked", "positions"), key
+
+
+def test_a_second_tensor_that_only_holds_the_same_values_is_not_left_out(tmp_path):
+    (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
+    state = {key: value.clone() for key, value in randomised(Usual, seed=1).state_dict().items()}
+    with pytest.raises(keymap.PlanError, match=r"no place in usual: head.weight; .* under `ignore` of the mapping"):
+        keymap.convert_state_dict(state, to=tmp_path / "usual.yaml")
+
+
+def test_ignore_excuses_no_key_of_the_model_that_a_rule_makes(tmp_path):
+    (tmp_path / "usual.yaml").write_text(USUAL.replace("positions:", "conv.bias:"), encoding="utf-8")
+    model = Usual()
+    torch.save({"words": torch.zeros(7, 4)}, tmp_path / "part.pt")
+    with pytest.raises(keymap.PlanError, match=r"conv.bias.*; keys that files lack belong under `ignore`"):
+        keymap.load_checkpoint(model, tmp_path / "part.pt", mapping=tmp_path / "usual.yaml")
 
 
 def test_what_does_not_fit_the_model_is_refused_and_the_model_stays_as_it_was(mine, tmp_path):
