@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from keymap.errors import some
 from keymap.language.apply import apply_rules
 from keymap.language.format import Format, ignored_in_model
+from keymap.language.layout import Layout
 from keymap.language.rules import Check, Fault, Rule, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.to_hub import Translated
@@ -37,7 +38,31 @@ def from_hub(
     ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}
     applied = apply_rules(back, ready, facts)
     left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
-    written = {same[layout.sources[0]]: key for key, layout in ready.items() if key not in left and layout.copied_whole}
+    _leave_out(hub, mapping, translated, left, same)
+    one_way = _one_way_faults(mapping.name, rules, translated)
+    translated.tensors = applied.out
+    failed = {
+        fault.tower for fault in (*applied.faults, *one_way)
+    }  # their keys are missing for a reason that is listed already
+    partly = [
+        fault
+        for fault in incomplete(mapping, table.rules, applied.out, hub.optional_buffers)
+        if fault.tower not in failed
+    ]
+    translated.faults += [*one_way, *applied.faults, *partly]
+    translated.checks += applied.checks
+    translated.steps += applied.steps
+    translated.notes += applied.notes
+    for step in reversed(mapping.steps):
+        _undo(step, translated, facts)
+
+
+def _leave_out(
+    hub: Format, mapping: Format, translated: Translated, left: Mapping[str, Layout], same: Mapping[str, str]
+) -> None:
+    """Sort the keys that no rule of a format owns: left out for a reason, left out if they hold a value, or unowned."""
+    out = ((key, layout) for key, layout in translated.tensors.items() if key not in left and layout.copied_whole)
+    written = {same[layout.sources[0]]: key for key, layout in out}
     for key, layout in left.items():
         ignored, meaning = ignored_in_model(hub, mapping, key), hub.absent_means.get(key)
         tied = written.get(same[layout.sources[0]]) if layout.copied_whole else None
@@ -55,22 +80,6 @@ def from_hub(
             translated.dropped[key] = f"format {mapping.name} has no place for it, and a model may lack it"
         else:
             translated.unowned.append(key)
-    one_way = _one_way_faults(mapping.name, rules, translated)
-    translated.tensors = applied.out
-    failed = {
-        fault.tower for fault in (*applied.faults, *one_way)
-    }  # their keys are missing for a reason that is listed already
-    partly = [
-        fault
-        for fault in incomplete(mapping, table.rules, applied.out, hub.optional_buffers)
-        if fault.tower not in failed
-    ]
-    translated.faults += [*one_way, *applied.faults, *partly]
-    translated.checks += applied.checks
-    translated.steps += applied.steps
-    translated.notes += applied.notes
-    for step in reversed(mapping.steps):
-        _undo(step, translated, facts)
 
 
 def _undo(step: RuleTable, translated: Translated, facts: Mapping[str, int]) -> None:
