@@ -196,9 +196,8 @@ def refuse_unassignable(
     if device.type == "meta":
         raise PlanError(f"{plan.file}: device='meta' cannot hold values; pass the device that the model will use")
     empty = [path for path in view.unsaved_meta_buffers if path not in masks]
-    written = {entry.key for entry in plan.entries}
-    lacking = [key for key, target in view.tensors.items() if target.is_meta and key not in written]
-    empty += [key for key in lacking if id(view.tensors[key]) not in shared]
+    filled = {*(id(view.tensors[entry.key]) for entry in plan.entries), *shared}  # one tensor may have several keys
+    empty += [key for key, target in view.tensors.items() if target.is_meta and id(target) not in filled]
     if empty:
         raise PlanError(
             f"{plan.file}: tensors of the model are on the meta device, and the checkpoint has no values for them: "

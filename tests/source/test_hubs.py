@@ -250,6 +250,17 @@ def test_counters_tied_weights_and_named_buffers_of_a_model_need_no_key_in_the_f
         assert same or key in ("norm.num_batches_tracked", "positions"), key
 
 
+def test_tied_weights_on_the_meta_device_are_filled_together(tmp_path):
+    (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
+    theirs = randomised(Usual, seed=1)
+    keymap.save_checkpoint(theirs, tmp_path / "flax.pt", tmp_path / "usual.yaml")
+    with torch.device("meta"):
+        model = Usual()
+    model.positions, model.norm.num_batches_tracked = torch.arange(5), torch.tensor(0)
+    keymap.load_checkpoint(model, tmp_path / "flax.pt", mapping=tmp_path / "usual.yaml", assign=True)
+    assert model.head.weight is model.words.weight and torch.equal(model.head.weight, theirs.head.weight)
+
+
 def test_a_second_tensor_that_only_holds_the_same_values_is_not_left_out(tmp_path):
     (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
     state = {key: value.clone() for key, value in randomised(Usual, seed=1).state_dict().items()}
