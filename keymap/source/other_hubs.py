@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from keymap.advice import conversion
-from keymap.errors import DetectionError
+from keymap.errors import DetectionError, some
 from keymap.language.layout import Layout
 from keymap.source.detect import claim, claims
 from keymap.source.hubs import ask_each
@@ -43,5 +43,19 @@ def naming_other_hubs(
     if formats:
         advice = f"the model's keys are those of format {' or '.join(formats)} of that hub: {conversion(formats[0])}"
         return DetectionError(error.summary, [*found, advice])
+    if model and claim(opened.known.hub, model, {}) is None:
+        return DetectionError(error.summary, [*found, _of_no_hub(opened, model)])
     advice = f"formats of two hubs are never converted into each other, and this call is about hub {own}"
     return DetectionError(error.summary, [*found, advice, *error.faults])
+
+
+def _of_no_hub(opened: Opened, model: Mapping[str, Layout]) -> str:
+    """What to do about a model that no hub knows: it may be wrapped in another one."""
+    start = next((p for p in opened.known.containers.prefixes if all(key.startswith(p) for key in model)), "")
+    within = {key[len(start) :]: layout for key, layout in model.items()}
+    if start and any(claim(asked.known.hub, within, {}) is not None for asked in ask_each()):
+        return f"the model is wrapped, and its keys begin with {start!r}: pass the inner model (model.{start[:-1]})"
+    return (
+        f"the model's keys ({some(model)}) are those of no hub: pass the model that the format is for, or write a "
+        f"mapping with `hub: any` that leads to its names"
+    )

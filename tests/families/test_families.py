@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,35 @@ def test_a_model_has_the_names_of_one_hub_and_loads_its_own_state_dict(hub, tmp_
 )
 def test_a_mapping_outside_clip_has_at_most_sixty_lines(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+# --- models that no hub knows ---
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (
+            torch.nn.DataParallel,
+            "the model is wrapped, and its keys begin with 'module.': pass the inner model (model.module)",
+        ),
+        (
+            torch.nn.Sequential,
+            "are those of no hub: pass the model that the format is for, or write a mapping with `hub: any`",
+        ),
+    ],
+)
+def test_a_file_of_a_family_into_a_wrapped_or_unknown_model_is_refused_for_the_model(wrap, words, tmp_path):
+    made = example("gpt2", "nanogpt")
+    with pytest.raises(keymap.DetectionError, match=re.escape(words)):
+        keymap.load_checkpoint(wrap(made.model()), saved(made, tmp_path))
+
+
+def test_what_the_refusal_of_a_head_advises_works(tmp_path):
+    made = example("vision_transformer", "hf_vit")
+    from peers.families.vision_transformer import timm_vit
+
+    model, path = timm_vit(num_classes=0)(), saved(made, tmp_path)
+    with pytest.raises(keymap.PlanError, match=r"pass allow_unexpected=\('classifier\.\*',\)"):
+        keymap.load_checkpoint(model, path)
+    keymap.load_checkpoint(model, path, allow_unexpected=("classifier.*",))
