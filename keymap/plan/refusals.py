@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
-from keymap.advice import conversion
+from keymap.advice import choices, conversion
 from keymap.errors import SHOWN, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.pattern import Side
-from keymap.language.rules import Fault
+from keymap.language.rules import Fault, RuleTable
 from keymap.plan.allowed import allowed, keys_are, suggestion
 from keymap.plan.completeness import incomplete
 from keymap.plan.describe import describe, difference
@@ -65,6 +65,12 @@ def refuse_empty(translated: Translated, request: Request, format_name: str, tow
     Raises:
         PlanError: with the faults of the rules.
     """
+    if not translated.tensors and request.towers is None and not translated.faults:
+        places = list(dict.fromkeys(_above_rules(translated)))[:SHOWN]
+        hints = [f"a state dict with such keys lies below others: pass {choices('wrapper', places)}"] if places else []
+        keys = f"its keys are {some(translated.source_keys)}"
+        text = f"{request.file} (format {format_name}): the rules of the format match none of its keys"
+        raise PlanError(text, [keys, *hints])
     if not translated.tensors:
         asked = [tower for tower in towers if request.includes(tower)]
         raise PlanError(
@@ -74,6 +80,16 @@ def refuse_empty(translated: Translated, request: Request, format_name: str, tow
                 *(fault.text for fault in translated.faults),
             ],
         )
+
+
+def _above_rules(translated: Translated) -> Iterator[str]:
+    """What stands before names that the rules know, in keys that they do not know as a whole."""
+    table = RuleTable(translated.rules)
+    for key in translated.source_keys:
+        segments = key.split(".")
+        for count in range(1, len(segments)):
+            if table.find(".".join(segments[count:])) is not None:
+                yield ".".join(segments[:count])
 
 
 def judge(sides: Sides, matches: Matches, file_counts: Mapping[str, int], notes: Sequence[str]) -> Matches:

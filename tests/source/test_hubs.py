@@ -261,6 +261,18 @@ def test_tied_weights_on_the_meta_device_are_filled_together(tmp_path):
     assert model.head.weight is model.words.weight and torch.equal(model.head.weight, theirs.head.weight)
 
 
+def test_a_state_dict_below_a_name_is_pointed_to_for_any_model(mine, tmp_path):
+    state = theirs_of(Mine())
+    torch.save({"student": state, "teacher": state}, tmp_path / "two.pt")
+    words = r"match none of its keys[^§]*pass wrapper='student' or wrapper='teacher'"
+    with pytest.raises(keymap.PlanError, match=words):
+        keymap.load_checkpoint(Mine(), tmp_path / "two.pt", mapping=mine)
+    keymap.load_checkpoint(Mine(), tmp_path / "two.pt", mapping=mine, wrapper="teacher")
+    torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(keymap.PlanError, match=r"match none of its keys\n  - its keys are other$"):
+        keymap.load_checkpoint(Mine(), tmp_path / "other.pt", mapping=mine)
+
+
 def test_a_second_tensor_that_only_holds_the_same_values_is_not_left_out(tmp_path):
     (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
     state = {key: value.clone() for key, value in randomised(Usual, seed=1).state_dict().items()}
