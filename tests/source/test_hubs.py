@@ -263,7 +263,7 @@ def test_tied_weights_on_the_meta_device_are_filled_together(tmp_path):
 
 def test_a_state_dict_below_a_name_is_pointed_to_for_any_model(mine, tmp_path):
     state = theirs_of(Mine())
-    torch.save({"left": state, "right": state}, tmp_path / "two.pt")
+    torch.save({"left": state, "right": theirs_of(Mine())}, tmp_path / "two.pt")
     words = r"match none of its keys[^§]*pass wrapper='left' or wrapper='right'"
     with pytest.raises(keymap.PlanError, match=words):
         keymap.load_checkpoint(Mine(), tmp_path / "two.pt", mapping=mine)
