@@ -36,7 +36,8 @@ def read_config(
         tree: what the checkpoint holds, in which a format's configuration may be a dict.
         hub: its form of a configuration is read if the format has none, or none is found.
     """
-    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
+    own = mapping.fixed if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
+    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):
         if config is None:
