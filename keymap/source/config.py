@@ -108,10 +108,11 @@ def _configurations(
     file: Path, metadata: Mapping[str, str], config: Config, tree: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str]]:
     """The possible configurations of a checkpoint: origin, values, and the fault of one that cannot be read."""
-    within = _at(tree, config.inside) if config.inside else _ABSENT
+    top = config.inside == "."
+    within = dict(tree) if top else _at(tree, config.inside) if config.inside else _ABSENT
     if isinstance(within, dict):
         plain = {key: value for key, value in within.items() if isinstance(key, str) and type(value) in _PLAIN}
-        yield f"{config.inside} in {file.name}", plain, ""
+        yield file.name if top else f"{config.inside} in {file.name}", plain, ""
     for origin, text, fault in _config_texts(file, metadata, config.file) if config.file else ():
         data = None
         if not fault:
