@@ -107,9 +107,16 @@ class _Way(NamedTuple):
         return () if owned or ignored else None
 
     def respelled(self, name: str) -> Names:
-        """The names that the aliases of the source format make of a name; none if they leave it as it is."""
-        names = _through([block.table for block in self.source.aliases if block.when is None], (name,))
-        return names if names != (name,) else ()
+        """The names that the aliases of the source format make of a key or a module; none if they leave it as it is."""
+        tables = [block.table for block in self.source.aliases if block.when is None]
+        names = _through(tables, (name,))
+        found = dict.fromkeys(names if names != (name,) else ())
+        sides = [rule.source for table in tables for rule in table.rules]
+        for end in dict.fromkeys(end for side in sides for end in _ends(side)):  # of the keys in a module
+            there = _through(tables, (name + end,))
+            if there != (name + end,):
+                found |= {each.removesuffix(end): None for each in there if each.endswith(end)}
+        return tuple(found)
 
     def open(self, name: str) -> bool:
         """Whether a name is one of the source format only by a rule for any name."""
@@ -311,6 +318,15 @@ def _texts(side: Side) -> Iterator[str]:
         if number == _MAX_TEXTS:
             return
         yield "".join(parts)
+
+
+def _ends(side: Side) -> Iterator[str]:
+    """What may follow the name of a module in the keys that a side matches, if it has no index."""
+    for text in _texts(side):
+        for found in _SEPARATOR.finditer(text):
+            end = text[found.start() :]
+            if "\0" not in end:
+                yield end
 
 
 def _rest(text: str, module: str) -> str | None:

@@ -395,8 +395,9 @@ def _facts(data: Data) -> Iterator[str]:
     for name, value in data.get("facts", {}).items():
         entry = value if isinstance(value, dict) else {"model": value}
         paths = [
-            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}" for p in entry["model"]
-        ]
+            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}"
+            for p in entry.get("model", ())
+        ] or ["the same in all models of a hub"]
         label = f"{entry['label']}, set by {entry['change']}: " if "label" in entry else ""
         yield f"- {code(name)}: {label}{', '.join(paths)}"
 

@@ -19,7 +19,8 @@ __all__ = ["Applied", "apply_rules"]
 
 _MAX_LACKING = 10_000  # members of a join that the file lacks
 _MAX_SLICES = 10_000  # additional keys that tensors are cut into ...
-_MAX_SLICES_OF_EACH = 100  # ... and so many more for each key of the file
+_MAX_SLICES_OF_EACH = 100  # ... so many more for each key of the file ...
+_ELEMENTS_OF_SLICE = 1000  # ... and one more for so many elements
 _MAX_MADE_UP = 8  # zeros that members without a key may add, for each element of the others
 
 
@@ -181,8 +182,9 @@ def _slices(
 def _check_cut(join: Join, axis: int, layout: Layout) -> None:
     if axis >= len(layout.shape) or not layout.shape[axis]:
         raise RuleError(f"axis {axis} of {list(layout.shape)} does not exist or is empty: nothing to cut")
-    if join.kind == "stack" and layout.shape[axis] > _MAX_SLICES:
-        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {_MAX_SLICES} long, too much to cut apart")
+    most = _MAX_SLICES + prod(layout.shape) // _ELEMENTS_OF_SLICE
+    if join.kind == "stack" and layout.shape[axis] > most:
+        raise RuleError(f"axis {axis} of {list(layout.shape)} is more than {most} long, too much to cut apart")
 
 
 class _Made(NamedTuple):
@@ -314,7 +316,8 @@ class _Job(NamedTuple):
 
 def _run_jobs(jobs: Iterable[_Job], tensors: Mapping[str, Layout], blocks: _Blocks, result: Applied) -> None:
     """Apply the operations of every job; the errors of one rule become one fault."""
-    made, most = 0, _MAX_SLICES + _MAX_SLICES_OF_EACH * len(tensors)  # additional keys
+    elements = sum(prod(layout.shape) for layout in tensors.values())
+    made, most = 0, _MAX_SLICES + _MAX_SLICES_OF_EACH * len(tensors) + elements // _ELEMENTS_OF_SLICE  # additional keys
     wrong: dict[int, list[Fault]] = {}
     notes: dict[int, list[str]] = {}
     for job in jobs:

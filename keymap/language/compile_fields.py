@@ -57,7 +57,8 @@ def compile_absences(compiler: Compiler) -> Absences:
         meaning = Absence(value["value"], bool(value.get("always"))) if isinstance(value, dict) else Absence(value)
         side = compiler.side(key, ("absent_means", key)) if "(" in key else None
         if side is not None:
-            patterns.append((side, meaning))
+            together = isinstance(value, dict) and value.get("together")
+            patterns.append((side, meaning._replace(together=side) if together else meaning))
         else:
             keys[key] = meaning
     for key in data.get("file_only", []):
@@ -74,7 +75,7 @@ def compile_facts(compiler: Compiler) -> dict[str, Fact]:
     def fact(name: str, data: Any) -> Fact:
         entry: Mapping[str, Any] = {"model": data} if isinstance(data, list) else data
         return Fact(
-            tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in entry["model"]),
+            tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in entry.get("model", ())),
             entry.get("label", ""),
             entry.get("change", ""),
             compiler.words(entry, ("facts", name)),

@@ -42,10 +42,14 @@ Scalar = str | int | float | bool
 
 
 class Absence(NamedTuple):
-    """The value that a key's absence means; with ``always`` it is filled even where a format has a place for it."""
+    """The value that a key's absence means; with ``always`` it is filled even where a format has a place for it.
+
+    With ``together``, a file of the hub may lack all keys that this side matches, and not some of them.
+    """
 
     value: float | str
     always: bool = False
+    together: Side | None = None
 
 
 def config_text(value: object) -> str:

@@ -11,6 +11,7 @@ from keymap.language.layout import Layout, cut, place, whole
 
 __all__ = ["Rows", "padded", "taken"]
 
+_MAX_MULTIPLES = 64  # of the padding that a file may have: Megatron pads to 128 rows for each of its devices
 _MAX_PADDING = 8  # zeros, for each element that is there
 
 
@@ -43,12 +44,19 @@ def taken(layout: Layout, rows: Rows, facts: Mapping[str, int]) -> Layout:
     """These rows of a tensor.
 
     Raises:
-        ValueError: they are not there, or a fact is not known.
+        ValueError: they are not there, or a fact is not known; or the rows after them are more than padding can be.
     """
     start, stop = rows.start, rows.end(facts)
     total = layout.shape[0] if layout.shape else 0
     if start >= (total if stop is None else min(stop, total)) or (stop or 0) > total:
         raise ValueError(f"rows [{start}, {'end' if stop is None else stop}) do not exist in {list(layout.shape)}")
+    left_out = total - (total if stop is None else stop)
+    if rows.multiple and left_out and (total % rows.multiple or left_out >= _MAX_MULTIPLES * rows.multiple):
+        raise ValueError(
+            f"rows {stop} to {total - 1} of {list(layout.shape)} are no padding: with pad: {rows.multiple} there is "
+            f"a multiple of {rows.multiple} rows, and fewer than {_MAX_MULTIPLES * rows.multiple} are padding; correct "
+            f"{rows.stop}, or take another file"
+        )
     return cut(layout, 0, start, total if stop is None else stop)
 
 

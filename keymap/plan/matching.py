@@ -297,8 +297,11 @@ def _meaning(sides: Sides, key: str) -> Absence | None:
     if meaning is None or meaning.always:
         return meaning
     name = key_before_bridges(sides, key)
-    if name in sides.hub.file_only and sides.format.kind == "hub":
-        return meaning
+    if sides.format.kind == "hub":
+        side = meaning.together
+        alone = side is not None and all(side.match(other) is None for other in sides.translated.unbridged)
+        if alone or name in sides.hub.file_only:
+            return meaning
     return meaning if sides.back.find(name) is None else None
 
 
@@ -311,8 +314,9 @@ class _FileOnly(NamedTuple):
 def _match_file_only(sides: Sides) -> _FileOnly:
     """Keys of the file that the model lacks: without weights, of a value that absence means, or unexpected."""
     found = _FileOnly(dict.fromkeys(sides.translated.unowned), [], {})
+    used = {layout.pieces for key, layout in sides.translated.tensors.items() if key in sides.targets}
     for key, layout in sides.translated.tensors.items():
-        if key in sides.targets:
+        if key in sides.targets or (layout.sources and layout.pieces in used):  # also a second target of tied weights
             continue
         ignored, meaning = sides.ignored(key), sides.absent_means(key)
         if ignored is not None:

@@ -16,7 +16,7 @@ from keymap.language.review import review, vocabulary_of
 from keymap.language.schema_words import did_you_mean
 from keymap.language.yaml_marks import Marked, read_yaml
 from keymap.paths import data_folder
-from keymap.source.registry import Registry, yaml_files
+from keymap.source.registry import Registry, installed_files, yaml_files
 from keymap.source.samples import evidence_faults
 
 __all__ = ["Checked", "FileCheck", "check_files", "shipped_files"]
@@ -68,7 +68,7 @@ def check_files(paths: Sequence[Path]) -> Checked:
         paths: files, or folders with ``*.yaml`` files.
 
     Raises:
-        MappingError: a path does not exist, or a folder has no ``.yaml`` file.
+        MappingError: a path does not exist, or a folder has no ``.yaml`` file; or an installed package is broken.
     """
     named = list(dict.fromkeys(file.resolve() for path in paths for file in yaml_files(path)))
     headers: dict[Path, Header] = {}
@@ -78,7 +78,7 @@ def check_files(paths: Sequence[Path]) -> Checked:
             headers[file] = read_header(file, shown_path(file))
         except MappingError as error:
             faults += _faults_of(error)
-    registry = Registry(headers)
+    registry = _with_installed(Registry(headers), [headers[file] for file in named if file in headers])
     by_hub: dict[str, list[Path]] = {}
     for file in (file for file in named if file in headers):
         by_hub.setdefault(registry.hub_of(headers[file]), []).append(file)
@@ -96,6 +96,21 @@ def check_files(paths: Sequence[Path]) -> Checked:
     found = tuple(checks[file] for file in named if file in checks and checks[file].file not in places)
     untouched = sum(not any(shown_path(file) in fault for fault in faults) for file in named)
     return Checked(found, tuple(faults), len(named), len(found) if not faults else untouched)
+
+
+def _with_installed(registry: Registry, checked: Sequence[Header]) -> Registry:
+    """With the files of other packages, if files that are checked belong to hubs that keymap does not ship.
+
+    Raises:
+        MappingError: a package is broken.
+    """
+    wanted = {registry.hub_of(header) for header in checked} - set(registry.hubs)
+    if not wanted:
+        return registry
+    names = {header.name for header in checked}
+    found = (read_header(file.resolve(), shown_path(file)) for file in installed_files())
+    more = {one.path: one for one in found if registry.hub_of(one) in wanted and one.name not in names}
+    return Registry({**more, **registry.files})
 
 
 def _check_hub(registry: Registry, hub: str, named: Sequence[Path]) -> tuple[dict[Path, FileCheck], list[str]]:

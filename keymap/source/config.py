@@ -36,7 +36,8 @@ def read_config(
         tree: what the checkpoint holds, in which a format's configuration may be a dict.
         hub: its form of a configuration is read if the format has none, or none is found.
     """
-    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
+    own = mapping.fixed if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
+    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):
         if config is None:
@@ -107,10 +108,11 @@ def _configurations(
     file: Path, metadata: Mapping[str, str], config: Config, tree: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str]]:
     """The possible configurations of a checkpoint: origin, values, and the fault of one that cannot be read."""
-    within = _at(tree, config.inside) if config.inside else _ABSENT
+    top = config.inside == "."
+    within = dict(tree) if top else _at(tree, config.inside) if config.inside else _ABSENT
     if isinstance(within, dict):
         plain = {key: value for key, value in within.items() if isinstance(key, str) and type(value) in _PLAIN}
-        yield f"{config.inside} in {file.name}", plain, ""
+        yield file.name if top else f"{config.inside} in {file.name}", plain, ""
     for origin, text, fault in _config_texts(file, metadata, config.file) if config.file else ():
         data = None
         if not fault:

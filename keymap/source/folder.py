@@ -15,8 +15,9 @@ from keymap.language.format import Containers
 from keymap.read import WEIGHTS
 from keymap.read.shards import leads_out, shards_of
 
-__all__ = ["Choice", "choose_file", "refuse_hub_id"]
+__all__ = ["Choice", "choose_file", "refuse_hub_id", "refuse_part"]
 
+_DIGITS = re.compile("[0-9]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_HASH = 200  # bytes of a reference in the hub's cache
 _MAX_ENTRIES = 10_000  # entries of a folder and its subfolders
@@ -93,6 +94,33 @@ def choose_file(folder: Path, containers: Containers) -> Choice:
             raise CheckpointError(f"{folder / found.rpartition('/')[0]}: {reason}")
     candidates = [name for name in weights if "/" not in name] or weights
     return _only(folder, candidates, names)
+
+
+def refuse_part(file: Path, containers: Containers) -> None:
+    """Refuse one part of a checkpoint whose folder keymap does not read, for example of one in tensor-parallel parts.
+
+    Args:
+        file: what the caller passed.
+        containers: ``folders``: it or a file beside it matches a pattern, and their names differ in digits alone.
+
+    Raises:
+        CheckpointError: it is such a part.
+    """
+    if _DIGITS.search(file.name) is None:
+        return
+    alike = _DIGITS.sub("0", file.name)
+    try:
+        with os.scandir(file.parent) as entries:
+            beside = sorted(
+                entry.name
+                for entry in islice(entries, _MAX_ENTRIES)
+                if entry.name != file.name and _DIGITS.sub("0", entry.name) == alike and entry.is_file()
+            )
+    except OSError:  # a folder that cannot be listed
+        return
+    for side, reason in containers.folders if beside else ():
+        if any(side.match(name) is not None for name in (file.name, *beside)):
+            raise CheckpointError(f"{file}: {beside[0]} lies beside it, so it {reason}")
 
 
 def _only(folder: Path, candidates: list[str], names: list[str]) -> Choice:

@@ -16,7 +16,7 @@ from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
 from keymap.source.config import is_model_type, model_type, read_config
 from keymap.source.detect import Detection, check_refused, claim, claims
 from keymap.source.flatten import everything, training
-from keymap.source.folder import Choice, choose_file, refuse_hub_id
+from keymap.source.folder import Choice, choose_file, refuse_hub_id, refuse_part
 from keymap.source.hubs import Asked, PathLike, ask_each
 from keymap.source.quantized import is_float8, refuse_adapters, refuse_scaled_float8
 from keymap.source.registry import Catalogue, path_text
@@ -224,6 +224,8 @@ def _opened_in_each(
         choice = Choice((file_path,), ())
         if os.path.isdir(file_path):  # without permission this is False, not an error
             choice = choose_file(file_path, known.containers)
+        else:
+            refuse_part(file_path, known.containers)
         files = choice.files
         if files not in checkpoints:
             is_one = len(files) == 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from importlib.metadata import distribution, entry_points
+from importlib.metadata import EntryPoint, distribution, entry_points
 from pathlib import Path
 
 from keymap.errors import KeymapError, MappingError
@@ -32,12 +32,16 @@ __all__ = [
     "Catalogue",
     "Registry",
     "hubs",
+    "installed_files",
     "list_formats",
     "path_text",
     "register_mappings",
     "registry",
     "yaml_files",
 ]
+
+
+_GROUP = "keymap.mappings"  # of the entry points of other packages
 
 
 def path_text(path: object, error: type[KeymapError], advice: str) -> str:
@@ -290,6 +294,36 @@ class Registry:
         return dict(zip(files, (mapping.name for mapping in added), strict=True))
 
 
+def installed_files() -> list[Path]:
+    """The mapping files of all other packages that are installed.
+
+    Raises:
+        MappingError: an entry point is broken.
+    """
+    points = sorted(entry_points(group=_GROUP), key=lambda point: point.name)
+    return [file for point in points for file in _files_of(point)]
+
+
+def _files_of(point: EntryPoint) -> list[Path]:
+    """The mapping files of an installed package.
+
+    Raises:
+        MappingError: its entry point cannot be loaded, or gives no path of mappings; the message names both.
+    """
+    package = point.dist.name if point.dist is not None else "an unknown package"
+    where = f"the entry point {point.name} = {point.value} of {package} (group {_GROUP})"
+    advice = "correct it, or uninstall the package"
+    try:
+        location = point.load()
+        location = location() if callable(location) else location
+    except Exception as error:  # of code that keymap does not know
+        raise MappingError(f"{where} fails with {type(error).__name__}: {brief(str(error))}; {advice}") from error
+    try:
+        return yaml_files(Path(path_text(location, MappingError, "the entry point must be a path, or return one")))
+    except MappingError as error:
+        raise MappingError(f"{where}: {error}; {advice}") from error
+
+
 _registry: list[Registry] = []
 
 
@@ -298,10 +332,7 @@ def hubs() -> Registry:
     if not _registry:
         own = data_folder("mappings")
         shipped = sorted(own.rglob("*.yaml"))
-        others: list[Path] = []
-        for point in sorted(entry_points(group="keymap.mappings"), key=lambda p: p.name):
-            location = point.load()
-            others += yaml_files(Path(location() if callable(location) else location))
+        others = installed_files()
         files = {path: read_header(path, str(path)) for path in shipped}
         files |= {path: read_header(path, shown_path(path)) for path in others}
         _registry.append(Registry(files, _release(own), frozenset(others)))

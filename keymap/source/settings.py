@@ -89,7 +89,15 @@ class Compared(NamedTuple):
 def compared(
     hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]
 ) -> tuple[Compared, ...]:
-    """Every setting that matters for these towers and that the model has, beside the source's."""
+    """Every setting that matters for these towers and that the model has, beside the source's.
+
+    What the hub fixes for all its models is compared where the source states it.
+    """
+    fixed = {name: value for name, value in hub.fixed.items() if name in settings.facts}
+    return _rows(hub, towers, settings, {**model, **fixed})
+
+
+def _rows(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[Compared, ...]:
     rows = []
     for name, fact in _comparable(hub, towers, model):
         value, origin = settings.facts.get(name, (None, ""))
@@ -113,13 +121,18 @@ def differences(hub: Format, rows: Iterable[Compared]) -> tuple[str, ...]:
 def unlike_target(hub: Format, target: Format, stated: Mapping[str, tuple[Scalar, str]]) -> tuple[str, ...]:
     """One text for each setting of a source that differs from what a format's code fixes for all its files.
 
+    What the hub fixes for all its models counts, too, unless the format's configuration can say it.
+
     Args:
         hub: of both.
         target: the format that is written.
         stated: value and origin of each setting of the source.
     """
-    towers = {name.partition(".")[0] for name in target.fixed}
-    rows = compared(hub, towers, Settings(facts=stated), target.fixed)
+    says = target.config.facts if target.config is not None else {}
+    fixed = {**{name: value for name, value in hub.fixed.items() if target is hub or name not in says}, **target.fixed}
+    towers = {name.partition(".")[0] for name in fixed}
+    own = {name: entry for name, entry in stated.items() if name in fixed}
+    rows = _rows(hub, towers, Settings(facts=own), fixed)
     return tuple(
         f"{row.label}: {_source_text(row)} in the source ({row.origin}), and {target.name} means "
         f"{config_text(row.model)}: what reads the file computes something else"

@@ -209,6 +209,15 @@ towers:
 """
 
 
+def with_entry_point(folder, value):
+    """The environment of a process that has a package with this entry point, whose modules are in the folder."""
+    info = folder / "mine_mappings-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-mappings\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[keymap.mappings]\nmine = {value}\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+
+
 @pytest.mark.parametrize("value", ["mine_mappings:FOLDER", "mine_mappings:folder"])
 def test_a_package_adds_mappings_by_an_entry_point(value, tmp_path):
     (tmp_path / "mine_mappings.py").write_text(
@@ -221,15 +230,36 @@ def test_a_package_adds_mappings_by_an_entry_point(value, tmp_path):
     form = own.format(name="my_format", kind="hub: my_hub", key="l") + "    l.weight: layer.weight\n"
     (tmp_path / "maps" / "my_hub.yaml").write_text(hub)
     (tmp_path / "maps" / "my_format.yaml").write_text(form)
-    info = tmp_path / "mine_mappings-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-mappings\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[keymap.mappings]\nmine = {value}\n")
-    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    place = with_entry_point(tmp_path, value)
     code = "import keymap; print(keymap.list_formats()['mine'], *keymap.list_formats('my_hub'), "
     code += "*keymap.convert_state_dict({'l.weight': __import__('torch').ones(1)}, 'my_hub'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
     assert done.stdout.strip() == "names of my own my_format my_hub layer.weight", done.stderr
+    (tmp_path / "next.yaml").write_text(form.replace("my_format", "next").replace("l.weight:", "k.weight:", 1))
+    (tmp_path / "next.yaml").write_text((tmp_path / "next.yaml").read_text().replace("[l.", "[k."))
+    command = [sys.executable, "-m", "keymap", "check", str(tmp_path / "next.yaml"), str(tmp_path / "maps")]
+    done = subprocess.run(command, capture_output=True, text=True, env=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("mine_mappings", "<module> is not a path"),
+        ("mine_mappings:number", "3 is not a path"),
+        ("mine_mappings:nothing", "AttributeError"),
+        ("lacking:folder", "ModuleNotFoundError"),
+        ("mine_mappings:broken", "ZeroDivisionError"),
+        ("mine_mappings:nowhere", "the file does not exist"),
+    ],
+)
+def test_a_broken_entry_point_is_named_with_its_package(value, words, tmp_path):
+    broken = "def broken(): 1 / 0\nnumber = 3\nnowhere = '/nowhere/at/all'\n"
+    (tmp_path / "mine_mappings.py").write_text(broken)
+    place = with_entry_point(tmp_path, value)
+    code = "import keymap\ntry: keymap.list_formats()\nexcept keymap.MappingError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=place)
+    assert f"the entry point mine = {value} of mine-mappings" in done.stdout and words in done.stdout, done.stderr
 
 
 def test_a_mapping_is_checked_whenever_it_is_read(tmp_path):

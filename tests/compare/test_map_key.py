@@ -155,6 +155,9 @@ def test_arguments_that_are_no_names_are_refused(arguments):
         ("vit.encoder.layer.3.attention.attention.query.weight", "blocks.3.attn.qkv.weight"),
         ("deit.encoder.layer.3.attention", "blocks.3.attn"),
         ("vit.layers.3.attention.q_proj.bias", "blocks.3.attn.qkv.bias"),
+        ("vit.layers.3.attention.q_proj", "blocks.3.attn.qkv"),
+        ("layers.3.mlp.fc1", "blocks.3.mlp.fc1"),
+        ("layers.3.layernorm_before", "blocks.3.norm1"),
     ],
 )
 def test_names_that_a_format_reads_by_its_aliases_are_mapped(name, there):

@@ -10,7 +10,7 @@ import torch
 from checks import assert_bits, refused
 from peers.families import example, gemma, gpt2, llama, mixture_of_experts
 from peers.language_models import written
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import keymap
 from keymap.source.registry import hubs
@@ -297,3 +297,61 @@ def test_without_a_model_the_number_of_layers_is_asked_for_or_read_from_the_conf
     keymap.convert_checkpoint(path, tmp_path / "out.safetensors", to="mixture_of_experts")
     keymap.load_checkpoint(again := made.model(), tmp_path / "out.safetensors")
     assert_bits(again, made.expected)
+
+
+@pytest.mark.parametrize(("version", "warned"), [(0, True), (1.0, True), (2, False), (3, False), (3.0, False)])
+def test_the_order_of_an_old_version_of_megatron_is_warned_of(version, warned, tmp_path):
+    made = example("gpt2", "megatron_gpt2")
+    torch.save({"model": dict(made.file), "checkpoint_version": version, "iteration": 1}, tmp_path / "x.pt")
+    plan = keymap.plan_load(gpt2.gpt2(), tmp_path / "x.pt")
+    assert [f"checkpoint_version = {version}" in text for text in plan.warnings] == [True] * warned
+    assert "order of the rows of q and k and v" not in plan.unverified
+    facts = {"text.heads": gpt2.HEADS, "text.vocab": gpt2.VOCAB}
+    written = keymap.convert_checkpoint(tmp_path / "x.pt", tmp_path / "y.safetensors", "gpt2", facts=facts)
+    assert any("checkpoint_version" in note for note in written.notes) == warned
+
+
+def test_more_rows_than_padding_explains_are_refused(tmp_path):
+    made, key = example("gpt2", "megatron_gpt2"), "language_model.embedding.word_embeddings.weight"
+    for rows in (130, 64 * 128 + 128):
+        file = {**made.file, key: torch.rand(rows, gpt2.WIDTH)}
+        refused(gpt2.gpt2(), saved(file, tmp_path / f"{rows}.safetensors"), "are no padding")
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.ln_f.bias", "transformer.h.1.mlp.c_fc.bias", "transformer.h.0.ln_1.bias"]
+)
+def test_a_nanogpt_that_lacks_one_bias_is_refused(name, tmp_path):
+    file = {key: value for key, value in example("gpt2", "nanogpt").file.items() if key != name}
+    refused(gpt2.gpt2(), saved(file, tmp_path / "x.safetensors"), f"missing keys: {name}")
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "nanogpt without biases", "megatron_gpt2"])
+def test_files_with_a_head_load_into_a_model_without_one(name, tmp_path):
+    made, model, whole = example("gpt2", name), gpt2.gpt2("GPT2Model", seed=5), gpt2.gpt2(seed=6)
+    file = saved(made.file, tmp_path / "x.safetensors")
+    keymap.load_checkpoint(whole, file)
+    keymap.load_checkpoint(model, file)
+    theirs = {key.removeprefix("transformer."): value for key, value in whole.state_dict().items()}
+    assert_bits(model, {key: value for key, value in theirs.items() if key != "lm_head.weight"})
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2Model"])
+def test_a_gpt2_without_any_bias_is_read_again_and_one_that_lacks_some_is_refused(kind, tmp_path):
+    made, model, want = example("gpt2", "nanogpt without biases"), gpt2.gpt2(kind, seed=5), gpt2.gpt2(kind, seed=6)
+    file = saved(made.file, tmp_path / "nano.safetensors")
+    keymap.convert_checkpoint(file, tmp_path / "hub.safetensors", "gpt2")
+    keymap.load_checkpoint(want, file)
+    hub = load_file(tmp_path / "hub.safetensors")
+    file = saved({key: value for key, value in hub.items() if key != "lm_head.weight"}, tmp_path / "base.safetensors")
+    keymap.load_checkpoint(model, file)
+    assert_bits(model, dict(want.state_dict()))
+    back = keymap.convert_state_dict(hub, "nanogpt")
+    assert back.keys() == made.file.keys()
+    for name in ("transformer.h.1.ln_2.bias", "transformer.ln_f.bias"):
+        state = load_file(file) | {name: torch.zeros(gpt2.WIDTH)}
+        refused(gpt2.gpt2(kind), saved(state, tmp_path / "some.safetensors"), "missing from the file")
+    state = {key: value for key, value in gpt2.gpt2().state_dict().items() if key != name and key != "lm_head.weight"}
+    refused(
+        gpt2.gpt2(kind), saved(state, tmp_path / "one.safetensors"), "1 of the model's keys is missing", "ln_f.bias"
+    )

@@ -82,3 +82,30 @@ def test_a_format_without_a_place_for_it_is_written_only_if_it_has_the_value(mod
         keymap.convert_state_dict(model.state_dict(), "without")
     keymap.load_checkpoint(model, saved(tmp_path, "w0", "w1"))
     assert set(keymap.convert_state_dict(model.state_dict(), "without")) == {"w0", "w1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "lacking", "loads"),
+    [
+        ("{value: 0, together: true}", ["layers.0.bias", "layers.1.bias"], True),
+        ("{value: 0, together: true}", ["layers.1.bias"], False),
+        ("0", ["layers.0.bias", "layers.1.bias"], False),
+    ],
+)
+def test_a_file_of_the_hub_may_lack_all_keys_of_a_pattern_where_it_says_so(
+    words, lacking, loads, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(registry_module, "_registry", [hubs()])
+    (tmp_path / "plain.yaml").write_text(
+        HUB.replace("bias: 0", f"bias: {words}").replace(", layers.0.bias]", "]"), encoding="utf-8"
+    )
+    keymap.register_mappings(tmp_path / "plain.yaml")
+    source, model = Model(), Model()
+    torch.save({k: v for k, v in source.state_dict().items() if k not in lacking}, tmp_path / "x.pt")
+    if loads:
+        keymap.load_checkpoint(model, tmp_path / "x.pt")
+        assert model.layers[0].bias.abs().max() == model.layers[1].bias.abs().max() == 0
+        assert torch.equal(model.layers[1].weight, source.layers[1].weight)
+    else:
+        with pytest.raises(keymap.PlanError, match=r"layers\.1\.bias"):
+            keymap.load_checkpoint(model, tmp_path / "x.pt")

@@ -773,4 +773,14 @@ def test_tensors_cut_into_too_many_keys_are_no_load_in_part_either():
     few, many = ({f"k{n}.x": whole(f"k{n}.x", (4_000, 1), torch.float32) for n in range(count)} for count in (2, 4))
     assert not apply_rules(table, few, {}).faults
     (fault,) = apply_rules(table, many, {}).faults
-    assert fault.fatal and "more than 10400 keys" in fault.text  # 10,000, and 100 for each key of the file
+    assert (
+        fault.fatal and "more than 10416 keys" in fault.text
+    )  # 10,000, 100 for each key, and 1 for each 1000 elements
+
+
+def test_a_large_tensor_is_cut_into_more_slices_than_a_small_one():
+    table = RuleTable(compiled("w: {to: 'visual.<l>', unstack: l}").rules)
+    large, small = (whole("w", (12_000, width), torch.float32) for width in (200, 2))
+    found = apply_rules(table, {"w": large}, {})
+    assert not found.faults and len(found.out) == 12_000
+    assert "too much to cut apart" in apply_rules(table, {"w": small}, {}).faults[0].text

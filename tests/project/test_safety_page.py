@@ -56,6 +56,7 @@ def test_the_page_states_the_limits_of_the_code() -> None:
     assert row("what rules produce") == [
         apply._MAX_SLICES,
         apply._MAX_SLICES_OF_EACH,
+        apply._ELEMENTS_OF_SLICE,
         apply._MAX_LACKING,
         apply._MAX_MADE_UP,
     ]

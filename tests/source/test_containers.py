@@ -127,6 +127,37 @@ def test_an_ambiguous_folder_is_refused(files, words, tmp_path):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["consolidated.00.pth", "consolidated.01.pth"], "in tensor-parallel parts; join the parts"),
+        (["model0-mp2.safetensors", "model1-mp2.safetensors"], "in tensor-parallel parts"),
+        (["rank0.safetensors", "rank1.safetensors"], "in the parts of several devices"),
+    ],
+)
+def test_one_part_of_such_a_folder_is_refused_by_its_path(files, words, tmp_path):
+    for name in files:
+        (save_file if name.endswith("safetensors") else torch.save)(state(), tmp_path / name)
+    model = openclip.clip(seed=9)
+    before = bits(model)
+    for name in files:
+        for strict in (True, False):
+            with pytest.raises(keymap.CheckpointError, match=f"{name}: .* beside it, so it .*{words}"):
+                keymap.load_checkpoint(model, tmp_path / name, strict)
+        with pytest.raises(keymap.CheckpointError, match=words):
+            keymap.convert_checkpoint(tmp_path / name, tmp_path / "out.safetensors", "open_clip")
+    assert_unchanged(model, before)
+
+
+def test_a_file_beside_parts_of_another_name_is_no_part(tmp_path):
+    save_file(state(), tmp_path / "model0.safetensors")
+    (tmp_path / "consolidated.01.pth").write_bytes(b"x")
+    (tmp_path / "model1-mp2.safetensors").write_bytes(b"x")
+    model = openclip.clip(seed=9)
+    keymap.load_checkpoint(model, tmp_path / "model0.safetensors")
+    assert holds(model, state())
+
+
 def test_links_of_a_download_cache_are_followed(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
