@@ -171,10 +171,11 @@ def save_checkpoint(
     known = asked.known
     target, place = target_format(known, asked.to), _destination(destination)
     opened, own = open_model(model, known, state)
-    stated = {name: (value, "the model") for name, value in own.items()}
+    reading = only_reading(opened)
+    stated = {**reading.settings.facts, **{name: (value, "the model") for name, value in own.items()}}
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
-    planned = export(only_reading(opened), target, request_for_towers(towers, known.hub), sizes_of(given))
-    result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress))
+    planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
+    result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress), model)
     return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated)))
 
 
@@ -185,12 +186,13 @@ def _name(to: PathLike) -> PathLike:
 
 
 class _Options(NamedTuple):
-    """How to write; see `convert_checkpoint`."""
+    """How to write; see `convert_checkpoint`. With ``one_file`` what reads the weights knows no shards."""
 
     dtype: str | torch.dtype | None
     max_shard_size: int | str | None
     overwrite: bool
     progress: Progress | None
+    one_file: bool = False
 
 
 class _Place(NamedTuple):
@@ -219,7 +221,12 @@ def _destination(destination: object) -> _Place:
 
 
 def _written(
-    planned: Export, place: _Place, given: Mapping[str, Scalar], sources: Sequence[Path], options: _Options
+    planned: Export,
+    place: _Place,
+    given: Mapping[str, Scalar],
+    sources: Sequence[Path],
+    options: _Options,
+    model: nn.Module | None = None,
 ) -> WriteResult:
     """Write a file or a folder."""
     path, overwrite = place.path, checked_flag("overwrite", options.overwrite)
@@ -227,7 +234,8 @@ def _written(
         return _write(planned, path, {}, sources, options)
     repository = repository_of(planned)
     check_folder(path, sources, overwrite)
-    texts, notes = repository_files(planned, given)
+    texts, notes = repository_files(planned, given, model)
+    options = options._replace(one_file=repository.one_file)
     if path.is_dir() and any(path.iterdir()):
         result = _write(planned, path / repository.weights, texts, sources, options)
         return result._replace(notes=(*result.notes, *notes))
@@ -260,7 +268,13 @@ def _write(
         name = planned.target.name
         raise VerifyError(f"{planned.source.file} cannot be written as {name}", [text for _, text in failed])
     items = items_of(planned, parse_dtype(options.dtype))
-    parts = shards_of(path, items, _bytes(options.max_shard_size))
+    limit, nbytes = _bytes(options.max_shard_size), sum(item.nbytes for item in items.values())
+    if options.one_file and limit is not None and nbytes > limit:
+        raise PlanError(
+            f"max_shard_size={options.max_shard_size!r} would cut {nbytes:,} bytes into shards, and what reads a "
+            f"folder of {planned.target.name} knows no shards; leave max_shard_size out"
+        )
+    parts = shards_of(path, items, limit)
     index = {f"{path.name}.index.json": index_text(parts, items)} if len(parts) > 1 else {}
     beside = {path.with_name(name): text for name, text in {**index, **texts}.items()}
     files = [*parts, *beside]
@@ -269,7 +283,7 @@ def _write(
     earlier = check_set(path, files[: len(parts) + len(index)], sources, options.overwrite)
     metadata = planned.source.metadata if path.suffix == ".safetensors" else {}
     with _stopped_by_progress(path), whole_files(files) as written:
-        counter = Counter(options.progress, sum(item.nbytes for item in items.values()))
+        counter = Counter(options.progress, nbytes)
         for place, keys in zip(written, parts.values(), strict=False):
             some_items = {key: items[key] for key in keys}
             write_container(

@@ -82,6 +82,7 @@ def compile_facts(compiler: Compiler) -> dict[str, Fact]:
             entry.get("present", False),
             entry.get("only", {}),
             entry.get("formerly", ""),
+            entry.get("kind", ""),
         )
 
     return {name: fact(name, value) for name, value in compiler.facts.items()}
@@ -191,7 +192,7 @@ def compile_config(compiler: Compiler) -> Config | None:
     types = tuple(name for _, block in blocks for name in block.get("model_types", ()))
     different = tuple(own.get("distinguishes", ()))
     file, inside = joined.get("file", ""), joined.get("inside", "")
-    return Config(file, image, patch, facts, defaults, types, different, inside)
+    return Config(file, image, patch, facts, defaults, types, different, inside, joined.get("model", ""))
 
 
 def _places(value: Any, compiler: Compiler, where: Where, starts: list[str], named: tuple[str, ...]) -> Iterator[Place]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keymap.language.compile_rules import Compiler
-from keymap.language.format import Alike, Cases, Computed, Length, Repository, Template, config_text
+from keymap.language.format import Alike, Cases, Computed, Kept, Length, Refusal, Repository, Template, config_text
 from keymap.language.yaml_marks import Path as Where
 
 __all__ = ["compile_repository"]
@@ -27,17 +27,27 @@ def compile_repository(compiler: Compiler) -> Repository | None:
         Alike(tuple(group["facts"]), compiler.evidence(group.get("when", {}), ("repository", "alike", number)))
         for number, group in enumerate(data.get("alike", ()))
     ]
-    return Repository(data["weights"], files, requires, when, tuple(alike))
+    refuse = [
+        Refusal(item["why"], compiler.evidence(item["when"], ("repository", "refuse", number, "when")))
+        for number, item in enumerate(data.get("refuse", ()))
+    ]
+    one_file = bool(data.get("one_file"))
+    instead = data.get("instead", {})
+    return Repository(data["weights"], files, requires, when, tuple(alike), tuple(refuse), one_file, instead)
 
 
 def _template(compiler: Compiler, value: Any, where: Where) -> Template:
-    """A section, a list, cases, a computed value, or a value that is written as it is."""
+    """A section, a list, cases, a computed or a kept value, or a value that is written as it is."""
     if isinstance(value, list):
         return [_template(compiler, inner, (*where, number)) for number, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
     if value.keys() & {"from", "fact", "value"}:
         return _computed(compiler, value, where)
+    if "kept" in value:
+        paths = value["kept"]
+        listed = (paths,) if isinstance(paths, str) else tuple(paths)
+        return Kept(listed, tuple(value.get("model", ())), value.get("label", ""), value.get("only", ""))
     if value.keys() == {"cases"}:
         cases = value["cases"].items()
         return Cases(tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases))
@@ -64,6 +74,7 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
         _length(compiler, data["over"], where) if "over" in data else None,
         data.get("absent"),
         bool(data.get("optional")),
+        _length(compiler, data["divides"], where) if "divides" in data else None,
     )
 
 

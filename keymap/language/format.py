@@ -25,6 +25,7 @@ __all__ = [
     "Fact",
     "Format",
     "Ignored",
+    "Kept",
     "Length",
     "Place",
     "Position",
@@ -172,7 +173,7 @@ class Config(NamedTuple):
     ``file`` is the name of a file, ``inside`` that of a dict in the checkpoint; one of them may be empty. ``defaults``
     are what the format's code takes where a configuration leaves a fact out; ``model_types`` the values of
     ``model_type``, in the file or in a section, that belong to the format; ``distinguishes`` the formats with the same
-    keys that ``model_type`` tells apart.
+    keys that ``model_type`` tells apart; ``model`` the attribute of a model in memory that holds the same.
     """
 
     file: str
@@ -183,6 +184,7 @@ class Config(NamedTuple):
     model_types: tuple[str, ...] = ()
     distinguishes: tuple[str, ...] = ()
     inside: str = ""
+    model: str = ""
 
 
 class Length(NamedTuple):
@@ -197,6 +199,9 @@ class Length(NamedTuple):
     side: Side | None
     axis: int | None
     exists: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.side}" if self.axis is None else f"{self.side}[{self.axis}]"
 
 
 class Computed(NamedTuple):
@@ -214,6 +219,7 @@ class Computed(NamedTuple):
         over: what the number is divided by, as a fraction.
         absent: the value if there is no such key; None leaves it out.
         optional: left out if the fact is not known or has no word.
+        divides: a length that the value must divide.
     """
 
     fact: str
@@ -229,6 +235,7 @@ class Computed(NamedTuple):
     over: Length | None = None
     absent: Scalar | None = None
     optional: bool = False
+    divides: Length | None = None
 
 
 class Cases(NamedTuple):
@@ -237,7 +244,23 @@ class Cases(NamedTuple):
     cases: tuple[tuple[Side | None, Template], ...]
 
 
-Template = Any  # a dict or a list of templates, a Computed, Cases, or a value that is written as it is
+class Kept(NamedTuple):
+    """A value that no weight shows, as the source has it.
+
+    Attributes:
+        paths: in the source's own file of the same name, if it is of the same format; the first that it has counts.
+        attributes: of a model in memory; the first that it has counts.
+        label: what it is, for a note where it is not known; "" for no note.
+        only: a fact without which the value does not matter; "" for none.
+    """
+
+    paths: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+    label: str = ""
+    only: str = ""
+
+
+Template = Any  # a dict or a list of templates, a Computed, Cases, Kept, or a value that is written as it is
 
 
 class Alike(NamedTuple):
@@ -261,6 +284,9 @@ class Repository(NamedTuple):
         requires: the values that settings must have, by the hub's names: the format's code allows no others.
         when: evidence on the keys that are written; without it there is no folder.
         alike: groups of facts that must be equal, because the files have one value for them.
+        refuse: evidence on the keys that are written of what no class of the format opens, and what to do.
+        instead: of a required setting, other settings and their values; with one of them it need not be known.
+        one_file: the weights are one file; what reads the folder knows no shards.
         none: why there is no such folder; "" where there is one.
     """
 
@@ -269,6 +295,9 @@ class Repository(NamedTuple):
     requires: Mapping[str, tuple[Scalar, ...]] = {}
     when: Evidence = Evidence()
     alike: tuple[Alike, ...] = ()
+    refuse: tuple[Refusal, ...] = ()
+    one_file: bool = False
+    instead: Mapping[str, Mapping[str, Scalar]] = {}
     none: str = ""
 
 
@@ -284,6 +313,7 @@ class Fact(NamedTuple):
         present: the fact is whether the attribute holds anything.
         only: facts of the model under which this one matters.
         formerly: the name that the fact had before.
+        kind: what its value is: a count from 1 on, an index from 0 on, a positive number, a flag or a word; "" for any.
     """
 
     paths: tuple[tuple[str, int | str], ...]
@@ -293,6 +323,7 @@ class Fact(NamedTuple):
     present: bool = False
     only: Mapping[str, Scalar] = {}
     formerly: str = ""
+    kind: str = ""
 
 
 class Configuration(NamedTuple):

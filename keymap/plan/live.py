@@ -12,11 +12,12 @@ from torch import nn
 from keymap.errors import PlanError
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Scalar
-from keymap.plan.model import State, view_model
+from keymap.plan.model import State, attribute, view_model
 from keymap.plan.request import sizes_of
 from keymap.plan.twins import lazy_state
+from keymap.source.config import settings_in
 from keymap.source.hubs import Asked
-from keymap.source.open import Opened, open_tree
+from keymap.source.open import Opened, Source, open_tree
 
 __all__ = ["open_model", "plain_values"]
 
@@ -43,7 +44,20 @@ def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -
     opened = open_tree(Asked(known, known.hub.name), lazy, None, sizes_of(facts))
     if opened.top[0].found is None:  # perhaps a model of another library, whose names are those of a format
         opened = open_tree(Asked(known), lazy, None, sizes_of(facts))
-    return replace(opened, file=_NAME, top=tuple(source._replace(file=_NAME) for source in opened.top)), facts
+    return replace(opened, file=_NAME, top=tuple(_named(source, model) for source in opened.top)), facts
+
+
+def _named(source: Source, model: nn.Module) -> Source:
+    """The source with the model's name, and the settings of the configuration that a model of its library holds."""
+    config = source.found.mapping.config if source.found is not None else None
+    held = attribute(model, config.model) if config is not None and config.model else None
+    try:
+        data = held if isinstance(held, dict) else held.to_dict()  # type: ignore[union-attr]
+    except Exception:  # it has none, or one that keymap does not know
+        return source._replace(file=_NAME)
+    assert source.found is not None and config is not None, "only a format's configuration is looked for"
+    settings = settings_in(data, source.found.mapping, f"{config.model} of the model")
+    return source._replace(file=_NAME, settings=settings)
 
 
 def _values(key: str, tensor: torch.Tensor) -> torch.Tensor:

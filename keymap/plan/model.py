@@ -16,7 +16,7 @@ from keymap.errors import PlanError, some
 from keymap.language.format import Fact, Format, Scalar
 from keymap.language.layout import Layout, whole
 
-__all__ = ["ModelView", "State", "has_memory", "modules_of", "state_of", "view_model"]
+__all__ = ["ABSENT", "ModelView", "State", "attribute", "has_memory", "modules_of", "state_of", "view_model"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,7 +71,7 @@ class ModelView:
         return {key: whole(key, tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
 
 
-_ABSENT = object()
+ABSENT = object()
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,8 +109,8 @@ def _is_scripted(model: nn.Module) -> bool:
     return False
 
 
-def _attribute(model: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path, or ``_ABSENT``."""
+def attribute(model: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path, or ``ABSENT``."""
     value: Any = model
     for name in path.split("."):
         inner = value._modules.get(name) if isinstance(value, nn.Module) else None
@@ -118,10 +118,10 @@ def _attribute(model: nn.Module, path: str) -> Any:
             if inner is not None:
                 value = inner
             else:
-                value = value.get(name, _ABSENT) if isinstance(value, dict) else getattr(value, name, _ABSENT)
+                value = value.get(name, ABSENT) if isinstance(value, dict) else getattr(value, name, ABSENT)
         except Exception:  # of a property that keymap does not know
-            return _ABSENT
-        if value is _ABSENT or value is None:
+            return ABSENT
+        if value is ABSENT or value is None:
             return value
     return value
 
@@ -129,8 +129,8 @@ def _attribute(model: nn.Module, path: str) -> Any:
 def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
     """A fact as the model has it, and where: a number, (h, w), a word, or whether an attribute holds anything."""
     for path, divide in fact.paths:
-        value = _attribute(model, path)
-        if value is _ABSENT:
+        value = attribute(model, path)
+        if value is ABSENT:
             continue
         if fact.present:
             return value is not None, path
@@ -139,7 +139,7 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
             value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
         if isinstance(value, (str, bool, float)):
             return value, path
-        by = _attribute(model, divide) if isinstance(divide, str) else divide
+        by = attribute(model, divide) if isinstance(divide, str) else divide
         if not isinstance(by, int) or by < 1:
             continue
         if isinstance(value, int):

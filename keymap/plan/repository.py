@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import inf, isqrt, nextafter
+from math import inf, isfinite, isqrt, nextafter
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from keymap.errors import PlanError
-from keymap.language.format import Cases, Computed, Format, Length, Repository, Scalar, Template, config_text
+from keymap.language.format import Cases, Computed, Format, Kept, Length, Repository, Scalar, Template, config_text
 from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.plan.describe import describe, recorded_facts
 from keymap.plan.export import Export, Target
+from keymap.plan.model import ABSENT, attribute
 from keymap.plan.to_hub import tower_of
+from keymap.source.config import own_file, value_at
 from keymap.source.detect import matching_keys
 from keymap.source.settings import Unknown, in_hub_words
 
 __all__ = ["FolderTexts", "repository_files", "repository_of"]
 
+_KINDS = {
+    "count": "whole number from 1 on",
+    "index": "whole number from 0 on",
+    "positive": "positive number",
+    "flag": "true or false",
+    "word": "word",
+}
 _ABSENT = object()  # no tensor shows it
 
 
@@ -54,16 +66,20 @@ def repository_of(planned: Export) -> Repository:
             f"{planned.target.name} has no layout of a folder for these towers; pass a file, for example one that ends "
             f"with .safetensors"
         )
+    for refusal in repository.refuse:
+        if matching_keys(refusal.when, keys) is not None:
+            raise PlanError(f"a folder of {planned.target.name} cannot be written: {refusal.why}")
     return repository
 
 
-def repository_files(planned: Export, given: Mapping[str, Scalar]) -> FolderTexts:
+def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Module | None = None) -> FolderTexts:
     """The JSON files of a folder.
 
     Args:
         planned: the conversion.
         given: settings by the hub's names: those of the model, or of the caller. They come before the source's own, and
             names of recorded configurations of exactly these sizes come last.
+        model: the model that is written, for values that no weight shows; None for a file.
 
     Raises:
         PlanError: as `repository_of`; a setting is not known, or the format's code does not allow its value.
@@ -75,8 +91,11 @@ def repository_files(planned: Export, given: Mapping[str, Scalar]) -> FolderText
     recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
     facts = {**{name: value for name, (value, _) in recorded.items()}, **source, **given}
     known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
-    writer = _Writer(planned.tensors, hub, known)
-    data = {name: writer.section(template) for name, template in repository.files.items()}
+    writer = _Writer(planned.tensors, hub, known, model)
+    data = {}
+    for name, template in repository.files.items():
+        writer.begin(name, _own_file(planned, name) if model is None else None)
+        data[name] = writer.section(template)
     faults = _faults(planned, repository, keys, writer)
     if faults:
         files = " and ".join(repository.files)
@@ -86,7 +105,38 @@ def repository_files(planned: Export, given: Mapping[str, Scalar]) -> FolderText
         f"{name} = {config_text(recorded[name][0])}, as in the configuration of these sizes: {recorded[name][1]}"
         for name in taken
     )
+    notes = (*notes, *writer.lost)
     return FolderTexts({name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}, notes)
+
+
+def _own_file(planned: Export, name: str) -> Any:
+    """The source's own file of this name, where the source has the format that is written; None where it has none."""
+    source = planned.source
+    if source.found is None or source.found.mapping.name != planned.target.name:
+        return None
+    return own_file(Path(source.file), source.metadata, name)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; ``_ABSENT`` for anything else."""
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return _ABSENT if _ABSENT in items else items
+    if isinstance(value, Mapping):
+        pairs = {name: _plain(inner) for name, inner in value.items() if isinstance(name, str)}
+        return {name: inner for name, inner in pairs.items() if inner is not _ABSENT}
+    if isinstance(value, float) and not isfinite(value):
+        return _ABSENT
+    return value if value is None or isinstance(value, (str, bool, int, float)) else _ABSENT
+
+
+def _is_of_kind(kind: str, value: Scalar) -> bool:
+    """Whether the value of a fact is of its kind, see `Fact`."""
+    if kind in ("word", "flag"):
+        return type(value) is (str if kind == "word" else bool)
+    if kind == "positive":
+        return type(value) in (int, float) and 0 < float(value) < inf
+    return type(value) is int and value >= (kind == "count")
 
 
 def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout], writer: _Writer) -> list[str]:
@@ -94,7 +144,7 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     hub, known = writer.hub, writer.known
     written = {tower_of(hub, key) for key in planned.hub}
     needed = {name: allowed for name, allowed in repository.requires.items() if name.partition(".")[0] in written}
-    required = {name: None for name in needed if writer.lacks(name)}
+    required = {name: None for name in needed if writer.lacks(name) and not _instead(repository, name, known)}
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
     faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
@@ -107,6 +157,11 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
             f"configuration beside it"
         )
     return faults
+
+
+def _instead(repository: Repository, name: str, known: Mapping[str, Scalar]) -> bool:
+    """Whether other settings show what a required one does."""
+    return any(known.get(other) == value for other, value in repository.instead.get(name, {}).items())
 
 
 def _forbidden(needed: Mapping[str, tuple[Scalar, ...]], hub: Format, known: Mapping[str, Scalar]) -> list[str]:
@@ -151,14 +206,41 @@ class _Writer:
         used: the facts that were looked up.
         unknown: the facts that are needed and not known.
         faults: what else is wrong.
+        model: that is written; None for a file.
+        file: that is filled.
+        own: the source's own file of that name; None if it has none.
+        lost: notes on values that are not known.
     """
 
     tensors: Mapping[str, Target]
     hub: Format
     known: Mapping[str, Scalar]
+    model: nn.Module | None = None
+    file: str = ""
+    own: Any = None
+    lost: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     unknown: dict[str, None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+    def begin(self, file: str, own: Any) -> None:
+        """Begin with a file, of which the source has its own, or None."""
+        self.file, self.own = file, own
+
+    def kept(self, kept: Kept) -> Any:
+        """A value as the source has it; ``_ABSENT`` if it has none. A note says where it is not known."""
+        found = (value_at(self.own, path, _ABSENT) for path in kept.paths)
+        if self.model is not None:
+            found = (attribute(self.model, path) for path in kept.attributes)
+        missing = (ABSENT, _ABSENT) if self.model is None else (ABSENT, _ABSENT, None)
+        value = _plain(next((one for one in found if not any(one is absent for absent in missing)), _ABSENT))
+        known = value is not _ABSENT or self.own is not None
+        if not known and kept.label and (not kept.only or kept.only in self.known):
+            self.lost.append(
+                f"{self.file} has no {kept.paths[0]} ({kept.label}): neither the weights nor the source's "
+                f"configuration show it, and what reads the folder takes its default"
+            )
+        return value
 
     def section(self, template: Mapping[str, Template]) -> dict[str, Any]:
         """A section with its values; inner sections of which no tensor is there are left out."""
@@ -169,6 +251,8 @@ class _Writer:
         """A value; ``_ABSENT`` for one that no tensor shows, and for a section or a list of which nothing is there."""
         if isinstance(template, Computed):
             return self.value(template)
+        if isinstance(template, Kept):
+            return self.kept(template)
         if isinstance(template, Cases):
             found = next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
             return self.section(found) if isinstance(found, dict) else self.filled(found)
@@ -230,6 +314,34 @@ class _Writer:
         matters = all(self.known.get(other, value) == value for other, value in self.hub.facts[name].only.items())
         return matters and name not in self.known
 
+    def fits(self, computed: Computed, value: Scalar) -> bool:
+        """Whether a setting is of its kind, and agrees with the shapes; if not, a fault says so."""
+        kind = self.hub.facts[computed.fact].kind
+        if kind and not _is_of_kind(kind, value):
+            fault = f"{config_text(value)!r} is no {_KINDS[kind]}"
+        else:
+            fault = self.unlike_shapes(computed, value)
+        text = f"{computed.fact}: {fault}"
+        if fault and text not in self.faults:
+            self.faults.append(text)
+        return not fault
+
+    def unlike_shapes(self, computed: Computed, value: Scalar) -> str:
+        """What the shapes say against a setting; empty for nothing."""
+        length: Any = self.number(computed.divides) if computed.divides is not None else _ABSENT
+        if type(value) is int and length is not _ABSENT and length % value:
+            return f"{value} does not divide {length}, the length of {computed.divides}"
+        other = computed.others
+        if (
+            other is None
+            or not isinstance(other.divide, str)
+            or not _is_of_kind("count", self.known.get(other.divide, 0))
+        ):
+            return ""
+        shown = self.value(other)
+        by = f"{other.divide} = {self.known[other.divide]}"
+        return "" if shown in (_ABSENT, value) else f"{value}, but by the shapes and {by} it is {shown}"
+
     def setting(self, computed: Computed) -> Any:
         """A setting in the format's own word."""
         value = self.known.get(computed.fact)
@@ -240,6 +352,8 @@ class _Writer:
             if computed.optional or not self.lacks(computed.fact):
                 return _ABSENT
             self.unknown[computed.fact] = None
+            return None
+        if not self.fits(computed, value):
             return None
         if not self.without_word(computed, value):
             return computed.words.get(config_text(value), value)

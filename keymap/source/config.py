@@ -13,7 +13,7 @@ from keymap.language.format import Config, Format, Place, Scalar
 from keymap.read.shards import leads_out
 from keymap.source.settings import Settings, Size, Unknown, config_text
 
-__all__ = ["is_model_type", "model_type", "read_config"]
+__all__ = ["is_model_type", "model_type", "own_file", "read_config", "settings_in", "value_at"]
 
 _MAX_BYTES = 1 << 20
 _MAX_WORD = 200
@@ -50,6 +50,31 @@ def read_config(
             if settings is not None:
                 return settings._replace(facts={**fixed, **settings.facts}, notes=tuple(notes))
     return Settings(facts=fixed, notes=tuple(dict.fromkeys(notes)))
+
+
+def settings_in(data: Any, mapping: Format, origin: str) -> Settings:
+    """The settings that the format fixes, and those of a configuration in memory.
+
+    Args:
+        data: what a file of the format's configuration would hold.
+        mapping: the format.
+        origin: where the data is, for messages.
+    """
+    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
+    settings = _parse(data, mapping.config, origin) if mapping.config is not None else None
+    return Settings(facts=fixed) if settings is None else settings._replace(facts={**fixed, **settings.facts})
+
+
+def own_file(file: Path, metadata: Mapping[str, str], name: str) -> Any:
+    """What a JSON file beside a checkpoint, or in its metadata, holds; None where there is none that can be read."""
+    texts = _config_texts(file, metadata, name)
+    return next((data for _, data, fault in _parsed(texts) if not fault and isinstance(data, dict)), None)
+
+
+def value_at(data: Any, path: str, absent: Any = None) -> Any:
+    """The value at a dotted path; ``absent`` if there is none."""
+    value = _at(data, path)
+    return absent if value is _ABSENT else value
 
 
 def _parse(data: Any, config: Config, origin: str) -> Settings | None:
@@ -113,7 +138,12 @@ def _configurations(
     if isinstance(within, dict):
         plain = {key: value for key, value in within.items() if isinstance(key, str) and type(value) in _PLAIN}
         yield file.name if top else f"{config.inside} in {file.name}", plain, ""
-    for origin, text, fault in _config_texts(file, metadata, config.file) if config.file else ():
+    yield from _parsed(_config_texts(file, metadata, config.file)) if config.file else ()
+
+
+def _parsed(texts: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, Any, str]]:
+    """The values of texts, each with its origin, and the fault of one that cannot be read."""
+    for origin, text, fault in texts:
         data = None
         if not fault:
             try:
