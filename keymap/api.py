@@ -217,7 +217,9 @@ def inspect_checkpoint(
         format=found.mapping.name if found is not None else None,
         evidence=evidence,
         wrapper=unwrapped.wrapper,
-        other_wrappers=tuple(dict.fromkeys((*unwrapped.others, *(other[0].unwrapped.wrapper for other in others)))),
+        other_wrappers=tuple(
+            name for name in dict.fromkeys((*unwrapped.others, *(o[0].unwrapped.wrapper for o in others))) if name
+        ),
         prefixes=unwrapped.prefixes,
         towers=towers,
         configurations=configurations_for(source.known, towers),

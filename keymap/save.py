@@ -36,7 +36,7 @@ from keymap.source.open import open_source
 from keymap.source.registry import path_text
 from keymap.source.settings import unlike_target
 from keymap.write.containers import SUFFIXES, write_container
-from keymap.write.place import check_folder, check_place, check_set, remove, whole_files, whole_folder
+from keymap.write.place import check_folder, check_place, check_set, in_words, whole_files, whole_folder
 from keymap.write.shards import index_text, shards_of
 from keymap.write.tensors import Item, bytes_of_item, items_of, parse_dtype
 
@@ -139,7 +139,9 @@ def convert_checkpoint(
     given = with_own(checked_settings(facts, known), reading.settings.facts, known.hub, opened.file)
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
-    result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
+    result = _written(
+        planned, place, given, sources, _Options(dtype, max_shard_size, checked_flag("overwrite", overwrite), progress)
+    )
     unlike = unlike_target(known.hub, target, reading.settings.facts)
     notes = (*result.notes, *unlike, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
     return result._replace(notes=notes)
@@ -175,7 +177,8 @@ def save_checkpoint(
     stated = {**reading.settings.facts, **{name: (value, "the model") for name, value in own.items()}}
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
-    result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress), model)
+    options = _Options(dtype, max_shard_size, checked_flag("overwrite", overwrite), progress)
+    result = _written(planned, place, given, [], options, model)
     return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated)))
 
 
@@ -205,6 +208,11 @@ class _Place(NamedTuple):
 def _destination(destination: object) -> _Place:
     text = path_text(destination, WriteError, "pass the path of the file or of the folder to write")
     path = Path(text)
+    with in_words(path):
+        return _place(path, text)
+
+
+def _place(path: Path, text: str) -> _Place:
     if path.name in SUFFIXES:
         raise WriteError(f"{path}: has no name before its suffix; pass for example model{path.name}")
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -229,14 +237,15 @@ def _written(
     model: nn.Module | None = None,
 ) -> WriteResult:
     """Write a file or a folder."""
-    path, overwrite = place.path, checked_flag("overwrite", options.overwrite)
+    path, overwrite = place.path, options.overwrite
     if not place.is_folder:
         return _write(planned, path, {}, sources, options)
     repository = repository_of(planned)
-    check_folder(path, sources, overwrite)
+    with in_words(path):
+        check_folder(path, sources, overwrite)
     texts, notes = repository_files(planned, given, model)
     options = options._replace(one_file=repository.one_file)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir():  # it stays: a process may stand in it, or a file system be mounted there
         result = _write(planned, path / repository.weights, texts, sources, options)
         return result._replace(notes=(*result.notes, *notes))
     with whole_folder(path) as inner:
@@ -278,11 +287,12 @@ def _write(
     index = {f"{path.name}.index.json": index_text(parts, items)} if len(parts) > 1 else {}
     beside = {path.with_name(name): text for name, text in {**index, **texts}.items()}
     files = [*parts, *beside]
-    for name in texts:
-        check_place(path.with_name(name), sources)
-    earlier = check_set(path, files[: len(parts) + len(index)], sources, options.overwrite)
+    with in_words(path):
+        for name in texts:
+            check_place(path.with_name(name), sources)
+        earlier = check_set(path, files[: len(parts) + len(index)], sources, options.overwrite)
     metadata = planned.source.metadata if path.suffix == ".safetensors" else {}
-    with _stopped_by_progress(path), whole_files(files) as written:
+    with _stopped_by_progress(path), whole_files(files, earlier) as written:
         counter = Counter(options.progress, nbytes)
         for place, keys in zip(written, parts.values(), strict=False):
             some_items = {key: items[key] for key in keys}
@@ -296,7 +306,6 @@ def _write(
             )
         for place, text in zip(written[len(parts) :], beside.values(), strict=True):
             place.write_text(text, encoding="utf-8")
-    remove(earlier)
     found = planned.source.found
     return WriteResult(
         tuple(map(str, files)),

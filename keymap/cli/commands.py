@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -50,12 +51,16 @@ def _checked_page(file: str, sources: Sequence[Path]) -> Path:
     Raises:
         WriteError: it does not end as a page does, or cannot be written.
     """
-    from keymap.write.place import check_place
+    from keymap.write.place import check_place, in_words
 
     path = Path(file)
     if path.suffix not in (".html", ".htm"):
         raise keymap.WriteError(f"--html {shlex.quote(file)}: pass a name that ends with .html, for example plan.html")
-    check_place(path, sources)
+    with in_words(path):
+        target = Path(os.path.realpath(path))
+        if target.suffix not in (".html", ".htm"):
+            raise keymap.WriteError(f"--html {shlex.quote(file)}: is a link to {target}, which is no page; remove it")
+        check_place(path, sources)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from keymap.errors import LISTED, KeymapError, printable
 __all__ = ["main"]
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_STREAM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # of a stream that takes no more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 right, 1 refused or different, 2 wrong usage, 130 interrupted.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets its escape
         if hasattr(stream, "reconfigure"):
@@ -37,7 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, for example `head`, has enough; Python would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return REFUSED
+    except OSError as error:
+        if error.errno not in _STREAM_ERRORS:
+            raise
+        return _unprintable(error)
     return code
+
+
+def _unprintable(error: OSError) -> int:
+    """The exit code where the answer cannot be printed, for example because the disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"keymap: the answer cannot be printed: {error.strerror}", err=True)
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return REFUSED
 
 
 def _run(words: list[str], as_json: bool) -> int:

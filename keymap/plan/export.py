@@ -13,7 +13,7 @@ from keymap.errors import DetectionError, MappingError, PlanError, count_of, som
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
-from keymap.language.rules import Check
+from keymap.language.rules import Check, Fault, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.from_hub import from_hub
 from keymap.plan.planner import keep_towers
@@ -21,7 +21,8 @@ from keymap.plan.request import Request
 from keymap.plan.rule_faults import with_lacking_facts_once
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.plan.twins import same_elements
-from keymap.source.detect import ambiguous, tower_layout
+from keymap.plan.uneven import other_counts, uneven
+from keymap.source.detect import Detection, ambiguous, tower_layout
 from keymap.source.open import Opened, Source
 from keymap.source.other_hubs import naming_other_hubs
 
@@ -144,6 +145,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     if request.towers is not None and not translated.tensors and not translated.unowned:
         has = ", ".join(repr(tower) for tower in present if tower)
         raise PlanError(f"{source.file} has no tensors of towers={request.towers!r}; it has {has or 'none'}")
+    _check_blocks(source, found, translated, in_hub)
     faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
     unowned = [key for key in translated.unowned if key not in foreign]
     if unowned:
@@ -156,6 +158,25 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
     notes = tuple(translated.notes)
     return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub, notes)
+
+
+def _check_blocks(source: Source, found: Detection, translated: Translated, in_hub: Mapping[str, Layout]) -> None:
+    """Look for blocks of the source that lack what others have, and for numbers that its configuration contradicts.
+
+    A tower with other faults is left out: its keys are missing for a reason that is listed already.
+    """
+    hub = source.known.hub
+    faulty = {fault.tower for fault in translated.faults}
+    towers = {tower_of(hub, key) for key in in_hub} - faulty
+    shapes = {key: layout.shape for key, layout in translated.source_keys.items()}
+    table = RuleTable(translated.rules)
+    translated.faults += uneven(found.mapping.name, table, shapes, towers, hub.optional_buffers)
+    owned = [key for key in shapes if (rule := table.find(key)) is not None and rule[0].tower in towers]
+    for fewer, text in other_counts(owned, source.settings.counts):
+        if fewer:
+            translated.faults.append(Fault(f"{found.mapping.name}: the file is incomplete: {text}"))
+        else:
+            translated.notes.append(f"the file has more than its configuration states: {text}")
 
 
 def _target_layouts(known: Catalogue, translated: Translated, target: Format, tower: str) -> Iterable[str]:

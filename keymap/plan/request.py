@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 
 from keymap.errors import CheckpointError, PlanError
@@ -211,12 +212,11 @@ def checked_flag(name: str, value: object) -> bool:
     """An argument that is True or False.
 
     Raises:
-        PlanError: it is neither, for example an array of several values.
+        PlanError: it is neither; a text such as "no" would count as true.
     """
-    try:
-        return bool(value)
-    except Exception:  # of a __bool__ that keymap does not know
-        raise PlanError(f"{name}={value!r}: pass True or False") from None
+    if not isinstance(value, (bool, np.bool_)):
+        raise PlanError(f"{name}={value!r}: pass True or False")
+    return bool(value)
 
 
 def _sizes_of_rules(known: Catalogue) -> set[str]:

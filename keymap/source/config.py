@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from keymap.language.format import Config, Format, Place, Scalar
+from keymap.language.format import Computed, Config, Format, Place, Scalar, Template
 from keymap.read.shards import leads_out
-from keymap.source.settings import Settings, Size, Unknown, config_text
+from keymap.source.settings import Count, Settings, Size, Unknown, config_text
 
 __all__ = ["is_model_type", "model_type", "own_file", "read_config", "settings_in", "value_at"]
 
@@ -48,7 +48,8 @@ def read_config(
                 continue
             settings = _parse(data, config, origin)
             if settings is not None:
-                return settings._replace(facts={**fixed, **settings.facts}, notes=tuple(notes))
+                facts, counts = {**fixed, **settings.facts}, tuple(_counts(data, mapping, config, origin))
+                return settings._replace(facts=facts, notes=tuple(notes), counts=counts)
     return Settings(facts=fixed, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -97,6 +98,27 @@ def _parse(data: Any, config: Config, origin: str) -> Settings | None:
         elif name in config.defaults and _leaves_out(data, places):
             facts[name] = (config.defaults[name], f"default, not set in {origin}")
     return Settings(*sizes, facts)
+
+
+def _counts(data: Any, mapping: Format, config: Config, origin: str) -> Iterator[Count]:
+    """The numbers of keys that a format's own configuration states: those that keymap counts where it writes one."""
+    if mapping.repository is None or config is not mapping.config or _own_sections(data, config) is not data:
+        return
+    for path, computed in _computed(mapping.repository.files.get(config.file, {})):
+        length, number = computed.length, _at(data, path)
+        counts = length is not None and length.axis is None and not length.exists
+        plain = computed._replace(length=None, absent=None) == Computed("", None)
+        if counts and plain and length is not None and length.side is not None and type(number) is int:
+            yield Count(length.side, number, f"{origin}: {path}")
+
+
+def _computed(template: Template, path: str = "") -> Iterator[tuple[str, Computed]]:
+    """The computed values of a file, by their dotted path."""
+    for name, value in template.items() if isinstance(template, Mapping) else ():
+        if isinstance(value, Computed):
+            yield f"{path}{name}", value
+        else:
+            yield from _computed(value, f"{path}{name}.")
 
 
 def _own_sections(data: Any, config: Config) -> Any:

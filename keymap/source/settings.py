@@ -12,9 +12,11 @@ from math import isclose
 from typing import Any, NamedTuple
 
 from keymap.language.format import Fact, Format, Scalar, config_text
+from keymap.language.pattern import Side
 
 __all__ = [
     "Compared",
+    "Count",
     "Settings",
     "Size",
     "Unknown",
@@ -33,6 +35,20 @@ class Unknown(str):
     """A value of a configuration that the mapping has no word for. It differs from every value of a model."""
 
 
+class Count(NamedTuple):
+    """A number of keys that a configuration states, for example of layers.
+
+    Attributes:
+        side: the keys that count.
+        number: that the configuration states.
+        origin: where.
+    """
+
+    side: Side
+    number: int
+    origin: str
+
+
 class Settings(NamedTuple):
     """The settings that a source states beside its weights.
 
@@ -40,12 +56,14 @@ class Settings(NamedTuple):
         image_size, patch_size: (h, w) in pixels; None if unknown.
         facts: value and origin of each setting, by the hub's name for it.
         notes: configurations that could not be read.
+        counts: the numbers of keys that it states.
     """
 
     image_size: Size | None = None
     patch_size: Size | None = None
     facts: Mapping[str, tuple[Scalar, str]] = {}
     notes: tuple[str, ...] = ()
+    counts: tuple[Count, ...] = ()
 
     @property
     def grid(self) -> Size | None:

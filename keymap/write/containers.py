@@ -12,12 +12,12 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.serialization import skip_data
 
 from keymap.errors import WriteError
 from keymap.read import open_checkpoint
@@ -39,8 +39,12 @@ _NAMES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
     torch.bool: "BOOL",
 }
+_skip_data = getattr(torch.serialization, "skip_data", nullcontext)  # torch 2.4 has none, and writes the room itself
 _CRC_BLOCK = 1 << 24
 _SHOWN = 120  # characters of an error of torch
 Parts = Callable[[str], Iterable[memoryview]]
@@ -84,7 +88,7 @@ def _write_safetensors(
     for key in ordered:
         item = items[key]
         if item.dtype not in _NAMES:
-            raise WriteError(f"{key}: safetensors has no {item.dtype}; write .pt, or pass dtype=")
+            raise WriteError(f"{key}: safetensors has no {item.dtype}; write .pt")
         end = at + item.nbytes
         header[key] = {"dtype": _NAMES[item.dtype], "shape": list(item.target.shape), "data_offsets": [at, end]}
         at = end
@@ -141,7 +145,7 @@ def _write_torch(path: Path, items: Mapping[str, Item], parts: Parts, done: Call
         for key, item in items.items()
     }
     try:
-        with skip_data():
+        with _skip_data():
             torch.save(empty, path)
     except RuntimeError as error:  # of torch's writer, where the system refuses to write
         first = str(error).splitlines()[0][:_SHOWN]

@@ -6,15 +6,29 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from keymap.errors import WriteError, some
 
-__all__ = ["check_folder", "check_place", "check_set", "remove", "whole_files", "whole_folder"]
+__all__ = ["check_folder", "check_place", "check_set", "in_words", "whole_files", "whole_folder"]
 
 _INDEX = ".index.json"
+
+
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """Errors of the system about a place, such as a name that is too long, as errors of keymap.
+
+    Raises:
+        WriteError: the system raised one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def check_place(destination: Path, sources: Sequence[Path]) -> None:
@@ -53,7 +67,7 @@ def check_set(path: Path, files: Sequence[Path], sources: Sequence[Path], overwr
         overwrite: earlier weights of the same name may be replaced.
 
     Returns:
-        Earlier weights of the same name, to be removed afterwards: a loader could take them for the new ones.
+        Earlier weights of the same name, to be removed: a loader could take them for the new ones.
 
     Raises:
         WriteError: as `check_place`; or there are such weights, and ``overwrite`` is false.
@@ -106,7 +120,7 @@ def check_folder(folder: Path, sources: Sequence[Path], overwrite: bool) -> None
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, beside the wanted one, which must be absent or empty; on success it is renamed.
+    """A folder to write to, beside the wanted one, which must be absent; on success it is renamed.
 
     On an error, and on an interrupt, it is removed. If the process is killed, it may remain: its name begins with a dot
     and ends with ``.part``.
@@ -126,31 +140,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def remove(files: Iterable[Path]) -> None:
-    """Remove files, for example earlier weights of the same name.
-
-    Raises:
-        WriteError: the system refuses; the new files are whole, and in place.
-    """
-    for file in files:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise WriteError(f"{file}: cannot be removed: {error.strerror}; the new files are in place") from error
-
-
 def _unwritable(path: Path, error: OSError) -> WriteError:
     reason = error.strerror or type(error).__name__
     return WriteError(f"{path}: cannot be written: {reason}; nothing was changed")
 
 
 @contextmanager
-def whole_files(destinations: Sequence[Path]) -> Iterator[list[Path]]:
+def whole_files(destinations: Sequence[Path], earlier: Sequence[Path] = ()) -> Iterator[list[Path]]:
     """Paths to write to, beside the destinations; on success they are renamed to them, in order.
 
-    A destination that is a symbolic link stays one: what it points to is replaced. On an error, and on an interrupt,
-    the new files are removed, and the destinations are what they were. If the process is killed, a file whose name
-    begins with a dot and ends with ``.part`` may remain.
+    A destination that is a symbolic link stays one: what it points to is replaced, and keeps its permissions. On an
+    error, and on an interrupt, the new files are removed, and the destinations are what they were. One file is replaced
+    at once. Of several, all old ones are renamed first, the last of them (an index, a configuration) at the start: if
+    the process is killed, no mixture of old and new files has the names of a checkpoint. Then files whose names begin
+    with a dot and end with ``.part`` may remain.
+
+    Args:
+        destinations: an index or a configuration last.
+        earlier: further files, which are removed.
 
     Raises:
         WriteError: the system cannot write them, for example because the disk is full.
@@ -158,20 +165,39 @@ def whole_files(destinations: Sequence[Path]) -> Iterator[list[Path]]:
     mark = secrets.token_hex(4)
     reals = [Path(os.path.realpath(path)) for path in destinations]
     parts = [real.with_name(f".keymap-{mark}-{number}.part") for number, real in enumerate(reals)]
+    replaced = [*reversed(reals), *earlier] if len(reals) > 1 or earlier else []
+    aside = {old: old.with_name(f".keymap-{mark}-old-{number}.part") for number, old in enumerate(replaced)}
     placed: list[Path] = []
+    moved: list[Path] = []
+    whole = False
     try:
         yield parts
         for part, real in zip(parts, reals, strict=True):
+            if real.exists():
+                part.chmod(stat.S_IMODE(real.stat().st_mode))
+        for old, place in aside.items():
+            if os.path.lexists(old):
+                os.replace(old, place)
+                moved.append(old)
+        for part, real in zip(parts, reals, strict=True):
             os.replace(part, real)
             placed.append(real)
+        whole = True
     except OSError as error:
-        if not placed:
-            raise _unwritable(destinations[0], error) from error
-        reason = error.strerror or type(error).__name__
-        raise WriteError(
-            f"{destinations[len(placed)]}: cannot be put in place: {reason}; new are only {some(map(str, placed))}"
-        ) from error
+        raise _unwritable(destinations[len(placed)], error) from error
     finally:
-        for part in parts:
+        with suppress(OSError):
+            if not whole:
+                _restore(placed, {old: aside[old] for old in moved})
+        for part in (*parts, *(aside.values() if whole else ())):
             with suppress(OSError):
                 part.unlink()
+
+
+def _restore(placed: Iterable[Path], moved: Mapping[Path, Path]) -> None:
+    """Put old files back in the place of new ones."""
+    for path in placed:
+        if moved:
+            path.unlink()
+    for old, place in reversed(list(moved.items())):
+        os.replace(place, old)

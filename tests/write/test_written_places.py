@@ -113,23 +113,23 @@ def test_a_folder_in_the_place_of_one_file_of_a_set_changes_nothing(blocked, sha
     assert contents(sharded) == before
 
 
-def test_a_rename_that_fails_within_a_set_says_which_files_are_new(sharded, monkeypatch):
+def test_a_rename_that_fails_within_a_set_changes_nothing(sharded, monkeypatch):
+    before = contents(sharded)
     replace, calls = os.replace, []
 
     def failing(source, destination):
         calls.append(destination)
-        if len(calls) == 3:
+        if len(calls) == 6:
             raise OSError(5, "Input/output error")
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(
-        keymap.WriteError, match=r"00003-of-.*cannot be put in place.*new are only .*00001-of.*00002-of"
-    ):
+    with pytest.raises(keymap.WriteError, match=r"cannot be written: Input/output error; nothing was changed"):
         keymap.save_checkpoint(
             openclip.clip(seed=5), sharded / "model.safetensors", "hf_clip", overwrite=True, **SHARDS
         )
-    assert not list(sharded.glob("*.part"))
+    assert contents(sharded) == before
+    assert not list(sharded.glob(".*.part"))
 
 
 def test_a_link_stays_a_link_and_the_file_that_it_names_is_replaced(model, tmp_path):
@@ -198,3 +198,44 @@ def test_metadata_is_kept_but_for_the_framework(model, tmp_path):
     keymap.convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "hf_clip")
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "license": "mit"}
+
+
+def test_a_replaced_file_keeps_its_permissions(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    keymap.save_checkpoint(model, path, "hf_clip")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_an_empty_folder_stays_and_is_filled(model, tmp_path):
+    folder = tmp_path / "here"
+    folder.mkdir(0o700)
+    before = folder.stat()
+    keymap.save_checkpoint(model, folder, "open_clip")
+    assert (folder.stat().st_ino, folder.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.safetensors"])
+def test_a_name_that_is_too_long_is_refused_in_words(name, model, tmp_path):
+    with pytest.raises(keymap.WriteError, match="File name too long"):
+        keymap.save_checkpoint(model, tmp_path / name, "open_clip")
+
+
+def test_a_flag_that_is_no_bool_is_refused(model, tmp_path):
+    with pytest.raises(keymap.PlanError, match="overwrite='no': pass True or False"):
+        keymap.save_checkpoint(model, tmp_path / "a.safetensors", "open_clip", overwrite="no")
+
+
+def test_a_set_that_is_replaced_has_no_index_while_files_are_renamed(sharded, monkeypatch):
+    replace, seen = os.replace, []
+
+    def watching(source, destination):
+        replace(source, destination)
+        seen.append({file.name for file in sharded.iterdir() if not file.name.startswith(".")})
+
+    monkeypatch.setattr(os, "replace", watching)
+    keymap.save_checkpoint(openclip.clip(seed=5), sharded / "model.safetensors", "hf_clip", overwrite=True, **SHARDS)
+    assert not any("model.safetensors.index.json" in names for names in seen[:-1])
+    assert set() in seen  # old files are gone before a new one comes
