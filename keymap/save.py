@@ -281,7 +281,7 @@ def _write(
     if options.one_file and limit is not None and nbytes > limit:
         raise PlanError(
             f"max_shard_size={options.max_shard_size!r} would cut {nbytes:,} bytes into shards, and what reads a "
-            f"folder of {planned.target.name} knows no shards; leave max_shard_size out"
+            f"folder of {planned.target.name} knows no shards; leave out max_shard_size="
         )
     parts = shards_of(path, items, limit)
     index = {f"{path.name}.index.json": index_text(parts, items)} if len(parts) > 1 else {}

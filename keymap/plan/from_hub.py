@@ -17,7 +17,11 @@ __all__ = ["from_hub"]
 
 
 def from_hub(
-    hub: Format, mapping: Format, translated: Translated, facts: Mapping[str, int], same: Mapping[str, str]
+    hub: Format,
+    mapping: Format,
+    translated: Translated,
+    facts: Mapping[str, int],
+    same: Mapping[str, str] | None = None,
 ) -> None:
     """Translate in place from the hub's names (in the layouts of the format) to the format's own.
 
@@ -25,7 +29,7 @@ def from_hub(
         hub, mapping: of the names before and after.
         translated: the tensors.
         facts: that rules may need.
-        same: for each source key the first one that is the same memory.
+        same: for each source key the first one that is the same memory; None if no two are.
     """
     if mapping.kind == "hub":
         return
@@ -38,7 +42,7 @@ def from_hub(
     ready = {key: layout for key, layout in translated.tensors.items() if not _only_in_files(hub, back, key)}
     applied = apply_rules(back, ready, facts)
     left = {**applied.left, **{key: layout for key, layout in translated.tensors.items() if key not in ready}}
-    _leave_out(hub, mapping, translated, left, same)
+    _leave_out(hub, mapping, translated, left, same or {})
     one_way = _one_way_faults(mapping.name, rules, translated)
     translated.tensors = applied.out
     failed = {
@@ -62,10 +66,10 @@ def _leave_out(
 ) -> None:
     """Sort the keys that no rule of a format owns: left out for a reason, left out if they hold a value, or unowned."""
     out = ((key, layout) for key, layout in translated.tensors.items() if key not in left and layout.copied_whole)
-    written = {same[layout.sources[0]]: key for key, layout in out}
+    written = {same.get(layout.sources[0], layout.sources[0]): key for key, layout in out}
     for key, layout in left.items():
         ignored, meaning = ignored_in_model(hub, mapping, key), hub.absent_means.get(key)
-        tied = written.get(same[layout.sources[0]]) if layout.copied_whole else None
+        tied = written.get(same.get(layout.sources[0], "")) if layout.copied_whole else None
         if ignored is not None and (not ignored[1] or ignored[1] in translated.tensors):
             translated.dropped[key] = ignored[0]
             if ignored[1]:

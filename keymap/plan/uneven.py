@@ -19,7 +19,6 @@ __all__ = ["other_counts", "uneven"]
 _INDEX = re.compile(r"(?<=[./_])\d+(?=[./])")
 _WORD = re.compile(r"[^./]+")
 _LISTED, _MAX = 6, 1000  # keys that a message lists; keys and blocks that are looked for
-_FEW_NORMS = 4  # from so many weights of one axis with a bias on, one without is missing its bias
 
 Blocks = dict[int, set[str]]
 
@@ -64,7 +63,7 @@ def uneven(
         lacking = (
             key for start, members in blocks.items() for key in _lacking(start, members, nested, start in stacked)
         )
-        missing = [*islice(dict.fromkeys(lacking), _MAX), *_lone_norm(shapes)]
+        missing = [*islice(dict.fromkeys(lacking), _MAX)]
         faults += [Fault(f"{name}: {text}", tower=tower) for text in _contradictions(shapes)]
         if missing:
             text = f"{name}: blocks of the {tower} tower differ; missing keys: {some(dict.fromkeys(missing), _LISTED)}"
@@ -140,11 +139,3 @@ def _contradictions(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         if weight and len(shape) == 1 and shape[0] not in weight:
             found.append(f"{key} has shape {list(shape)}, and {key[:-4]}weight has {list(weight)}")
     return found[:_LISTED]
-
-
-def _lone_norm(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The missing bias of the only weight with one axis that has none; an empty list if there is not just one."""
-    norms = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 1]
-    biases = [f"{key.removesuffix('weight')}bias" for key in norms]
-    lacking = [bias for bias in biases if bias not in shapes]
-    return lacking if len(lacking) == 1 and len(norms) > _FEW_NORMS else []
