@@ -6,6 +6,7 @@ its time inside one call of C, ends after a minute of processor time, for what t
 
 from __future__ import annotations
 
+import mmap
 import resource
 import signal
 import sys
@@ -18,6 +19,14 @@ import pytest
 MEMORY = 64 << 20  # bytes beside four times the file
 STEPS = 8_000_000  # calls that a file of a few megabytes may take
 MINUTE = 60.0  # of processor time
+
+
+def swell(size: int) -> mmap.mmap:
+    """New memory, every page of it written to. The system maps it, so the process's own free memory does not serve."""
+    held = mmap.mmap(-1, size)
+    for start in range(0, size, mmap.PAGESIZE):
+        held[start] = 1
+    return held
 
 
 class Peak:

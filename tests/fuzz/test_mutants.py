@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import Peak
+from bounds import Peak, swell
 
 import keymap
 from fuzz import judge, workers
@@ -49,9 +49,8 @@ def _burns(*arguments, **options):
 
 
 def _swells(*arguments, **options):
-    bytes_ = bytearray(4 * judge.MEMORY)  # far beyond, since the process may hold free memory that it uses first
-    bytes_[:: 1 << 12] = bytes(len(bytes_) >> 12)  # a page that nobody wrote to is none
-    raise keymap.CheckpointError(f"after {len(bytes_)}")
+    with swell(2 * judge.MEMORY) as held:
+        raise keymap.CheckpointError(f"after {len(held)}")
 
 
 PLANTED = {

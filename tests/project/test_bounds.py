@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from bounds import MEMORY, Peak, Steps, bounded, ends
+from bounds import MEMORY, Peak, Steps, bounded, ends, swell
 
 
 def forever():
@@ -42,11 +42,6 @@ def calls():
         abs(number)
 
 
-def swell():
-    held = bytearray(4 * MEMORY)  # far beyond, since the process may hold free memory that it uses first
-    held[:: 1 << 12] = b"x" * (len(held) >> 12)
-
-
 def test_too_many_steps_fail():
     with pytest.raises(AssertionError, match="calls"), bounded(0, steps=500):
         calls()
@@ -57,4 +52,4 @@ def test_too_many_steps_fail():
 def test_too_much_memory_fails():
     Peak.or_skip()
     with pytest.raises(AssertionError, match="MB for 1000 bytes"), bounded(1000):
-        swell()
+        swell(2 * MEMORY)
