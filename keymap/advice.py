@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from keymap.errors import KeymapError
 
-__all__ = ["Argument", "Other", "advised", "choices", "conversion", "renaming", "replaced"]
+__all__ = ["Argument", "Other", "advised", "choices", "conversion", "lacked_by_files", "renaming", "replaced"]
 
 _NAME = re.compile(r"(?<![\w.'\"-])([a-z][a-z_]*)=(?!=)")
 _TOKEN = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[(\[{]|[)\]}]|[^'\"()\[\]{}]+", re.DOTALL)
@@ -70,6 +70,11 @@ def conversion(to: str) -> str:
     return (
         f"convert the weights with convert_state_dict(state_dict, to={to!r}), then call the model's own load_state_dict"
     )
+
+
+def lacked_by_files(any_model: bool) -> str:
+    """What to add to a message about keys of a model without a place in a file; empty where a hub knows the model."""
+    return "; keys that files lack belong under `ignore` of the mapping" if any_model else ""
 
 
 @contextmanager

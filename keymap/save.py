@@ -139,9 +139,7 @@ def convert_checkpoint(
     given = with_own(checked_settings(facts, known), reading.settings.facts, known.hub, opened.file)
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
-    result = _written(
-        planned, place, given, sources, _Options(dtype, max_shard_size, checked_flag("overwrite", overwrite), progress)
-    )
+    result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
     unlike = unlike_target(known.hub, target, reading.settings.facts)
     notes = (*result.notes, *unlike, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
     return result._replace(notes=notes)
@@ -177,8 +175,7 @@ def save_checkpoint(
     stated = {**reading.settings.facts, **{name: (value, "the model") for name, value in own.items()}}
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
-    options = _Options(dtype, max_shard_size, checked_flag("overwrite", overwrite), progress)
-    result = _written(planned, place, given, [], options, model)
+    result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress), model)
     return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated)))
 
 
@@ -237,15 +234,15 @@ def _written(
     model: nn.Module | None = None,
 ) -> WriteResult:
     """Write a file or a folder."""
-    path, overwrite = place.path, options.overwrite
+    path, options = place.path, options._replace(overwrite=checked_flag("overwrite", options.overwrite))
     if not place.is_folder:
         return _write(planned, path, {}, sources, options)
     repository = repository_of(planned)
     with in_words(path):
-        check_folder(path, sources, overwrite)
+        check_folder(path, sources, options.overwrite)
     texts, notes = repository_files(planned, given, model)
     options = options._replace(one_file=repository.one_file)
-    if path.is_dir():  # it stays: a process may stand in it, or a file system be mounted there
+    if path.is_dir():  # it stays: it may be the working folder of a process, or a file system may be mounted there
         result = _write(planned, path / repository.weights, texts, sources, options)
         return result._replace(notes=(*result.notes, *notes))
     with whole_folder(path) as inner:

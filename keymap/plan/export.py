@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from keymap.advice import choices
+from keymap.advice import choices, lacked_by_files
 from keymap.errors import DetectionError, MappingError, PlanError, count_of, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -150,7 +150,7 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     unowned = [key for key in translated.unowned if key not in foreign]
     if unowned:
         have = "key has" if len(unowned) == 1 else "keys have"
-        hint = "; keys that files lack belong under `ignore` of the mapping" if known.hub.by_name else ""
+        hint = lacked_by_files(known.hub.by_name)
         faults.append(f"{len(unowned)} {have} no place in {target.name}: {some(unowned)}{hint}")
     if faults:
         name = f"{source.file} (format {found.mapping.name})"

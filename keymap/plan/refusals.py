@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
-from keymap.advice import choices, conversion
+from keymap.advice import choices, conversion, lacked_by_files
 from keymap.errors import SHOWN, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
@@ -189,7 +189,7 @@ def _strict_faults(
     missing = [key for key in matches.missing if not of_rules.explain(key_before_bridges(sides, key))]
     lines = [*cause, *(fault.text for fault in of_rules.merged(following))]
     if missing:
-        hint = "; keys that files lack belong under `ignore` of the mapping" if sides.hub.by_name else ""
+        hint = lacked_by_files(sides.hub.by_name)
         lines.append(f"{keys_are(missing, 'model')} missing from the file: {some(missing, shown)}{hint}")
     if matches.unexpected:
         lines.append(

@@ -1,4 +1,4 @@
-"""Keys that some blocks of a file lack and the others have, told from the names alone.
+"""Keys that some blocks of a file lack and the others have, found by the names alone.
 
 Rules say little of a format whose keys are open, or optional because models differ. A file shows by itself what its
 blocks have in common: a layer without a weight that all other layers have, or a missing layer, is no model's.

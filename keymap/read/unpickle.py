@@ -271,12 +271,9 @@ def _store(count: int) -> Callable[[_Machine], None]:
     number = _unpacked(count)
 
     def step(m: _Machine) -> None:
-        at, memo = m.at, m.memo
+        at = m.at
         m.at = at + count
-        (index,) = number(m.data, at)
-        if not m.stack or index > len(memo) + MEMO_GAP:
-            m.store(index)  # which raises
-        memo[index] = m.stack[-1]
+        m.store(number(m.data, at)[0])
 
     return step
 
@@ -288,10 +285,9 @@ def _recall(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (index,) = number(m.data, at)
-        value = m.memo.get(index, m)
-        if value is m:
+        if index not in m.memo:
             raise BadPickleError(f"it recalls value {index}, which it never stored")
-        m.stack.append(value)
+        m.stack.append(m.memo[index])
 
     return step
 
@@ -313,8 +309,7 @@ def _string(count: int) -> Callable[[_Machine], None]:
         at = m.at
         m.at = at + count
         (size,) = number(m.data, at)
-        raw = m.take(size)
-        m.stack.append(raw.decode("ascii") if raw.isascii() else m.text(raw))
+        m.stack.append(m.text(m.take(size)))
 
     return step
 
