@@ -152,10 +152,11 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     if unknown:
         names = "; ".join(f"{name}: {_question(repository, hub, name)}" for name in unknown)
         wanted = ", ".join(f"{name!r}: ..." for name in unknown)
-        faults.append(
-            f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or put the source's "
-            f"configuration beside it"
+        unread = planned.source.settings.notes
+        other = (
+            f"mend the configuration ({'; '.join(unread)})" if unread else "put the source's configuration beside it"
         )
+        faults.append(f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or {other}")
     return faults
 
 

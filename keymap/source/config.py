@@ -183,7 +183,11 @@ def _config_texts(file: Path, metadata: Mapping[str, str], name: str) -> Iterato
             yield f"metadata {key}", metadata[key], too_long if len(metadata[key]) > _MAX_BYTES else ""
     for path in (file.parent / name, file.with_suffix(".json")):
         try:
-            if path == file or not path.is_file():
+            if path == file:
+                continue
+            if not path.is_file():
+                if os.path.lexists(path):
+                    yield path.name, "", "it is a link to nothing" if path.is_symlink() else "it is not a regular file"
                 continue
             if not path.stat().st_size:  # files of /proc also report size 0, and may never end
                 yield path.name, "", "it is empty"

@@ -155,7 +155,7 @@ def _chosen(registry: Registry, wanted: str | None, named: list[_Named], model: 
         return _of_model(claiming, registry, model or {})
     fitting = [hub for hub in allowed if hub in claiming] if claiming else allowed
     if not fitting:
-        raise _of_another_hub(known[0], allowed, claiming, model or {})
+        raise _of_another_hub(registry, known[0], allowed, claiming, model or {})
     if len(fitting) > 1:
         raise MappingError(
             f"{known[0].argument}={known[0].name!r}: several hubs have a mapping of this name; choose one with "
@@ -189,9 +189,13 @@ def _of_model(claiming: list[str], registry: Registry, model: Mapping[str, Shape
     return claiming[0] if claiming else registry.default
 
 
-def _of_another_hub(one: _Named, allowed: list[str], claiming: list[str], model: Mapping[str, Shaped]) -> MappingError:
+def _of_another_hub(
+    registry: Registry, one: _Named, allowed: list[str], claiming: list[str], model: Mapping[str, Shaped]
+) -> MappingError:
     keys = f"the model's keys ({some(model)}) are those of hub {_or(claiming)}"
-    advice = "pass a format of that hub, or None to detect it"
+    formats = sorted(mapping.name for hub in claiming for mapping in registry.catalogue(hub).formats)
+    advice = f"pass {one.argument}= as one of {', '.join(formats)}"
+    advice += f" ({_or(claiming)} has the model's own names)" if one.argument == "to" else ", or None to detect it"
     if one.is_file and not one.states:
         advice = f"write `hub: {claiming[0]}` into the file, or `hub: any` if its rules lead to the model's own names"
     return MappingError(f"{one.argument} {one.name!r} belongs to hub {_or(allowed)}, but {keys}; {advice}")

@@ -384,3 +384,35 @@ def test_plan_load_reports_the_same_warnings(tmp_path):
     assert plan.to_dict()["warnings"] == list(plan.warnings)
     assert np.shape(plan.to_dict()["unverified"]) == (0,)
     assert torch.is_grad_enabled()
+
+
+def _folder_in_its_place(path):
+    path.mkdir()
+
+
+def _link_to_nothing(path):
+    path.symlink_to("nowhere")
+
+
+def _no_json(path):
+    path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "make, fault",
+    [
+        (_folder_in_its_place, "it is not a regular file"),
+        (_link_to_nothing, "it is a link to nothing"),
+        (_no_json, "it is not valid JSON"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_named_where_its_settings_are_missed(make, fault, tmp_path):
+    save_file(hf.disk_keys(hf.clip(seed=1)), tmp_path / "model.safetensors")
+    make(tmp_path / "config.json")
+    result, _ = load(openclip.clip(), tmp_path / "model.safetensors")
+    assert f"config.json could not be read: {fault}" in result.report.plan.notes
+    with pytest.raises(
+        keymap.PlanError,
+        match=rf"pass facts=\{{.*\}}, or mend the configuration \(config.json could not be read: {fault}\)",
+    ):
+        keymap.convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", "open_clip")

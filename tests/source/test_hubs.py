@@ -411,9 +411,15 @@ def test_mappings_of_two_hubs_do_not_meet(nano, mine, tmp_path):
         keymap.convert_state_dict(state, "hf_clip", hub="nano")
     torch.save(gpt2_of(Nano()), tmp_path / "x.pt")
     with pytest.raises(
-        keymap.MappingError, match=r"belongs to hub open_clip, but the model's keys .* of hub nano; pass"
+        keymap.MappingError,
+        match=r"belongs to hub open_clip, but the model's keys .* of hub nano; pass mapping= as one of conv_gpt, nano, or",
     ):
         keymap.load_checkpoint(Nano(), tmp_path / "x.pt", mapping="hf_clip")
+    with pytest.raises(
+        keymap.MappingError, match=r"pass to= as one of conv_gpt, nano \(nano has the model's own names\)"
+    ):
+        keymap.save_checkpoint(Nano(), tmp_path / "y.pt", "hf_clip")
+    keymap.save_checkpoint(Nano(), tmp_path / "y.pt", "nano")
     text = MINE.replace("hub: any\n", "reference: r\nlayouts: {image: native_vit}\ndetect: {any: [head/b]}\n")
     mine.write_text(text.replace("model:", "image:").replace(": blocks", ": visual").replace(": out", ": visual.out")
                     .replace("to: out", "to: visual.out"), encoding="utf-8")  # fmt: skip
