@@ -229,9 +229,7 @@ def _value(value: object) -> str:
 @options.reading
 @click.option("--dtype", metavar="NAME", help="Cast floating tensors, for example to float16.")
 @click.option("--max-shard-size", metavar="SIZE", help="Cut .safetensors into shards of this size, for example 5GB.")
-@click.option(
-    "--overwrite", is_flag=True, help="Write into a folder that is not empty; replace an earlier set of shards."
-)
+@click.option("--overwrite", is_flag=True, help="Write into a folder with files; replace an earlier set of shards.")
 @answers
 def convert_command(
     source: str,
