@@ -399,7 +399,7 @@ def _no_json(path):
 
 
 @pytest.mark.parametrize(
-    "make, fault",
+    ("make", "fault"),
     [
         (_folder_in_its_place, "it is not a regular file"),
         (_link_to_nothing, "it is a link to nothing"),
