@@ -153,6 +153,16 @@ def _copies_in_place(entry: Entry, target: torch.Tensor) -> bool:
     return entry.resize is None and has_memory(target) and target.is_contiguous()
 
 
+def _tell_autograd(written: Sequence[torch.Tensor]) -> None:
+    """Count writes that autograd does not see."""
+    try:
+        increment_version(written)
+    except RuntimeError:  # an older torch takes one tensor, and none that was made in inference mode
+        for tensor in written:
+            if not tensor.is_inference():
+                increment_version(tensor)
+
+
 def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _Schedule, counter: Counter) -> None:
     """Copy all that needs no temporary; no thread writes any more when this returns or raises."""
     inference = torch.is_inference_mode_enabled()
@@ -164,7 +174,7 @@ def _copy_all(tensors: Tensors, targets: Mapping[str, torch.Tensor], schedule: _
                 copy_strip(strip, scratch)
 
     written = [one.target for one in schedule.direct] + [strip.target for strip in schedule.strips if not strip.first]
-    increment_version(written)  # autograd does not see these writes
+    _tell_autograd(written)
 
     def copy(pool: Tasks) -> None:
         running = _Running(counter)

@@ -46,7 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
         torch.float8_e4m3fnuz,
         torch.float8_e5m2,
         torch.float8_e5m2fnuz,
-        torch.float8_e8m0fnu,
+        *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),  # from torch 2.7 on
     )
 }
 NAMES_ONLY = frozenset(

@@ -757,6 +757,8 @@ def test_a_link_out_of_a_folder_is_not_followed_and_is_reported(tmp_path: Path) 
 
 def test_a_folder_of_pipes_devices_and_broken_links_is_without_a_weight_file(tmp_path: Path) -> None:
     """A pipe, a folder, a link to itself, one to nothing, one to a device: none of them is a weight file."""
+    tmp_path = tmp_path / "run"  # the folder above it is this test's, too
+    tmp_path.mkdir()
     os.mkfifo(tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").mkdir()
     (tmp_path / "last.ckpt").symlink_to("last.ckpt")

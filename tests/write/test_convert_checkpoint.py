@@ -189,10 +189,11 @@ def test_progress_ends_with_all_bytes(tmp_path):
 
 
 def refused(tmp_path, error, match, destination="x.safetensors", to="hf_clip", source=None, **options):
-    before = sorted(os.listdir(tmp_path))
     if source is None:
-        source = tmp_path.parent / "source.safetensors"
+        source = tmp_path / "of the test" / "source.safetensors"
+        source.parent.mkdir(exist_ok=True)
         save_file(state(openclip.clip(seed=1)), source)
+    before = sorted(os.listdir(tmp_path))
     with pytest.raises(error, match=match):
         keymap.convert_checkpoint(source, tmp_path / destination, to, **options)
     assert sorted(os.listdir(tmp_path)) == before
