@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -365,6 +366,17 @@ def test_html_is_written_whole(small, capsys, tmp_path):
         assert run(capsys, *words, "--html", tmp_path / "no" / "page.html")[0] == 1
 
 
+def test_html_through_a_link_is_written_to_its_target(small, capsys, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "page.html").symlink_to(tmp_path / "kept" / "real.html")
+    for text in ("not there", "an older page"):
+        assert run(capsys, "explain", "hf_clip", "--html", tmp_path / "page.html")[0] == 0
+        assert (tmp_path / "page.html").is_symlink(), text
+        assert "</html>" in (tmp_path / "kept" / "real.html").read_text(encoding="utf-8")
+        (tmp_path / "kept" / "real.html").write_text("an older page")
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["real.html"]
+
+
 # --- terminals and pipes -------------------------------------------------------------------------------------
 
 
@@ -430,6 +442,23 @@ def test_markup_of_the_terminal_library_in_a_name_is_text(capsys, monkeypatch, t
     with terminal(monkeypatch) as out:
         assert main(["inspect", str(tmp_path / "x.safetensors"), "--tensors"]) == 0
     assert "[bold]a[/bold] :smile:" in ESCAPE.sub("", out.getvalue())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_streams_that_are_full_or_closed_lose_no_exit_code_and_give_no_traceback(small):
+    def shell(words, streams):
+        command = f"{shlex.quote(sys.executable)} -m keymap {words} {streams}"
+        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+    for words in ("inspect hf.safetensors", "inspect hf.safetensors --json"):
+        done = shell(words, "> /dev/full")
+        assert (done.returncode, done.stderr) == (1, "keymap: the answer cannot be printed: No space left on device\n")
+    done = shell("convert hf.safetensors streams.safetensors --to open_clip", ">&-")
+    assert (done.returncode, done.stderr) == (0, "") and Path("streams.safetensors").is_file()
+    done = shell("inspect no.safetensors", "2>&-")
+    assert (done.returncode, done.stdout) == (1, "")
+    done = shell("inspect hf.safetensors --tensors", "| head -c 10")
+    assert done.stdout == Path("hf.safetensors").name[:10] and done.stderr == ""
 
 
 def test_a_bar_appears_after_a_second_and_goes_away():
