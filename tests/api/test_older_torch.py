@@ -11,15 +11,17 @@ from safetensors.torch import save_file
 # torch 2.4.1 has none of these names, and its increment_version takes one tensor, which was not made in inference mode
 OLDER = """
 import sys, torch
-newer = torch.float8_e8m0fnu
-del torch.float8_e8m0fnu, torch.serialization.skip_data
+newer = {"float8_e8m0fnu": vars(torch).pop("float8_e8m0fnu", None)}
+vars(torch.serialization).pop("skip_data", None)
+
+real = torch.autograd.graph.increment_version
 
 def increment_version(tensor):
     if not isinstance(tensor, torch.Tensor):
         raise RuntimeError("increment_version expect a Tensor as input")
     if tensor.is_inference():
         raise RuntimeError("Inference tensors do not track version counter.")
-    torch._C._increment_version((tensor,))
+    real(tensor)
 
 torch.autograd.graph.increment_version = increment_version
 import keymap
@@ -27,7 +29,7 @@ from torch import nn
 
 for name in keymap.__all__:
     getattr(keymap, name)
-torch.float8_e8m0fnu = newer  # this torch itself needs it to write
+vars(torch).update({name: value for name, value in newer.items() if value})  # this torch itself needs it to write
 
 source, folder, rules = sys.argv[1:]
 for name in ("a.pt", "a.safetensors", "a.npz"):
