@@ -23,7 +23,7 @@ from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
 from keymap.source.open import Opened, Source
-from keymap.source.other_hubs import naming_other_hubs
+from keymap.source.other_hubs import naming_models_format, naming_other_hubs
 
 __all__ = ["choose", "choose_for_towers"]
 
@@ -46,7 +46,7 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         plan, source = found
         others = (*plan.other_wrappers, *trial.others([source]))
         return Chosen(replace(plan, other_wrappers=tuple(dict.fromkeys(others))), source.unwrapped.tensors)
-    error = trial.error()
+    error = naming_models_format(trial.error(), opened, model.layouts())
     raise naming_other_hubs(error, opened, model.layouts()) if isinstance(error, DetectionError) else error
 
 
@@ -141,7 +141,7 @@ class _Trial:
         plan = self.plan(source, self.request)
         if isinstance(plan, KeymapError):
             if foreign:
-                raise plan
+                raise naming_models_format(plan, self.opened, self.model.layouts())
             return None
         return (plan, source) if foreign or source is self.own_below or not plan.unexpected_keys else None
 

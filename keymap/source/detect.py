@@ -19,7 +19,10 @@ from keymap.language.shape_form import fitted
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
+NAMED = ("named by the caller",)  # in place of the keys that match evidence
+
 __all__ = [
+    "NAMED",
     "Detection",
     "ambiguous",
     "apply_aliases",
@@ -267,7 +270,7 @@ def claims(
         detection = claim(mapping, tensors, facts or {}, names)
         if detection is None and wanted is not None:
             renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
-            detection = Detection(mapping, renamed, ("named by the caller",), faults, steps)
+            detection = Detection(mapping, renamed, NAMED, faults, steps)
             detection = _prepared(mapping, tensors, facts or {}, detection)
             _refuse_foreign(known, mapping, detection.tensors, tensors, file)
         if detection is not None:

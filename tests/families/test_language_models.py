@@ -355,3 +355,51 @@ def test_a_gpt2_without_any_bias_is_read_again_and_one_that_lacks_some_is_refuse
     refused(
         gpt2.gpt2(kind), saved(state, tmp_path / "one.safetensors"), "1 of the model's keys is missing", "ln_f.bias"
     )
+
+
+# --- a model with the names of a format ---
+
+
+@pytest.mark.parametrize("given", [{}, {"hub": "llama"}, {"mapping": "llama"}])
+def test_a_file_of_llama_is_not_loaded_into_phi3_and_the_advice_leads_there(given, tmp_path):
+    """The file converted as the message says is what transformers' own fused weights are, value by value."""
+    source, model = llama.llama(seed=1, **llama.WIDE), llama.llama("Phi3ForCausalLM", **llama.WIDE)
+    source.save_pretrained(tmp_path / "theirs")
+    words = ("format llama", "those of format phi3", "convert the file first", "with to='phi3'")
+    refused(model, tmp_path / "theirs", *words, **given)
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "fused.safetensors", to="phi3")
+    assert keymap.load_checkpoint(model, tmp_path / "fused.safetensors").missing_keys == []
+    state = source.state_dict()
+    for layer in range(llama.LAYERS):
+        name = f"model.layers.{layer}"
+        parts = [state[f"{name}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        assert torch.equal(model.state_dict()[f"{name}.self_attn.qkv_proj.weight"], torch.cat(parts))
+        parts = [state[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        assert torch.equal(model.state_dict()[f"{name}.mlp.gate_up_proj.weight"], torch.cat(parts))
+
+
+def test_a_file_of_phi3_that_lacks_a_key_is_not_called_another_format(tmp_path):
+    file = dict(llama.llama("Phi3ForCausalLM", seed=1).state_dict())
+    del file["model.layers.1.self_attn.qkv_proj.weight"]
+    path = saved(file, tmp_path / "x.safetensors")
+    refused(llama.llama("Phi3ForCausalLM"), path, "missing from the file: model.layers.1.self_attn.qkv_proj.weight")
+
+
+@pytest.mark.parametrize("kind", ["Phi3ForCausalLM", "Phi3Model"])
+@pytest.mark.parametrize("to", ["llama", "phi3", "meta_llama", "internlm2", "torchtune_llama", "torchtitan_llama"])
+def test_a_live_phi3_is_written_as_its_own_file_is_converted(kind, to, tmp_path):
+    model = llama.llama(kind, seed=1)
+    model.save_pretrained(tmp_path / "own")
+    live = keymap.save_checkpoint(model, tmp_path / "live.safetensors", to=to)
+    file = keymap.convert_checkpoint(tmp_path / "own", tmp_path / "file.safetensors", to=to)
+    assert live.source_format == file.source_format == "phi3"
+    one, other = load_file(tmp_path / "live.safetensors"), load_file(tmp_path / "file.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_live_phi3_that_turns_a_part_of_each_head_is_noted_where_it_is_written_as_a_llama(tmp_path):
+    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}
+    for options, noted in (({}, 0), (turned, 1)):
+        model = llama.llama("Phi3ForCausalLM", seed=1, **options)
+        result = keymap.save_checkpoint(model, tmp_path / "x.safetensors", to="llama")
+        assert sum("rotated part of a head: 0.5 in the source" in note for note in result.notes) == noted
