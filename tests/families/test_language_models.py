@@ -7,7 +7,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from checks import assert_bits, refused
+from peers.common import randomised
 from peers.families import example, gemma, gpt2, llama, mixture_of_experts
 from peers.language_models import written
 from safetensors.torch import load_file, save_file
@@ -403,3 +405,46 @@ def test_a_live_phi3_that_turns_a_part_of_each_head_is_noted_where_it_is_written
         model = llama.llama("Phi3ForCausalLM", seed=1, **options)
         result = keymap.save_checkpoint(model, tmp_path / "x.safetensors", to="llama")
         assert sum("rotated part of a head: 0.5 in the source" in note for note in result.notes) == noted
+
+
+# --- within a model of images and text ---
+
+
+def llava(**options):
+    """A tiny LLaVA of transformers around the Llama of these tests."""
+    vision = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    text = {**llama.SIZE, "model_type": "llama", **options}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    return randomised(lambda: transformers.LlavaForConditionalGeneration(config), seed=1)
+
+
+@pytest.mark.parametrize("above", ["", "model.", "state_dict"])
+def test_the_head_above_a_language_model_is_taken_with_it_and_reported(above, tmp_path):
+    state, model = llava().state_dict(), llama.llama()
+    file = {key.removeprefix(above) if above == "model." else key: value for key, value in state.items()}
+    torch.save({above: file} if above == "state_dict" else file, tmp_path / "llava.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "llava.pt")
+    own = {key.replace("language_model.", ""): v for key, v in state.items() if "language_model." in key}
+    assert_bits(model, {**own, "lm_head.weight": state["lm_head.weight"]})
+    assert any("taken from above" in note and "lm_head.weight" in note for note in result.report.plan.notes)
+    base = llama.llama("LlamaModel")
+    assert not any(
+        "taken from above" in n for n in keymap.load_checkpoint(base, tmp_path / "llava.pt").report.plan.notes
+    )
+
+
+def test_a_head_of_another_shape_or_in_two_places_is_not_taken_and_the_advice_loads_the_rest(tmp_path):
+    state = dict(llava().state_dict())
+    other = {**state, "lm_head.weight": state["lm_head.weight"][:40]}
+    two = {**state, "model.lm_head.weight": state["lm_head.weight"]}
+    for file in (other, two):
+        path, model = tmp_path / "llava.pt", llama.llama(seed=2)
+        torch.save(file, path)
+        before = model.lm_head.weight.clone()
+        refused(model, path, "lm_head.weight", "allow_missing=('lm_head.weight',)")
+        words = ("wrapper='model.language_model' would leave out lm_head.weight",)
+        refused(model, path, *words, allow_missing="lm_head.weight")
+        keymap.load_checkpoint(model, path, wrapper="model.language_model", allow_missing="lm_head.weight")
+        assert torch.equal(model.lm_head.weight, before)
+        assert torch.equal(model.model.norm.weight, state["model.language_model.norm.weight"])
