@@ -68,7 +68,8 @@ def _named(source: Source, model: nn.Module) -> Source:
     except Exception:  # it has none, or one that keymap does not know
         return source._replace(file=_NAME)
     assert source.found is not None and config is not None, "only a format's configuration is looked for"
-    settings = settings_in(data, source.found.mapping, f"{config.model} of the model")
+    found = source.found
+    settings = settings_in(data, found.mapping, f"{config.model} of the model", found.tensors)
     return source._replace(file=_NAME, settings=settings)
 
 

@@ -10,7 +10,7 @@ from keymap.advice import choices
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
+from keymap.language.format import Alias, Clue, Evidence, Format, Refusal, Scalar
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Check, Fault, RuleTable, Step
@@ -31,6 +31,7 @@ __all__ = [
     "claims",
     "detect",
     "file_rules",
+    "fixed_by",
     "matching_keys",
     "tower_layout",
     "uses_aliases",
@@ -250,6 +251,19 @@ def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     """The rules that apply to these source keys: the mapping's own, and those of the variants that fit."""
     extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
+
+
+def fixed_by(mapping: Format, tensors: Mapping[str, Shaped], of_hub: bool = False) -> Mapping[str, Scalar]:
+    """The settings that a format fixes for files with these keys: its own, and those of the variants that fit.
+
+    Args:
+        mapping: the format.
+        tensors: by the format's keys.
+        of_hub: they are by the hub's keys.
+    """
+    fixing = ((variant, variant.when_hub if of_hub else variant.when) for variant in mapping.variants if variant.fixed)
+    fits = [variant for variant, when in fixing if matching_keys(when, tensors) is not None]
+    return {**mapping.fixed, **{name: value for variant in fits for name, value in variant.fixed.items()}}
 
 
 def claims(

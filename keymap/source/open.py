@@ -425,7 +425,8 @@ class _Reader:
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
         settings, checkpoint = Settings(), self.checkpoint
         if found is not None and checkpoint.container:
-            settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree)
+            path, metadata, tree = checkpoint.path, checkpoint.metadata, checkpoint.tree
+            settings = read_config(path, metadata, found.mapping, self.known.hub, tree, found.tensors)
         return Source(
             self.known,
             self.file,

@@ -128,6 +128,43 @@ def test_what_a_hub_fixes_is_compared_with_the_configuration_of_a_file(registere
     assert not keymap.plan_load(Press(), tmp_path / "x.pt").warnings
 
 
+BY_KEYS = r"""variants:
+  - when: {all: [w3]}
+    when_hub: {all: [extra.weight]}
+    fixed: {net.act: sine}
+    towers: {net: {w3: extra.weight}}
+  - when: {none: [w3]}
+    when_hub: {none: [extra.weight]}
+    fixed: {net.act: tanh}
+    towers: {net: {w4: {to: extra.bias, optional: true}}}
+config: {inside"""
+EXTRA = ("    extra.weight: extra.weight", r"    extra.(weight|bias): extra.\1")
+
+
+@pytest.mark.parametrize(("extra", "act"), [(True, "sine"), (False, "tanh")])
+def test_a_variant_fixes_settings_of_files_with_its_keys_both_ways(extra, act, registered, tmp_path):
+    registered(("config: {inside", BY_KEYS), EXTRA)
+    file, model = boxed(Press()), Press(act="gelu")
+    if extra:
+        file["model"]["w3"] = torch.rand(6, 7)
+        model.extra = nn.Linear(7, 6, bias=False)
+    torch.save(file, tmp_path / "x.pt")
+    (warning,) = keymap.plan_load(model, tmp_path / "x.pt").warnings
+    assert f"activation: {act} in the source (format boxed), gelu in the model" in warning
+    for bias in (model.first.bias, model.second.bias):
+        nn.init.zeros_(bias)
+    notes = keymap.save_checkpoint(model, tmp_path / "y.safetensors", "boxed").notes
+    assert any(f"gelu in the source (the model), and boxed means {act}" in note for note in notes)
+    model.act = act
+    assert not keymap.plan_load(model, tmp_path / "x.pt").warnings
+    assert not keymap.save_checkpoint(model, tmp_path / "y.safetensors", "boxed").notes
+
+
+def test_a_setting_that_a_variant_fixes_must_be_a_fact_of_the_hub(registered):
+    with pytest.raises(keymap.MappingError, match=r"boxed\.yaml:\d+:\d+: .*net\.action"):
+        registered(("config: {inside", BY_KEYS.replace("net.act: sine", "net.action: sine")), EXTRA)
+
+
 @pytest.mark.parametrize(
     ("kind", "wrong", "right"),
     [("count", 0, 4), ("index", -1, 4), ("positive", -0.5, 0.5), ("flag", 4, True), ("word", True, "four")],
