@@ -397,6 +397,21 @@ def test_a_live_phi3_is_written_as_its_own_file_is_converted(kind, to, tmp_path)
     assert live.source_format == file.source_format == "phi3"
     one, other = load_file(tmp_path / "live.safetensors"), load_file(tmp_path / "file.safetensors")
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for sides in ((model, tmp_path / "own"), (tmp_path / "own", model)):
+        assert keymap.compare_checkpoints(*sides).equal
+
+
+@pytest.mark.parametrize("to", ["llama", "meta_llama"])
+def test_a_live_phi3_is_compared_with_a_file_of_another_format_under_the_hub_of_both(to, tmp_path):
+    model = llama.llama("Phi3ForCausalLM", seed=1)
+    keymap.save_checkpoint(model, tmp_path / "x.safetensors", to=to)
+    for sides in ((model, tmp_path / "x.safetensors"), (tmp_path / "x.safetensors", model)):
+        found = keymap.compare_checkpoints(*sides)
+        assert found.equal and {found.format_a, found.format_b} == {"phi3", to}
+    with torch.no_grad():
+        model.model.layers[1].self_attn.qkv_proj.weight[3, 5] += 1
+    found = keymap.compare_checkpoints(model, tmp_path / "x.safetensors")
+    assert [one.key for one in found.differences] == ["model.layers.1.self_attn.q_proj.weight"]
 
 
 def test_a_live_phi3_that_turns_a_part_of_each_head_is_noted_where_it_is_written_as_a_llama(tmp_path):
