@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from keymap.errors import KeymapError
 
-__all__ = ["Argument", "Other", "advised", "choices", "conversion", "lacked_by_files", "renaming", "replaced"]
+__all__ = [
+    "Argument",
+    "Other",
+    "advised",
+    "choices",
+    "conversion",
+    "converted",
+    "lacked_by_files",
+    "renaming",
+    "replaced",
+]
 
 _NAME = re.compile(r"(?<![\w.'\"-])([a-z][a-z_]*)=(?!=)")
 _TOKEN = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[(\[{]|[)\]}]|[^'\"()\[\]{}]+", re.DOTALL)
@@ -70,6 +80,11 @@ def conversion(to: str) -> str:
     return (
         f"convert the weights with convert_state_dict(state_dict, to={to!r}), then call the model's own load_state_dict"
     )
+
+
+def converted(to: str) -> str:
+    """What to do with a file for a model whose names are those of a format, where both are of one hub."""
+    return f"convert the file first (convert_checkpoint, or keymap convert) with to={to!r}, then load the new file"
 
 
 def lacked_by_files(any_model: bool) -> str:

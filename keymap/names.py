@@ -61,9 +61,7 @@ def map_key(name: str, source: PathLike, to: PathLike, *, hub: str | None = None
     assert wanted is not None, "the source is named"
     way = _Way(known, known.get(wanted), target_format(known, target))
     names = _key_or_module(name, way)
-    if names is None:
-        found = (_key_or_module(other, way) for other in way.respelled(name))
-        names = next((each for each in found if each is not None), None)
+    names = _by_aliases(name, way) if names is None else names
     if names is None or (not names and way.open(name)):
         near = get_close_matches(name[:_MAX_COMPARED], way.samples(), 3, 0.7)
         hint = f"; did you mean one like {', '.join(near)}?" if near else ""
@@ -79,6 +77,26 @@ def _key_or_module(name: str, way: _Way) -> Names | None:
         below = _module(name, way)
         names = below if below or names is None else names
     return names
+
+
+def _by_aliases(name: str, way: _Way) -> Names | None:
+    """As `_key_or_module`, of a spelling that the aliases of the source format read: those of all files, or of some."""
+    blocks = way.source.aliases
+    chosen = [[block for block in blocks if block.when is None]]
+    chosen += [
+        [one for one in blocks if one.when is None or one is block] for block in blocks if block.when is not None
+    ]
+    meanings: dict[Names, None] = {}
+    for number, several in enumerate(chosen):
+        found = (_key_or_module(other, way) for other in _respelled([block.table for block in several], name))
+        names = next((each for each in found if each is not None), None)
+        if names is not None and number == 0:
+            return names
+        meanings |= {names: None} if names is not None else {}
+    if len(meanings) > 1:
+        options = " or ".join(", ".join(names) or "nothing" for names in meanings)
+        raise PlanError(f"only a file shows what {name!r} of {way.source.name} is: {options}")
+    return next(iter(meanings), None)
 
 
 class _Way(NamedTuple):
@@ -105,18 +123,6 @@ class _Way(NamedTuple):
                 return tuple(dict.fromkeys(one for several in names for one in several))
         ignored = self.source.ignored(name) is not None
         return () if owned or ignored else None
-
-    def respelled(self, name: str) -> Names:
-        """The names that the aliases of the source format make of a key or a module; none if they leave it as it is."""
-        tables = [block.table for block in self.source.aliases if block.when is None]
-        names = _through(tables, (name,))
-        found = dict.fromkeys(names if names != (name,) else ())
-        sides = [rule.source for table in tables for rule in table.rules]
-        for end in dict.fromkeys(end for side in sides for end in _ends(side)):  # of the keys in a module
-            there = _through(tables, (name + end,))
-            if there != (name + end,):
-                found |= {each.removesuffix(end): None for each in there if each.endswith(end)}
-        return tuple(found)
 
     def open(self, name: str) -> bool:
         """Whether a name is one of the source format only by a rule for any name."""
@@ -196,6 +202,18 @@ class _Way(NamedTuple):
         return sorted((path for path in paths if path), key=len) + [[]] * ([] in paths or not paths)
 
 
+def _respelled(tables: Sequence[RuleTable], name: str) -> Names:
+    """The names that tables make of a key or a module; none if they leave it as it is."""
+    names = _through(tables, (name,))
+    found = dict.fromkeys(names if names != (name,) else ())
+    sides = [rule.source for table in tables for rule in table.rules]
+    for end in dict.fromkeys(end for side in sides for end in _ends(side)):  # of the keys in a module
+        there = _through(tables, (name + end,))
+        if there != (name + end,):
+            found |= {each.removesuffix(end): None for each in there if each.endswith(end)}
+    return tuple(found)
+
+
 def _through(tables: Sequence[RuleTable], names: Names) -> Names:
     """The names after each of some tables, which leave names that they do not know as they are."""
     for table in tables:
@@ -230,8 +248,6 @@ def _applied(table: RuleTable, name: str) -> Names | None:
     if found is None:
         return None
     rule, values = found
-    if rule.tied is not None:
-        return ()
     if rule.cut is None:
         return tuple(side.write(values) for side in rule.targets)
     if len(rule.cut.variables) > 1 or not rule.cut.members:

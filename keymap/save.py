@@ -140,7 +140,7 @@ def convert_checkpoint(
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     sources = [Path(opened.file), *(file.path for file in files_of(reading.unwrapped.tensors))]
     result = _written(planned, place, given, sources, _Options(dtype, max_shard_size, overwrite, progress))
-    unlike = unlike_target(known.hub, target, reading.settings.facts)
+    unlike = unlike_target(known.hub, target, reading.settings.facts, planned.hub)
     notes = (*result.notes, *unlike, *reading.notes, *reading.unwrapped.remarks, *not_read(opened, "converted"))
     return result._replace(notes=notes)
 
@@ -176,7 +176,7 @@ def save_checkpoint(
     given = with_own(checked_settings(facts, known), stated, known.hub, opened.file)
     planned = export(reading, target, request_for_towers(towers, known.hub), sizes_of(given))
     result = _written(planned, place, given, [], _Options(dtype, max_shard_size, overwrite, progress), model)
-    return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated)))
+    return result._replace(notes=(*result.notes, *unlike_target(known.hub, target, stated, planned.hub)))
 
 
 def _name(to: PathLike) -> PathLike:

@@ -428,6 +428,12 @@ def _settings(mapping: Format) -> Iterator[str]:
                 yield f"- {code(name)}: {paths}{default}"
     for name, value in mapping.fixed.items():
         yield f"- {code(name)}: always {scalar(value)}"
+    by_keys: dict[str, list[str]] = {}
+    for variant in mapping.variants:
+        for name, value in variant.fixed.items():
+            by_keys.setdefault(name, []).append(scalar(value))
+    for name, values in by_keys.items():
+        yield f"- {code(name)}: {' or '.join(values)}, as the keys of the file show"
 
 
 def _configs(data: Data) -> Iterator[str]:

@@ -148,7 +148,8 @@ def plan_command(
         model = targets.named(model_name)
     else:
         assert like is not None, "one of the two is given"
-        options_of_like = arguments["facts"], arguments["weights_only"], arguments["hub"]
+        hub = arguments["hub"] or (targets.hub_of_any_model(arguments["mapping"]) if like_mapping is None else None)
+        options_of_like = arguments["facts"], arguments["weights_only"], hub
         model = targets.like(like, like_wrapper, like_mapping, *options_of_like)
     plan = keymap.plan_load(model, path, **arguments)
     explanation = plan.explain(explain) if explain is not None else None

@@ -31,6 +31,7 @@ def described(mapping: Format) -> dict[str, Any]:
         "configuration_file": (config.file or config.inside) if config is not None else None,
         "settings": sorted({*config.facts, *config.defaults}) if config is not None else [],
         "fixed": dict(mapping.fixed),
+        "fixed_by_variants": [dict(variant.fixed) for variant in mapping.variants],
     }
 
 
@@ -63,6 +64,8 @@ def show_format(screen: Screen, found: dict[str, Any]) -> None:
     rows.append(("settings from", found["configuration_file"] or ""))
     rows.append(("settings", ", ".join(found["settings"])))
     rows += [("fixed", f"{name} = {value}") for name, value in found["fixed"].items()]
+    for number, fixed in enumerate(found["fixed_by_variants"], 1):
+        rows += [(f"fixed by variant {number}", f"{name} = {value}") for name, value in fixed.items()]
     rows += [("note", note) for note in found["notes"]]
     screen.pairs((label, in_options(str(value))) for label, value in rows if value)
     for number, rules in enumerate([found["rules"], *found["variants"]]):

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from keymap.advice import renaming
-from keymap.errors import PlanError, printable
+from keymap.errors import DetectionError, MappingError, PlanError, printable
 from keymap.plan.export import only_reading
 from keymap.plan.to_hub import to_hub
-from keymap.source.hubs import ask
+from keymap.source.hubs import ask, find_mapping
 from keymap.source.open import open_source, open_under_one_hub
 
 __all__ = ["like", "named"]
@@ -83,6 +83,15 @@ class _Described(nn.Module):
         return dict(self._tensors)
 
 
+def hub_of_any_model(mapping: str | None) -> str | None:
+    """The hub of a mapping whose rules lead to a model's own names, whatever they are; None for another mapping."""
+    try:
+        hub = find_mapping(mapping)[0].hub if mapping is not None else None
+    except MappingError:  # the plan says what is wrong, or asks for the hub
+        return None
+    return hub.name if hub is not None and hub.by_name else None
+
+
 def like(
     path: str,
     wrapper: str | None,
@@ -98,7 +107,14 @@ def like(
     """
     with renaming({"wrapper": "like_wrapper", "mapping": "like_mapping"}):
         opened = open_under_one_hub([(path, wrapper)], weights_only) if hub is None and mapping is None else None
-        source = only_reading(opened[0] if opened else open_source(path, weights_only, ask(hub, mapping), wrapper))
+        one = opened[0] if opened else open_source(path, weights_only, ask(hub, mapping), wrapper)
+        try:
+            source = only_reading(one)
+        except DetectionError as error:
+            if one.top[0].refused or one.top[0].found is not None or hub is not None or mapping is not None:
+                raise
+            advice = "to take its names and shapes as they are, as for a model that no hub knows, pass hub='any'"
+            raise DetectionError(error.summary, [*error.faults, advice]) from error
     assert source.found is not None, "a source without a format is refused before"
     translated = to_hub(source.found, facts or {})
     if translated.faults or translated.unowned:

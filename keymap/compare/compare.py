@@ -23,10 +23,13 @@ from keymap.plan.model import state_of
 from keymap.plan.plan import dtype_name
 from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, request_for_towers, sizes_of
 from keymap.read.lazy import brief
-from keymap.source.hubs import Asked, PathLike, ask_for_two
-from keymap.source.open import Opened, open_source, open_under_one_hub
+from keymap.source.detect import NAMED
+from keymap.source.hubs import Asked, PathLike, ask_each, ask_for_two
+from keymap.source.open import Opened, open_in_each, open_source, open_under_one_hub
 
 __all__ = ["compare_checkpoints"]
+
+_Opened = tuple[Opened, Mapping[str, Scalar]]  # with the facts that a model states
 
 
 # long: signature and docstring; the body is the steps in order
@@ -82,8 +85,12 @@ def compare_checkpoints(
     asked_a, asked_b = ask_for_two(hub, mapping_a, mapping_b, state)
     one, own_a = _open("a", a, safe, asked_a, wrapper_a)
     other, own_b = _open("b", b, safe, asked_b, wrapper_b)
-    if hub is None and model is None and mapping_a is None and mapping_b is None:
-        one, other = _under_one_hub(one, other, ((a, wrapper_a), (b, wrapper_b)), safe)
+    if hub is None and mapping_a is None and mapping_b is None:
+        sides = (a, wrapper_a), (b, wrapper_b)
+        if model is None:
+            one, other = _under_one_hub(one, other, sides, safe)
+        else:
+            (one, own_a), (other, own_b) = _with_a_model((one, own_a), (other, own_b), sides, safe)
     asked = request_for_towers(towers, one.known.hub)
     source_a, source_b = readings(one, other)
     both = same_names(source_a, source_b, asked, sizes_of({**own_a, **own_b}) | dict(checked_facts(facts, one.known)))
@@ -113,9 +120,7 @@ def _refuse_options_of_models(sides: Mapping[str, tuple[object, object, object]]
             raise PlanError(f"{name} is a model: leave mapping_{name}= and wrapper_{name}= out")
 
 
-def _open(
-    name: str, where: object, weights_only: bool, asked: Asked, wrapper: object
-) -> tuple[Opened, Mapping[str, Scalar]]:
+def _open(name: str, where: object, weights_only: bool, asked: Asked, wrapper: object) -> _Opened:
     """A file or a model, opened, and the facts that a model states."""
     if isinstance(where, nn.Module):
         return open_model(where, asked.known)
@@ -134,6 +139,28 @@ def _under_one_hub(
     paths = [(path, wrapper) for path, wrapper in files if not isinstance(path, nn.Module)]
     again = open_under_one_hub(paths, weights_only)
     return (again[0], again[1]) if again is not None else (one, other)
+
+
+def _with_a_model(
+    one: _Opened, other: _Opened, sides: Sequence[tuple[PathLike | nn.Module, str | None]], weights_only: bool
+) -> tuple[_Opened, _Opened]:
+    """A model and a file as they were opened, or under the first hub of which both have a format."""
+    files = [side for side in sides if not isinstance(side[0], nn.Module)]
+    if len(files) != 1 or (one[0].top[0].found is not None and other[0].top[0].found is not None):
+        return one, other
+    path, wrapper = files[0]
+    assert not isinstance(path, nn.Module), "it is the file"
+    for opened in open_in_each(path, weights_only, ask_each(), wrapper):
+        if opened.top[0].found is None:
+            continue
+        again = [
+            open_model(side, opened.known) if isinstance(side, nn.Module) else (opened, dict[str, Scalar]())
+            for side, _ in sides
+        ]
+        found = [side.top[0].found for side, _ in again]
+        if all(reading is not None and reading.evidence != NAMED for reading in found):
+            return again[0], again[1]
+    return one, other
 
 
 def _compare(a: Named, b: Named, compared_as: str, tolerance: float, check_dtype: bool) -> Comparison:

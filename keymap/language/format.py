@@ -115,9 +115,12 @@ class Refusal(NamedTuple):
 
 
 class Variant(NamedTuple):
+    """Rules, and settings that the format's code fixes, under a condition on the file's keys, or on the hub's."""
+
     when: Evidence
     when_hub: Evidence
     rules: tuple[Rule, ...]
+    fixed: Mapping[str, Scalar] = {}
 
 
 class Position(NamedTuple):

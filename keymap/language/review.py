@@ -190,8 +190,11 @@ def _named_facts(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]
             yield (*path, "facts", fact), fact, values
         for fact, value in block.get("defaults", {}).items():
             yield (*path, "defaults", fact), fact, [value]
-    for fact, value in data.get("fixed", {}).items():
-        yield ("fixed", fact), fact, [value]
+    fixed: list[tuple[Path, Mapping[str, Any]]] = [(("fixed",), data.get("fixed", {}))]
+    fixed += [(("variants", i, "fixed"), block.get("fixed", {})) for i, block in enumerate(data.get("variants", ()))]
+    for path, block in fixed:
+        for fact, value in block.items():
+            yield (*path, fact), fact, [value]
     repository = data.get("repository", {})
     for fact, value in repository.get("requires", {}).items():
         yield ("repository", "requires", fact), fact, value if isinstance(value, list) else [value]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from keymap.advice import choices
-from keymap.errors import DetectionError, KeymapError, PlanError
+from keymap.errors import DetectionError, KeymapError, PlanError, some
 from keymap.language.layout import Layout
 from keymap.plan.describe import Described, describe
 from keymap.plan.join import Chosen, Fit, join
@@ -23,7 +23,7 @@ from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
 from keymap.source.open import Opened, Source
-from keymap.source.other_hubs import naming_other_hubs
+from keymap.source.other_hubs import naming_models_format, naming_other_hubs
 
 __all__ = ["choose", "choose_for_towers"]
 
@@ -47,6 +47,8 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         others = (*plan.other_wrappers, *trial.others([source]))
         return Chosen(replace(plan, other_wrappers=tuple(dict.fromkeys(others))), source.unwrapped.tensors)
     error = trial.error()
+    if not is_foreign(trial.hub, model):  # the refusal of a foreign one says so already
+        error = naming_models_format(error, opened, model.layouts())
     raise naming_other_hubs(error, opened, model.layouts()) if isinstance(error, DetectionError) else error
 
 
@@ -141,7 +143,7 @@ class _Trial:
         plan = self.plan(source, self.request)
         if isinstance(plan, KeymapError):
             if foreign:
-                raise plan
+                raise naming_models_format(plan, self.opened, self.model.layouts())
             return None
         return (plan, source) if foreign or source is self.own_below or not plan.unexpected_keys else None
 
@@ -178,6 +180,9 @@ class _Trial:
         for request in (strict, self.request) if in_part else (strict,):
             whole = self.only(self.fits(request))
             parts = self._parts(whole) or self.by_tower(request) or self.with_own_beside(request)
+            if not parts:
+                whole = self.with_heads_above(request)
+                parts = self._parts(whole)
             if whole is not None or parts:
                 self._refuse_rivals(parts)
                 return whole or self.joined(parts)
@@ -193,10 +198,10 @@ class _Trial:
         top = [self.opened.top] if self.opened.top[0].found is not None else []
         return [*top, *self.opened.inner] if self.opened.inner else []
 
-    def fits(self, request: Request) -> list[Fit]:
+    def fits(self, request: Request, groups: Iterable[_Group] | None = None) -> list[Fit]:
         """What fits, of each state dict the first reading; those that load the same tensors once."""
         by_tensors: dict[frozenset[int], Fit] = {}
-        for group in self.groups:
+        for group in self.groups if groups is None else groups:
             fit = self._first_that_fits(group, request)
             if fit is not None:
                 plan, source = fit
@@ -311,6 +316,18 @@ class _Trial:
             return {}
         return self._parts(self.only(self.fits(request._replace(towers=tuple(self.towers)))))
 
+    def with_heads_above(self, request: Request) -> Fit | None:
+        """What fits with heads of the hub that lie above its state dict, as an output layer above a language model."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in self.model.tensors.items() if self._is_head(key)}
+        if not shapes:
+            return None
+        more = ([self.opened.with_above(source, shapes) for source in group] for group in self.groups)
+        groups = [[source for source in group if source is not None] for group in more]
+        return self.only(self.fits(request, [group for group in groups if group]))
+
+    def _is_head(self, key: str) -> bool:
+        return any(side.match(key) is not None for side in self.hub.heads)
+
     @cached_property
     def _own_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the model's keys that belong to no tower."""
@@ -383,6 +400,8 @@ class _Trial:
         errors = self._errors_by_tower() or self._errors(self.request._replace(strict=True), self.opened.inner)
         if len(errors) == 1:
             return errors[0][0]
+        if not errors:
+            return self._half()
         faults = [
             f"wrapper={source.unwrapped.wrapper!r}: {fault}"
             for error, source in errors
@@ -390,6 +409,20 @@ class _Trial:
         ]
         summary = f"{self.request.file}: none of the {len(errors)} state dicts in the file fits the model"
         return PlanError(summary, [*self._advice(), *faults])
+
+    def _half(self) -> KeymapError:
+        """Why a state dict that fits in part is not loaded: the file seems to hold what would be left out."""
+        faults = []
+        for group in self.opened.inner:
+            plan, base = self.plan(group[0], self._within(group, self.request)), self.opened.searched
+            if isinstance(plan, Plan):
+                lacking = [f"{key} {list(base[key].shape)} of the file" for key in plan.missing_keys if key in base]
+                wrapper = group[0].unwrapped.wrapper
+                faults.append(f"wrapper={wrapper!r} would leave out {some(lacking or plan.unexpected_keys)}")
+        text = (
+            "no state dict in the file fits the model as a whole; to load one without the rest, choose it with wrapper="
+        )
+        return PlanError(f"{self.request.file}: {text}", faults)
 
     def _errors(self, request: Request, groups: Iterable[_Group]) -> list[tuple[KeymapError, Source]]:
         """Why state dicts do not fit; those that do are left out."""

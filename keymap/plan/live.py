@@ -16,8 +16,10 @@ from keymap.plan.model import State, attribute, view_model
 from keymap.plan.request import sizes_of
 from keymap.plan.twins import lazy_state
 from keymap.source.config import settings_in
+from keymap.source.detect import NAMED, Detection
 from keymap.source.hubs import Asked
 from keymap.source.open import Opened, Source, open_tree
+from keymap.source.search import owned_keys
 
 __all__ = ["open_model", "plain_values"]
 
@@ -42,9 +44,19 @@ def open_model(model: nn.Module, known: Catalogue, state: State | None = None) -
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
     lazy = lazy_state(tensors, lambda key, value: partial(_values, key, value))
     opened = open_tree(Asked(known, known.hub.name), lazy, None, sizes_of(facts))
-    if opened.top[0].found is None:  # perhaps a model of another library, whose names are those of a format
-        opened = open_tree(Asked(known), lazy, None, sizes_of(facts))
+    found = opened.top[0].found
+    if found is None or found.evidence == NAMED:  # perhaps a model of another library, with the names of a format
+        other = open_tree(Asked(known), lazy, None, sizes_of(facts))
+        opened = other if found is None or _explains_more(other, found) else opened
     return replace(opened, file=_NAME, top=tuple(_named(source, model) for source in opened.top)), facts
+
+
+def _explains_more(opened: Opened, found: Detection) -> bool:
+    """Whether a format that the keys show names more of them than the hub does, whose evidence they lack."""
+    owned = len(owned_keys(found.mapping, found.tensors))
+    return any(
+        one.found is not None and len(owned_keys(one.found.mapping, one.found.tensors)) > owned for one in opened.top
+    )
 
 
 def _named(source: Source, model: nn.Module) -> Source:
@@ -56,7 +68,8 @@ def _named(source: Source, model: nn.Module) -> Source:
     except Exception:  # it has none, or one that keymap does not know
         return source._replace(file=_NAME)
     assert source.found is not None and config is not None, "only a format's configuration is looked for"
-    settings = settings_in(data, source.found.mapping, f"{config.model} of the model")
+    found = source.found
+    settings = settings_in(data, found.mapping, f"{config.model} of the model", found.tensors)
     return source._replace(file=_NAME, settings=settings)
 
 

@@ -189,7 +189,21 @@ def _resize(
             f"{position.key}: taken as the model's grid of {h}x{w}, because the file does not show its own; pass "
             f"source_grid=(h, w) if it is another"
         )
-    return plan_resize(position, file_rows, target)
+    try:
+        return plan_resize(position, file_rows, target)
+    except MismatchError as error:
+        tokens = _other_tokens(sides, position) if origin is position else ""
+        raise MismatchError(tokens or str(error)) from error
+
+
+def _other_tokens(sides: Sides, position: Position) -> str:
+    """Which tokens before the grid one side alone has, and what to do; empty where both have the same."""
+    names = () if isinstance(position.prefix, int) else position.prefix
+    file, model = ([n for n in names if n in side] for side in (sides.translated.unbridged, sides.model.tensors))
+    differing = [f"the model has {name}, which the file lacks" for name in model if name not in file]
+    differing += [f"the file has {name}, which the model lacks" for name in file if name not in model]
+    advice = ": load into a model with the tokens of the file"
+    return f"{'; '.join(differing)}{advice}" if file and differing else ""
 
 
 def _prefixes(sides: Sides, position: Position) -> list[int]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from keymap.language.format import Computed, Config, Format, Place, Scalar, Template
+from keymap.language.layout import Shaped
 from keymap.read.shards import leads_out
+from keymap.source.detect import fixed_by
 from keymap.source.settings import Count, Settings, Size, Unknown, config_text
 
 __all__ = ["is_model_type", "model_type", "own_file", "read_config", "settings_in", "value_at"]
@@ -25,7 +27,12 @@ _IGNORED = object()
 
 
 def read_config(
-    file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format, tree: Mapping[str, Any] | None = None
+    file: Path,
+    metadata: Mapping[str, str],
+    mapping: Format,
+    hub: Format,
+    tree: Mapping[str, Any] | None = None,
+    keys: Mapping[str, Shaped] | None = None,
 ) -> Settings:
     """The settings that the format fixes, and those of a configuration in the checkpoint or beside it.
 
@@ -35,8 +42,9 @@ def read_config(
         mapping: the checkpoint's format.
         tree: what the checkpoint holds, in which a format's configuration may be a dict.
         hub: its form of a configuration is read if the format has none, or none is found.
+        keys: of the state dict, by which variants of the format fix settings.
     """
-    own = mapping.fixed if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
+    own = fixed_by(mapping, keys or {}) if mapping.kind != "hub" else {}  # a hub's are its models'
     fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):
@@ -53,15 +61,17 @@ def read_config(
     return Settings(facts=fixed, notes=tuple(dict.fromkeys(notes)))
 
 
-def settings_in(data: Any, mapping: Format, origin: str) -> Settings:
+def settings_in(data: Any, mapping: Format, origin: str, keys: Mapping[str, Shaped]) -> Settings:
     """The settings that the format fixes, and those of a configuration in memory.
 
     Args:
         data: what a file of the format's configuration would hold.
         mapping: the format.
         origin: where the data is, for messages.
+        keys: of the state dict.
     """
-    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in mapping.fixed.items()}
+    own = fixed_by(mapping, keys)
+    fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     settings = _parse(data, mapping.config, origin) if mapping.config is not None else None
     return Settings(facts=fixed) if settings is None else settings._replace(facts={**fixed, **settings.facts})
 

@@ -10,7 +10,7 @@ from keymap.advice import choices
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
+from keymap.language.format import Alias, Clue, Evidence, Format, Refusal, Scalar
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Check, Fault, RuleTable, Step
@@ -19,7 +19,10 @@ from keymap.language.shape_form import fitted
 _MIN_OWNED = 0.05  # of a file's keys, that a format must know if the caller names it and its evidence is missing
 _SAMPLED_KEYS = 1000  # of a file that no format matches, to find the nearest format
 
+NAMED = ("named by the caller",)  # in place of the keys that match evidence
+
 __all__ = [
+    "NAMED",
     "Detection",
     "ambiguous",
     "apply_aliases",
@@ -28,6 +31,7 @@ __all__ = [
     "claims",
     "detect",
     "file_rules",
+    "fixed_by",
     "matching_keys",
     "tower_layout",
     "uses_aliases",
@@ -249,6 +253,19 @@ def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
 
 
+def fixed_by(mapping: Format, tensors: Mapping[str, Shaped], of_hub: bool = False) -> Mapping[str, Scalar]:
+    """The settings that a format fixes for files with these keys: its own, and those of the variants that fit.
+
+    Args:
+        mapping: the format.
+        tensors: by the format's keys.
+        of_hub: they are by the hub's keys.
+    """
+    fixing = ((variant, variant.when_hub if of_hub else variant.when) for variant in mapping.variants if variant.fixed)
+    fits = [variant for variant, when in fixing if matching_keys(when, tensors) is not None]
+    return {**mapping.fixed, **{name: value for variant in fits for name, value in variant.fixed.items()}}
+
+
 def claims(
     known: Catalogue,
     tensors: Mapping[str, Layout],
@@ -267,7 +284,7 @@ def claims(
         detection = claim(mapping, tensors, facts or {}, names)
         if detection is None and wanted is not None:
             renamed, faults, steps = apply_aliases(mapping, tensors, facts or {}, names)
-            detection = Detection(mapping, renamed, ("named by the caller",), faults, steps)
+            detection = Detection(mapping, renamed, NAMED, faults, steps)
             detection = _prepared(mapping, tensors, facts or {}, detection)
             _refuse_foreign(known, mapping, detection.tensors, tensors, file)
         if detection is not None:

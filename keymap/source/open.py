@@ -31,7 +31,7 @@ from keymap.source.search import (
     shared_starts,
 )
 from keymap.source.settings import Settings
-from keymap.source.unwrap import Unwrapped, part, unwrap, with_nested
+from keymap.source.unwrap import Unwrapped, part, unwrap, with_above, with_nested
 
 __all__ = [
     "Opened",
@@ -165,6 +165,31 @@ class Opened:
             if len(found) == len(wanted) and all(found[start + name].shape == wanted[name] for name in wanted):
                 return found
         return {}
+
+    def with_above(self, source: Source, wanted: Mapping[str, tuple[int, ...]]) -> Source | None:
+        """A reading with tensors that lie above its state dict, as an output layer above a language model.
+
+        Args:
+            source: a reading of a state dict within the one that was searched.
+            wanted: shapes by name. Those that it lacks, and that one place above it has, are taken.
+
+        Returns:
+            None if there is none of them.
+        """
+        found, base, start = source.found, self.searched, source.unwrapped.start
+        if found is None:
+            return None
+        above = [place for place in shared_starts([start]) if place != start]
+        places = {name: [at + name for at in above if at + name in base] for name in wanted.keys() - found.tensors}
+        taken = {n: keys[0] for n, keys in places.items() if len(keys) == 1 and base[keys[0]].shape == wanted[n]}
+        if not taken:
+            return None
+        more = {name: whole(key, base[key].shape, base[key].dtype) for name, key in taken.items()}
+        stored = {**found.stored, **more} if found.stored else found.stored
+        unwrapped = with_above(source.unwrapped, self._found.searched, sorted(taken.values()))
+        return source._replace(
+            unwrapped=unwrapped, found=found._replace(tensors={**found.tensors, **more}, stored=stored)
+        )
 
 
 def _tower(hub: Format, key: str) -> str:
@@ -400,7 +425,8 @@ class _Reader:
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
         settings, checkpoint = Settings(), self.checkpoint
         if found is not None and checkpoint.container:
-            settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree)
+            path, metadata, tree = checkpoint.path, checkpoint.metadata, checkpoint.tree
+            settings = read_config(path, metadata, found.mapping, self.known.hub, tree, found.tensors)
         return Source(
             self.known,
             self.file,

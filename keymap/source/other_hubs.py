@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from keymap.advice import conversion
-from keymap.errors import DetectionError, some
+from keymap.advice import conversion, converted
+from keymap.errors import DetectionError, KeymapError, PlanError, some
 from keymap.language.layout import Layout
 from keymap.source.detect import claim, claims
 from keymap.source.hubs import ask_each
 from keymap.source.open import Opened, layouts_of
 
-__all__ = ["naming_other_hubs"]
+__all__ = ["naming_models_format", "naming_other_hubs"]
+
+
+def naming_models_format(error: KeymapError, opened: Opened, model: Mapping[str, Layout]) -> KeymapError:
+    """The refusal of a model with the names of one format for a file of another format of the same hub.
+
+    Args:
+        error: the refusal. It comes back as it is where that is not its cause.
+        opened: the file.
+        model: the tensors of the model.
+    """
+    top, hub = opened.top[0], opened.known.hub
+    if not isinstance(error, PlanError) or top.refused or hub.by_name or claim(hub, model, {}) is not None:
+        return error
+    layouts = layouts_of(top.unwrapped.tensors, top.unwrapped.start)
+    for asked in ask_each():
+        if claim(asked.known.hub, model, {}) is not None:
+            return error
+        formats = [one for one in asked.known.formats if claim(one, model, {}) is not None]
+        try:
+            found = [one.mapping for one in claims(asked.known, layouts)] if formats else []
+        except DetectionError:
+            continue
+        if found and not any(one in formats for one in found):
+            own = formats[0]
+            text = f"the file has the format {found[0].name}, and the model's keys are those of format {own.name}"
+            advice = f"both are of hub {asked.known.hub.name}: {converted(own.name)}"
+            return PlanError(f"{opened.file}: {text} ({own.title})", [advice])
+    return error
 
 
 def naming_other_hubs(

@@ -12,7 +12,9 @@ from math import isclose
 from typing import Any, NamedTuple
 
 from keymap.language.format import Fact, Format, Scalar, config_text
+from keymap.language.layout import Shaped
 from keymap.language.pattern import Side
+from keymap.source.detect import fixed_by
 
 __all__ = [
     "Compared",
@@ -136,8 +138,10 @@ def differences(hub: Format, rows: Iterable[Compared]) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-def unlike_target(hub: Format, target: Format, stated: Mapping[str, tuple[Scalar, str]]) -> tuple[str, ...]:
-    """One text for each setting of a source that differs from what a format's code fixes for all its files.
+def unlike_target(
+    hub: Format, target: Format, stated: Mapping[str, tuple[Scalar, str]], written: Mapping[str, Shaped]
+) -> tuple[str, ...]:
+    """One text for each setting of a source that differs from what a format's code fixes for such files.
 
     What the hub fixes for all its models counts, too, unless the format's configuration can say it.
 
@@ -145,12 +149,14 @@ def unlike_target(hub: Format, target: Format, stated: Mapping[str, tuple[Scalar
         hub: of both.
         target: the format that is written.
         stated: value and origin of each setting of the source.
+        written: tensors by the hub's keys.
     """
+    own = fixed_by(target, written, of_hub=True)
     says = target.config.facts if target.config is not None else {}
-    fixed = {**{name: value for name, value in hub.fixed.items() if target is hub or name not in says}, **target.fixed}
+    fixed = {**{name: value for name, value in hub.fixed.items() if target is hub or name not in says}, **own}
     towers = {name.partition(".")[0] for name in fixed}
-    own = {name: entry for name, entry in stated.items() if name in fixed}
-    rows = _rows(hub, towers, Settings(facts=own), fixed)
+    facts = {name: entry for name, entry in stated.items() if name in fixed}
+    rows = _rows(hub, towers, Settings(facts=facts), fixed)
     return tuple(
         f"{row.label}: {_source_text(row)} in the source ({row.origin}), and {target.name} means "
         f"{config_text(row.model)}: what reads the file computes something else"

@@ -20,7 +20,7 @@ from keymap.read.lazy import MAX_KEY, brief
 from keymap.source.flatten import flatten, resolve
 from keymap.source.weight_norm import normalised
 
-__all__ = ["Known", "Unwrapped", "part", "unwrap", "with_nested"]
+__all__ = ["Known", "Unwrapped", "part", "unwrap", "with_above", "with_nested"]
 
 _MAX_DEPTH = 4
 _MAX_COMPARED = 2000  # prefixes that a wrong wrapper is compared with
@@ -162,18 +162,31 @@ def part(
         if known({key[len(start) :]: state_dict.tensors[key] for key in inside}):
             break
         start += more
-    name, note = prefix[:-1], tuple[str, ...]()
-    count = len(state_dict.tensors) - len(inside)
-    if count:
-        outside = (key for key in state_dict.tensors if not key.startswith(prefix))
-        shown = ", ".join(islice(outside, SHOWN)) + (f" and {count - SHOWN} more" if count > SHOWN else "")
-        note = (f"skipped {count} tensor{'' if count == 1 else 's'} outside {name!r}: {shown}",)
+    name, tensors = prefix[:-1], {key: state_dict.tensors[key] for key in inside}
     return state_dict._replace(
-        tensors={key: state_dict.tensors[key] for key in inside},
+        tensors=tensors,
         wrapper=f"{state_dict.wrapper}.{name}" if state_dict.wrapper else name,
         start=start,
-        outside=note,
+        outside=_skipped(state_dict, tensors, name),
     )
+
+
+def _skipped(state_dict: Unwrapped, tensors: Mapping[str, LazyTensor], name: str) -> tuple[str, ...]:
+    """A note on the tensors of a state dict that are not among these; empty for none."""
+    count = len(state_dict.tensors) - len(tensors)
+    if not count:
+        return ()
+    outside = (key for key in state_dict.tensors if key not in tensors)
+    shown = ", ".join(islice(outside, SHOWN)) + (f" and {count - SHOWN} more" if count > SHOWN else "")
+    return (f"skipped {count} tensor{'' if count == 1 else 's'} outside {name!r}: {shown}",)
+
+
+def with_above(inner: Unwrapped, state_dict: Unwrapped, keys: Sequence[str]) -> Unwrapped:
+    """A part of a state dict with tensors that lie above it, and a note on them."""
+    name = inner.wrapper[len(state_dict.wrapper) :].removeprefix(".")
+    tensors = {**inner.tensors, **{key: state_dict.tensors[key] for key in keys}}
+    notes = (*inner.notes, f"taken from above {name!r}: {some(keys)}")
+    return inner._replace(tensors=tensors, notes=notes, outside=_skipped(state_dict, tensors, name))
 
 
 def _refuse_empty(

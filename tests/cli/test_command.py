@@ -607,3 +607,34 @@ def test_a_shell_completes_commands_and_names_without_torch(line, wanted):
 def test_the_script_of_a_shell_calls_the_command(shell, capsys):
     code, out, _ = run(capsys, "completion", shell)
     assert code == 0 and "_KEYMAP_COMPLETE" in out
+
+
+# --- a mapping to a model's own names ---
+
+MINE = """format: mine
+hub: any
+title: theirs to mine
+towers:
+  model:
+    kernel: {to: layer.weight, view: in out -> out in}
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--hub", "any"]])
+def test_a_plan_with_a_mapping_for_any_model_needs_no_hub(more, capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text(MINE, encoding="utf-8")
+    torch.save({"kernel": torch.ones(3, 2)}, tmp_path / "theirs.pt")
+    torch.save({"layer.weight": torch.zeros(2, 3)}, tmp_path / "own.pt")
+    words = [tmp_path / "theirs.pt", "--mapping", tmp_path / "mine.yaml", "--like", tmp_path / "own.pt", *more]
+    code, found = as_json(capsys, "plan", *words)
+    plan = found["result"]["plan"]
+    assert code == 0 and (plan["format"], plan["missing_keys"]) == ("mine", [])
+    torch.save({"layer.weight": torch.zeros(2, 4)}, tmp_path / "own.pt")
+    assert run(capsys, "plan", *words)[0] == 1
+
+
+def test_a_checkpoint_of_no_format_as_the_model_is_taken_as_it_is_where_the_advice_is_followed(capsys, tmp_path):
+    torch.save({"layer.weight": torch.zeros(2, 3)}, tmp_path / "own.pt")
+    code, _, err = run(capsys, "plan", tmp_path / "own.pt", "--like", tmp_path / "own.pt")
+    assert code == 1 and "pass --hub any" in err
+    assert run(capsys, "plan", tmp_path / "own.pt", "--like", tmp_path / "own.pt", "--hub", "any")[0] == 0

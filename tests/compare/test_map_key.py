@@ -162,3 +162,31 @@ def test_arguments_that_are_no_names_are_refused(arguments):
 )
 def test_names_that_a_format_reads_by_its_aliases_are_mapped(name, there):
     assert keymap.map_key(name, "hf_vit", "vision_transformer") == there
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "to", "there"),
+    [
+        ("layers.3.self_attn.o_proj.weight", "phi3", "internlm2", "model.layers.3.attention.wo.weight"),
+        ("layers.3.mlp.down_proj", "phi3", "llama", "model.layers.3.mlp.down_proj"),
+        ("tok_embeddings.weight", "internlm2", "phi3", "model.embed_tokens.weight"),
+    ],
+)
+def test_names_that_a_format_reads_by_the_aliases_of_some_files_are_mapped(name, source, to, there):
+    assert keymap.map_key(name, source, to) == there
+
+
+def test_a_name_that_aliases_of_some_files_read_in_two_ways_is_refused(tmp_path):
+    rules = "towers:\n  model:\n    a.(.+): x.\\1\n    b.(.+): y.\\1\n"
+    aliases = "aliases:\n  - when: {all: [m]}\n    w: a.w\n  - when: {all: [n]}\n    w: b.w\n"
+    file = tmp_path / "two.yaml"
+    file.write_text(f"format: two\nhub: any\ntitle: t\n{aliases}{rules}", encoding="utf-8")
+    with pytest.raises(keymap.PlanError, match=r"only a file shows what 'w' of two is: x\.w or y\.w"):
+        keymap.map_key("w", file, "any")
+    assert keymap.map_key("b.w", file, "any") == "y.w"
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize(("source", "to"), [("gpt2", "nanogpt"), ("nanogpt", "gpt2")])
+def test_the_names_of_tied_weights_are_those_of_one_tensor(name, source, to):
+    assert set(keymap.map_key(name, source, to)) == {"lm_head.weight", "transformer.wte.weight"}

@@ -7,7 +7,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from checks import assert_bits, refused
+from peers.common import randomised
 from peers.families import example, gemma, gpt2, llama, mixture_of_experts
 from peers.language_models import written
 from safetensors.torch import load_file, save_file
@@ -355,3 +357,109 @@ def test_a_gpt2_without_any_bias_is_read_again_and_one_that_lacks_some_is_refuse
     refused(
         gpt2.gpt2(kind), saved(state, tmp_path / "one.safetensors"), "1 of the model's keys is missing", "ln_f.bias"
     )
+
+
+# --- a model with the names of a format ---
+
+
+@pytest.mark.parametrize("given", [{}, {"hub": "llama"}, {"mapping": "llama"}])
+def test_a_file_of_llama_is_not_loaded_into_phi3_and_the_advice_leads_there(given, tmp_path):
+    """The file converted as the message says is what transformers' own fused weights are, value by value."""
+    source, model = llama.llama(seed=1, **llama.WIDE), llama.llama("Phi3ForCausalLM", **llama.WIDE)
+    source.save_pretrained(tmp_path / "theirs")
+    words = ("format llama", "those of format phi3", "convert the file first", "with to='phi3'")
+    refused(model, tmp_path / "theirs", *words, **given)
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "fused.safetensors", to="phi3")
+    assert keymap.load_checkpoint(model, tmp_path / "fused.safetensors").missing_keys == []
+    state = source.state_dict()
+    for layer in range(llama.LAYERS):
+        name = f"model.layers.{layer}"
+        parts = [state[f"{name}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        assert torch.equal(model.state_dict()[f"{name}.self_attn.qkv_proj.weight"], torch.cat(parts))
+        parts = [state[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        assert torch.equal(model.state_dict()[f"{name}.mlp.gate_up_proj.weight"], torch.cat(parts))
+
+
+def test_a_file_of_phi3_that_lacks_a_key_is_not_called_another_format(tmp_path):
+    file = dict(llama.llama("Phi3ForCausalLM", seed=1).state_dict())
+    del file["model.layers.1.self_attn.qkv_proj.weight"]
+    path = saved(file, tmp_path / "x.safetensors")
+    refused(llama.llama("Phi3ForCausalLM"), path, "missing from the file: model.layers.1.self_attn.qkv_proj.weight")
+
+
+@pytest.mark.parametrize("kind", ["Phi3ForCausalLM", "Phi3Model"])
+@pytest.mark.parametrize("to", ["llama", "phi3", "meta_llama", "internlm2", "torchtune_llama", "torchtitan_llama"])
+def test_a_live_phi3_is_written_as_its_own_file_is_converted(kind, to, tmp_path):
+    model = llama.llama(kind, seed=1)
+    model.save_pretrained(tmp_path / "own")
+    live = keymap.save_checkpoint(model, tmp_path / "live.safetensors", to=to)
+    file = keymap.convert_checkpoint(tmp_path / "own", tmp_path / "file.safetensors", to=to)
+    assert live.source_format == file.source_format == "phi3"
+    one, other = load_file(tmp_path / "live.safetensors"), load_file(tmp_path / "file.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for sides in ((model, tmp_path / "own"), (tmp_path / "own", model)):
+        assert keymap.compare_checkpoints(*sides).equal
+
+
+@pytest.mark.parametrize("to", ["llama", "meta_llama"])
+def test_a_live_phi3_is_compared_with_a_file_of_another_format_under_the_hub_of_both(to, tmp_path):
+    model = llama.llama("Phi3ForCausalLM", seed=1)
+    keymap.save_checkpoint(model, tmp_path / "x.safetensors", to=to)
+    for sides in ((model, tmp_path / "x.safetensors"), (tmp_path / "x.safetensors", model)):
+        found = keymap.compare_checkpoints(*sides)
+        assert found.equal and {found.format_a, found.format_b} == {"phi3", to}
+    with torch.no_grad():
+        model.model.layers[1].self_attn.qkv_proj.weight[3, 5] += 1
+    found = keymap.compare_checkpoints(model, tmp_path / "x.safetensors")
+    assert [one.key for one in found.differences] == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_a_live_phi3_that_turns_a_part_of_each_head_is_noted_where_it_is_written_as_a_llama(tmp_path):
+    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}}
+    for options, noted in (({}, 0), (turned, 1)):
+        model = llama.llama("Phi3ForCausalLM", seed=1, **options)
+        result = keymap.save_checkpoint(model, tmp_path / "x.safetensors", to="llama")
+        assert sum("rotated part of a head: 0.5 in the source" in note for note in result.notes) == noted
+
+
+# --- within a model of images and text ---
+
+
+def llava(**options):
+    """A tiny LLaVA of transformers around the Llama of these tests."""
+    vision = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    text = {**llama.SIZE, "model_type": "llama", **options}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    return randomised(lambda: transformers.LlavaForConditionalGeneration(config), seed=1)
+
+
+@pytest.mark.parametrize("above", ["", "model.", "state_dict"])
+def test_the_head_above_a_language_model_is_taken_with_it_and_reported(above, tmp_path):
+    state, model = llava().state_dict(), llama.llama()
+    file = {key.removeprefix(above) if above == "model." else key: value for key, value in state.items()}
+    torch.save({above: file} if above == "state_dict" else file, tmp_path / "llava.pt")
+    result = keymap.load_checkpoint(model, tmp_path / "llava.pt")
+    own = {key.replace("language_model.", ""): v for key, v in state.items() if "language_model." in key}
+    assert_bits(model, {**own, "lm_head.weight": state["lm_head.weight"]})
+    assert any("taken from above" in note and "lm_head.weight" in note for note in result.report.plan.notes)
+    base = llama.llama("LlamaModel")
+    assert not any(
+        "taken from above" in n for n in keymap.load_checkpoint(base, tmp_path / "llava.pt").report.plan.notes
+    )
+
+
+def test_a_head_of_another_shape_or_in_two_places_is_not_taken_and_the_advice_loads_the_rest(tmp_path):
+    state = dict(llava().state_dict())
+    other = {**state, "lm_head.weight": state["lm_head.weight"][:40]}
+    two = {**state, "model.lm_head.weight": state["lm_head.weight"]}
+    for file in (other, two):
+        path, model = tmp_path / "llava.pt", llama.llama(seed=2)
+        torch.save(file, path)
+        before = model.lm_head.weight.clone()
+        refused(model, path, "lm_head.weight", "allow_missing=('lm_head.weight',)")
+        words = ("wrapper='model.language_model' would leave out lm_head.weight",)
+        refused(model, path, *words, allow_missing="lm_head.weight")
+        keymap.load_checkpoint(model, path, wrapper="model.language_model", allow_missing="lm_head.weight")
+        assert torch.equal(model.lm_head.weight, before)
+        assert torch.equal(model.model.norm.weight, state["model.language_model.norm.weight"])

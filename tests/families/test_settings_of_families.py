@@ -177,6 +177,11 @@ CONVERSIONS = {  # what is converted, to which format, and what is noted
     "Gemma to Phi-3": (lambda: causal("Gemma"), "phi3", "kind of model: gemma in the source"),
     "Granite to InternLM2": (lambda: causal("Granite"), "internlm2", "kind of model: granite in the source"),
     "Gemma to Meta's": (lambda: causal("Gemma"), "meta_llama", "kind of model: gemma in the source"),
+    "Llama to torchtitan's": (lambda: causal("Llama"), "torchtitan_llama", ""),
+    "Qwen3 to torchtitan's": (lambda: causal("Qwen3"), "torchtitan_llama", ""),
+    "Gemma to torchtitan's": (lambda: causal("Gemma"), "torchtitan_llama", "kind of model: gemma in the source"),
+    "Qwen2 to torchtune's": (lambda: causal("Qwen2"), "torchtune_llama", ""),
+    "Gemma to torchtune's": (lambda: causal("Gemma"), "torchtune_llama", ""),  # it is torchtune's Gemma, too
     "RoBERTa to BERT's old names": (lambda: bert("Roberta"), "bert_gamma_beta", "kind of model: roberta in the source"),
 }
 
@@ -187,12 +192,29 @@ def test_a_conversion_notes_a_setting_that_its_target_fixes_otherwise(name, tmp_
     model = source()
     model.save_pretrained(tmp_path / "theirs")
     hub = "bert" if to.startswith("bert") else "llama"
-    results = [keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "x.safetensors", to, hub=hub)]
-    if "Phi-3 to" not in name:  # the names of its own model are not those of the hub
-        results.append(keymap.save_checkpoint(model, tmp_path / "y.safetensors", to))
+    results = [
+        keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "x.safetensors", to, hub=hub),
+        keymap.save_checkpoint(model, tmp_path / "y.safetensors", to),
+    ]
     for result in results:
         found = [note for note in result.notes if "what reads the file computes something else" in note]
         assert any(words in note for note in found) if words else found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "model", "words"),
+    [
+        ("Llama", "torchtitan_llama", "Llama", ""),
+        ("Llama", "torchtitan_llama", "Gemma", "kind of model: llama in the source (format torchtitan_llama)"),
+        ("Qwen3", "torchtitan_llama", "Qwen3", ""),
+        ("Qwen2", "torchtune_llama", "Qwen2", ""),
+    ],
+)
+def test_a_file_whose_keys_show_the_kind_of_model_is_warned_of_in_another(source, to, model, words, tmp_path):
+    keymap.save_checkpoint(causal(source), tmp_path / "x.safetensors", to)
+    plan = keymap.plan_load(causal(model), tmp_path / "x.safetensors")
+    assert any(words in text for text in plan.warnings) if words else plan.warnings == ()
+    assert "kind of model" not in plan.unverified
 
 
 def whisper_file(path, wrong):

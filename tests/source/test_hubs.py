@@ -586,15 +586,18 @@ def test_a_checkpoint_of_another_hub_stands_for_a_model_on_the_command_line(nano
     assert set(described.state_dict()) == set(Nano().state_dict())
 
 
+class Theirs(nn.Module):
+    """A model of another library: its names are those of the format."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = {key: value.clone() for key, value in gpt2_of(Nano()).items()}
+
+    def state_dict(self, *args, **options):
+        return dict(self.tensors)
+
+
 def test_a_model_with_the_names_of_a_format_gets_the_conversion_to_it_as_advice(nano, tmp_path):
-    class Theirs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tensors = {key: value.clone() for key, value in gpt2_of(Nano()).items()}
-
-        def state_dict(self, *args, **options):
-            return dict(self.tensors)
-
     torch.save(Nano().state_dict(), tmp_path / "own.pt")
     with pytest.raises(keymap.DetectionError) as caught:
         keymap.load_checkpoint(Theirs(), tmp_path / "own.pt")
@@ -627,3 +630,20 @@ def test_the_head_of_a_hub_names_keys_without_which_its_evidence_cannot_match(de
     asked = [clue.side for clue in found[0].all] if found is not None else []
     for keys in needs:  # each is a part of what the evidence asks for
         assert any(all(side.match(key) is not None for key in keys) for side in asked)
+
+
+def test_a_model_with_a_formats_names_is_written_as_that_format_even_if_some_are_the_hubs(nano, tmp_path):
+    """Its keys are more than a twentieth the hub's here, which alone does not make it a model of the hub."""
+    text = (nano / "nano.yaml").read_text().replace("  text:\n", "  text:\n    (pos|ln_f).(.+): \\1.\\2\n")
+    (nano / "nano.yaml").write_text(text, encoding="utf-8")
+    keymap.register_mappings(nano)
+    model = Theirs()
+    result = keymap.save_checkpoint(model, tmp_path / "x.safetensors", "nano")
+    assert result.source_format == "conv_gpt"
+    written = keymap.convert_state_dict(model.state_dict(), "nano")
+    assert keymap.compare_checkpoints(tmp_path / "x.safetensors", _saved(written, tmp_path)).equal
+
+
+def _saved(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    torch.save(state, folder / "state.pt")
+    return folder / "state.pt"
