@@ -233,7 +233,7 @@ def _variants(compiler: Compiler) -> Iterator[Variant]:
         for tower, entries in block["towers"].items():
             rules += compiler.rules(entries, ("variants", i, "towers", tower), tower)
         when, when_hub = (compiler.evidence(block[name], ("variants", i, name)) for name in ("when", "when_hub"))
-        yield Variant(when, when_hub, tuple(rules))
+        yield Variant(when, when_hub, tuple(rules), block.get("fixed", {}))
 
 
 def _refusals(compiler: Compiler) -> Iterator[Refusal]:

@@ -42,15 +42,15 @@ def _template(compiler: Compiler, value: Any, where: Where) -> Template:
         return [_template(compiler, inner, (*where, number)) for number, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
+    if "cases" in value and value.keys() <= {"cases", "fact"}:
+        cases = [(compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in value["cases"].items()]
+        return Cases(tuple(cases), value.get("fact", ""))
     if value.keys() & {"from", "fact", "value"}:
         return _computed(compiler, value, where)
     if "kept" in value:
         paths = value["kept"]
         listed = (paths,) if isinstance(paths, str) else tuple(paths)
         return Kept(listed, tuple(value.get("model", ())), value.get("label", ""), value.get("only", ""))
-    if value.keys() == {"cases"}:
-        cases = value["cases"].items()
-        return Cases(tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases))
     return {name: _template(compiler, inner, (*where, name)) for name, inner in value.items()}
 
 

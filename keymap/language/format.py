@@ -118,6 +118,7 @@ class Variant(NamedTuple):
     when: Evidence
     when_hub: Evidence
     rules: tuple[Rule, ...]
+    fixed: Mapping[str, Scalar] = {}
 
 
 class Position(NamedTuple):
@@ -239,9 +240,15 @@ class Computed(NamedTuple):
 
 
 class Cases(NamedTuple):
-    """A value or a section that depends on which keys are written: that of the first key that is there."""
+    """A value or a section that depends on which keys are written, or on a setting.
+
+    Attributes:
+        cases: by key, that of the first that is there; of a setting by its value, "null" where it is not known.
+        fact: the hub's name of the setting; "" for keys.
+    """
 
     cases: tuple[tuple[Side | None, Template], ...]
+    fact: str = ""
 
 
 class Kept(NamedTuple):

@@ -192,6 +192,9 @@ def _named_facts(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, list[Any]
             yield (*path, "defaults", fact), fact, [value]
     for fact, value in data.get("fixed", {}).items():
         yield ("fixed", fact), fact, [value]
+    for number, variant in enumerate(data.get("variants", ())):
+        for fact, value in variant.get("fixed", {}).items():
+            yield ("variants", number, "fixed", fact), fact, [value]
     repository = data.get("repository", {})
     for fact, value in repository.get("requires", {}).items():
         yield ("repository", "requires", fact), fact, value if isinstance(value, list) else [value]

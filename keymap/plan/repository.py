@@ -89,7 +89,7 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
     recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
-    facts = {**{name: value for name, (value, _) in recorded.items()}, **source, **given}
+    facts = {**hub.fixed, **{name: value for name, (value, _) in recorded.items()}, **source, **given}
     known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
     writer = _Writer(planned.tensors, hub, known, model)
     data = {}
@@ -148,9 +148,9 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
     faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
-    unknown = {**writer.unknown, **required, **alike}
+    unknown = {**dict.fromkeys([*required, *alike], ()), **writer.unknown}
     if unknown:
-        names = "; ".join(f"{name}: {_question(repository, hub, name)}" for name in unknown)
+        names = "; ".join(_question(repository, hub, name, cases) for name, cases in unknown.items())
         wanted = ", ".join(f"{name!r}: ..." for name in unknown)
         faults.append(
             f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or put the source's "
@@ -183,10 +183,11 @@ def _unlike(groups: Iterable[tuple[str, ...]], known: Mapping[str, Scalar]) -> I
             yield f"{' and '.join(names)} differ ({texts}), and the format has one value"
 
 
-def _question(repository: Repository, hub: Format, name: str) -> str:
+def _question(repository: Repository, hub: Format, name: str, cases: tuple[str, ...]) -> str:
     """What a fact is, and which values the format's code allows."""
-    allowed = " or ".join(map(config_text, repository.requires.get(name, ())))
-    return f"{hub.facts[name].label or name}{f' (the format has only {allowed})' if allowed else ''}"
+    allowed = " or ".join(map(config_text, repository.requires.get(name, cases)))
+    label = f": {hub.facts[name].label}" if hub.facts[name].label else ""
+    return f"{name}{label}{f' (the format has only {allowed})' if allowed else ''}"
 
 
 def _fraction(number: int, by: int) -> float:
@@ -204,7 +205,7 @@ class _Writer:
         hub: its facts.
         known: settings by the hub's names.
         used: the facts that were looked up.
-        unknown: the facts that are needed and not known.
+        unknown: the facts that are needed and not known, with the values that have a case.
         faults: what else is wrong.
         model: that is written; None for a file.
         file: that is filled.
@@ -220,7 +221,7 @@ class _Writer:
     own: Any = None
     lost: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    unknown: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def begin(self, file: str, own: Any) -> None:
@@ -254,7 +255,7 @@ class _Writer:
         if isinstance(template, Kept):
             return self.kept(template)
         if isinstance(template, Cases):
-            found = next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
+            found = self.case(template)
             return self.section(found) if isinstance(found, dict) else self.filled(found)
         if isinstance(template, list):
             items = [self.filled(item) for item in template]
@@ -263,6 +264,23 @@ class _Writer:
             return template
         section = self.section(template) if self.present(template) else {}
         return section if section or not template else _ABSENT
+
+    def case(self, template: Cases) -> Template:
+        """The template of the first key that is written, or of a setting's value."""
+        if not template.fact:
+            return next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
+        value = self.known.get(template.fact)
+        self.used.add(template.fact)
+        sides = ((side, inner) for side, inner in template.cases if side is not None)
+        found = next((inner for side, inner in sides if side.match(config_text(value)) is not None), _ABSENT)
+        shown = tuple(text for text in (str(side) for side, _ in template.cases) if text != config_text(None))
+        if found is _ABSENT and value is None:
+            self.unknown[template.fact] = shown
+        elif found is _ABSENT:
+            label = self.hub.facts[template.fact].label or template.fact
+            allowed = f"only {' or '.join(shown)}" if shown else "none"
+            self.faults.append(f"{label}: {config_text(value)} in the source, and the format has {allowed}")
+        return found
 
     def present(self, template: Mapping[str, Template]) -> bool:
         """Whether a tensor is there that a value of the section is read from; True if none is."""
@@ -303,7 +321,7 @@ class _Writer:
         if type(by) is int and by > 0:
             return by
         assert isinstance(divide, str), "a section without the key is left out"
-        self.unknown[divide] = None
+        self.unknown.setdefault(divide, ())
         return None
 
     def without_word(self, computed: Computed, value: Scalar) -> bool:
@@ -351,7 +369,7 @@ class _Writer:
                 return self.value(computed.others)
             if computed.optional or not self.lacks(computed.fact):
                 return _ABSENT
-            self.unknown[computed.fact] = None
+            self.unknown.setdefault(computed.fact, ())
             return None
         if not self.fits(computed, value):
             return None

@@ -25,7 +25,12 @@ _IGNORED = object()
 
 
 def read_config(
-    file: Path, metadata: Mapping[str, str], mapping: Format, hub: Format, tree: Mapping[str, Any] | None = None
+    file: Path,
+    metadata: Mapping[str, str],
+    mapping: Format,
+    hub: Format,
+    tree: Mapping[str, Any] | None = None,
+    also: Mapping[str, Scalar] | None = None,
 ) -> Settings:
     """The settings that the format fixes, and those of a configuration in the checkpoint or beside it.
 
@@ -35,8 +40,9 @@ def read_config(
         mapping: the checkpoint's format.
         tree: what the checkpoint holds, in which a format's configuration may be a dict.
         hub: its form of a configuration is read if the format has none, or none is found.
+        also: what the variants of the format fix that the checkpoint has.
     """
-    own = mapping.fixed if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
+    own = {**mapping.fixed, **(also or {})} if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
     fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):

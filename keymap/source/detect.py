@@ -10,7 +10,7 @@ from keymap.advice import choices
 from keymap.errors import DetectionError
 from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Alias, Clue, Evidence, Format, Refusal
+from keymap.language.format import Alias, Clue, Evidence, Format, Refusal, Scalar
 from keymap.language.layout import Layout, Shaped
 from keymap.language.pattern import Side
 from keymap.language.rules import Check, Fault, RuleTable, Step
@@ -28,6 +28,7 @@ __all__ = [
     "claims",
     "detect",
     "file_rules",
+    "fixed_by_variants",
     "matching_keys",
     "tower_layout",
     "uses_aliases",
@@ -247,6 +248,12 @@ def file_rules(mapping: Format, tensors: Mapping[str, Layout]) -> RuleTable:
     """The rules that apply to these source keys: the mapping's own, and those of the variants that fit."""
     extra = [v.rules for v in mapping.variants if matching_keys(v.when, tensors) is not None]
     return RuleTable((*mapping.rules, *(rule for rules in extra for rule in rules))) if extra else mapping.table
+
+
+def fixed_by_variants(found: Detection) -> dict[str, Scalar]:
+    """The settings that the variants fix which the keys of a file have."""
+    fitting = (v for v in found.mapping.variants if v.fixed and matching_keys(v.when, found.tensors) is not None)
+    return {name: value for variant in fitting for name, value in variant.fixed.items()}
 
 
 def claims(

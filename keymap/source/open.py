@@ -14,7 +14,7 @@ from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.read import Checkpoint, LazyTensor, open_checkpoint, open_shards
 from keymap.source.config import is_model_type, model_type, read_config
-from keymap.source.detect import Detection, check_refused, claim, claims
+from keymap.source.detect import Detection, check_refused, claim, claims, fixed_by_variants
 from keymap.source.flatten import everything, training
 from keymap.source.folder import Choice, choose_file, refuse_hub_id, refuse_part
 from keymap.source.hubs import Asked, PathLike, ask_each
@@ -400,7 +400,14 @@ class _Reader:
     def source(self, unwrapped: Unwrapped, found: Detection | None) -> Source:
         settings, checkpoint = Settings(), self.checkpoint
         if found is not None and checkpoint.container:
-            settings = read_config(checkpoint.path, checkpoint.metadata, found.mapping, self.known.hub, checkpoint.tree)
+            settings = read_config(
+                checkpoint.path,
+                checkpoint.metadata,
+                found.mapping,
+                self.known.hub,
+                checkpoint.tree,
+                fixed_by_variants(found),
+            )
         return Source(
             self.known,
             self.file,
