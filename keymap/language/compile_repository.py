@@ -43,14 +43,16 @@ def _template(compiler: Compiler, value: Any, where: Where) -> Template:
     if not isinstance(value, dict):
         return value
     if "cases" in value and value.keys() <= {"cases", "fact"}:
-        cases = [(compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in value["cases"].items()]
-        return Cases(tuple(cases), value.get("fact", ""))
+        cases = value["cases"].items()
+        found = tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases)
+        return Cases(found, value.get("fact", ""))
     if value.keys() & {"from", "fact", "value"}:
         return _computed(compiler, value, where)
     if "kept" in value:
         paths = value["kept"]
         listed = (paths,) if isinstance(paths, str) else tuple(paths)
-        return Kept(listed, tuple(value.get("model", ())), value.get("label", ""), value.get("only", ""))
+        label, only, null = value.get("label", ""), value.get("only", ""), value.get("none_is_null", False)
+        return Kept(listed, tuple(value.get("model", ())), label, only, null)
     return {name: _template(compiler, inner, (*where, name)) for name, inner in value.items()}
 
 

@@ -259,12 +259,14 @@ class Kept(NamedTuple):
         attributes: of a model in memory; the first that it has counts.
         label: what it is, for a note where it is not known; "" for no note.
         only: a fact without which the value does not matter; "" for none.
+        none_is_null: None of a model is a value.
     """
 
     paths: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     label: str = ""
     only: str = ""
+    none_is_null: bool = False
 
 
 Template = Any  # a dict or a list of templates, a Computed, Cases, Kept, or a value that is written as it is

@@ -233,7 +233,7 @@ class _Writer:
         found = (value_at(self.own, path, _ABSENT) for path in kept.paths)
         if self.model is not None:
             found = (attribute(self.model, path) for path in kept.attributes)
-        missing = (ABSENT, _ABSENT) if self.model is None else (ABSENT, _ABSENT, None)
+        missing = (ABSENT, _ABSENT) if self.model is None or kept.none_is_null else (ABSENT, _ABSENT, None)
         value = _plain(next((one for one in found if not any(one is absent for absent in missing)), _ABSENT))
         known = value is not _ABSENT or self.own is not None
         if not known and kept.label and (not kept.only or kept.only in self.known):

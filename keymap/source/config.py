@@ -42,7 +42,7 @@ def read_config(
         hub: its form of a configuration is read if the format has none, or none is found.
         also: what the variants of the format fix that the checkpoint has.
     """
-    own = {**mapping.fixed, **(also or {})} if mapping.kind != "hub" else {}  # a hub's are its models', and no file needs to say them
+    own = {**mapping.fixed, **(also or {})} if mapping.kind != "hub" else {}  # no file needs to say those of a hub
     fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     notes: list[str] = []
     for config in (mapping.config, hub.config if mapping is not hub else None):

@@ -59,7 +59,27 @@ class Odd:
     __hash__ = object.__hash__
 
 
-ODD = [None, True, 0, -1, 3, 2.5, float("nan"), "", "\0", "~", "/dev/null", "x" * 5000, "\udcff", b"", b"x", (), [], {}, set()]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2.5,
+    float("nan"),
+    "",
+    "\0",
+    "~",
+    "/dev/null",
+    "x" * 5000,
+    "\udcff",
+    b"",
+    b"x",
+    (),
+    [],
+    {},
+    set(),
+]
 ODD += [(1,), (0, 0), ("a", 1), [None], {1: 2}, {"a": "b"}, {"image.heads": -1}, object(), int, BadPath(), NumberPath()]
 ODD += [torch.ones(2), torch.float32, Path(), Odd(), range(3), slice(1), lambda: 1, nn.Linear(1, 1)]
 ARGUMENTS = ["model", "checkpoint_path", "device", "mapping", "towers", "wrapper", "source_grid", "facts"]
