@@ -89,8 +89,9 @@ def _typed(text: str) -> Any:
 
 
 def _length(compiler: Compiler, text: str, where: Where) -> Length:
-    """``key[0]``, the length of an axis; ``has key``; or a pattern whose keys count."""
+    """``key[0]``, the length of an axis, also ``shortest`` or ``longest``; ``has key``; or a pattern whose keys count."""
     key, bracket, axis = text.partition("[")
-    exists = key.startswith("has ")
-    side = compiler.side(key.removeprefix("has "), where)
-    return Length(side, int(axis[:-1]) if bracket else None, exists)
+    word, _, rest = key.partition(" ")
+    word, key = (word, rest) if word in ("has", "shortest", "longest") else ("", key)
+    pick = word if bracket and word != "has" else ""
+    return Length(compiler.side(key, where), int(axis[:-1]) if bracket else None, word == "has", pick)

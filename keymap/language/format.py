@@ -195,11 +195,14 @@ class Length(NamedTuple):
         side: the key, or a pattern; None if it is wrong.
         axis: the axis whose length it is; None for the number of keys that match.
         exists: whether there is such a key, instead of a number.
+        pick: of several keys "shortest", the smallest length, or "longest", the indices of those with the largest; ""
+            for the first key.
     """
 
     side: Side | None
     axis: int | None
     exists: bool = False
+    pick: str = ""
 
     def __str__(self) -> str:
         return f"{self.side}" if self.axis is None else f"{self.side}[{self.axis}]"

@@ -299,6 +299,8 @@ class _Writer:
         number = self.number(computed.length)
         if number is _ABSENT:
             return number if computed.absent is None else computed.absent
+        if computed.length.pick == "longest":
+            return number
         if computed.words or computed.length.exists:
             return computed.words.get(config_text(number), number)
         number = (number - computed.minus) // computed.per
@@ -392,7 +394,19 @@ class _Writer:
             return bool(found)
         if not found:
             return _ABSENT
-        if length.axis is None:
+        axis = length.axis
+        if axis is None:
             return len(found)
-        shape = found[0].shape
-        return shape[length.axis] if length.axis < len(shape) else _ABSENT
+        lengths = [target.shape[axis] for target in found if axis < len(target.shape)]
+        if not lengths:
+            return _ABSENT
+        if length.pick == "longest":
+            return self.indices_of(length, max(lengths))
+        return min(lengths) if length.pick else lengths[0]
+
+    def indices_of(self, length: Length, wanted: int) -> list[int]:
+        """The first groups of the keys with a length, in order."""
+        side, axis = length.side, length.axis
+        assert side is not None and axis is not None, "a length of an axis"
+        matches = ((side.match(key), target.shape) for key, target in self.tensors.items())
+        return sorted(int(next(iter(m.values()))) for m, shape in matches if m and shape[axis:][:1] == (wanted,))

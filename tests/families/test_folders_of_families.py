@@ -13,7 +13,7 @@ import torch
 import transformers
 from checks import CLEAR, LIMIT
 from peers.common import images, max_diff, tokens
-from peers.families import bert, example, gemma, gpt2, llama, t5, whisper
+from peers.families import bert, example, gemma, gpt2, llama, sam, t5, whisper
 from peers.families import vision_transformer as vit
 from test_families import saved
 
@@ -39,6 +39,8 @@ def output(model):
     """What a model computes of the inputs of this module."""
     if hasattr(model, "generate") and hasattr(model.config, "num_mel_bins"):
         return model(whisper.MEL, decoder_input_ids=whisper.IDS).logits
+    if hasattr(model, "mask_decoder"):
+        return model(images(sam.SIDE, batch=1), input_boxes=sam.BOXES[None]).pred_masks / 100
     if hasattr(model, "get_decoder") and hasattr(model.config, "d_kv"):
         return model(input_ids=t5.ASK, decoder_input_ids=t5.SAY).logits
     if hasattr(model, "patch_embed") or model.config.model_type in ("vit", "deit", "dinov2"):
@@ -183,6 +185,7 @@ FILES = {
     "T5X's v1.1": File(
         "t5", "t5x", "t5", "T5ForConditionalGeneration", {"text.mlp": "gated-gelu", "text.distance": t5.DISTANCE}
     ),
+    "Segment Anything": File("sam", "segment_anything", "sam", "SamModel", {"mask.heads": 2}),
     "Google's Gemma 2": File("gemma", "gemma_pytorch", "gemma", "Gemma2ForCausalLM", {**GEMMA, **CAPS}, options=EAGER),
     "Google's Gemma 3": File(
         "gemma", "gemma_pytorch Gemma 3", "gemma", "Gemma3ForCausalLM", {**GEMMA, **GEMMA3}, options=EAGER
@@ -287,6 +290,8 @@ MODELS = {
     "T5": (t5.hf(gated=False, layer_norm_epsilon=1e-3), "t5", "T5ForConditionalGeneration"),
     "T5 v1.1": (t5.hf(feed_forward_proj="gated-silu"), "t5", "T5ForConditionalGeneration"),
     "mT5": (t5.hf("MT5ForConditionalGeneration"), "t5", "MT5ForConditionalGeneration"),
+    "SAM": (sam.hf(layer_norm_eps=1e-3, hidden_act="relu"), "sam", "SamModel"),
+    "SAM": (sam.hf(layer_norm_eps=1e-3, hidden_act="relu"), "sam", "SamModel"),
     "Gemma 2": (gemma.maker(rms_norm_eps=1e-3, hidden_activation="gelu"), "gemma", "Gemma2ForCausalLM"),
     "Gemma 3": (gemma.maker("Gemma3ForCausalLM"), "gemma", "Gemma3ForCausalLM"),
 }
