@@ -89,7 +89,7 @@ def _typed(text: str) -> Any:
 
 
 def _length(compiler: Compiler, text: str, where: Where) -> Length:
-    """``key[0]``, the length of an axis, also ``shortest`` or ``longest``; ``has key``; or a pattern whose keys count."""
+    """``key[0]``, the length of an axis, or of several, with a word; ``has key``; or a pattern whose keys count."""
     key, bracket, axis = text.partition("[")
     word, _, rest = key.partition(" ")
     word, key = (word, rest) if word in ("has", "shortest", "longest") else ("", key)

@@ -186,8 +186,10 @@ def _unlike(groups: Iterable[tuple[str, ...]], known: Mapping[str, Scalar]) -> I
 def _question(repository: Repository, hub: Format, name: str, cases: tuple[str, ...]) -> str:
     """What a fact is, and which values the format's code allows."""
     allowed = " or ".join(map(config_text, repository.requires.get(name, cases)))
-    label = f": {hub.facts[name].label}" if hub.facts[name].label else ""
-    return f"{name}{label}{f' (the format has only {allowed})' if allowed else ''}"
+    label = hub.facts[name].label
+    only = f"the format has only {allowed}" if allowed else ""
+    text = f"{label} ({only})" if label and only else label or only
+    return f"{name}: {text}" if text else name
 
 
 def _fraction(number: int, by: int) -> float:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from checks import CLEAR, LIMIT
 from peers.common import images, max_diff, tokens
-from peers.families import bert, example, gemma, gpt2, llama, sam, t5, whisper
+from peers.families import bert, example, gemma, gpt2, llama, mixture_of_experts, sam, t5, whisper
 from peers.families import vision_transformer as vit
 from test_families import saved
 
@@ -185,6 +185,7 @@ FILES = {
     "T5X's v1.1": File(
         "t5", "t5x", "t5", "T5ForConditionalGeneration", {"text.mlp": "gated-gelu", "text.distance": t5.DISTANCE}
     ),
+    "Phi-3 from Meta's": File("llama", "meta_llama", "phi3", "Phi3ForCausalLM", beside={"params.json": META}),
     "Segment Anything": File("sam", "segment_anything", "sam", "SamModel", {"mask.heads": 2}),
     "Google's Gemma 2": File("gemma", "gemma_pytorch", "gemma", "Gemma2ForCausalLM", {**GEMMA, **CAPS}, options=EAGER),
     "Google's Gemma 3": File(
@@ -245,6 +246,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.5, "high_fr
 HOOK = {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "tie_word_embeddings": True}
 SHIFTED = {"activation_function": "relu", "layer_norm_epsilon": 1e-3, "n_inner": 100}
 DISTILLED = "deit_base_distilled_patch16_224"
+EXPERTS = {**mixture_of_experts.MIXTRAL, "rms_norm_eps": 1e-3, "hidden_act": "gelu", "num_experts_per_tok": 3}
 BUSY = {"hidden_act": "relu", "layer_norm_eps": 1e-3}
 MODELS = {
     "timm, pooled by the mean": (
@@ -290,7 +292,12 @@ MODELS = {
     "T5": (t5.hf(gated=False, layer_norm_epsilon=1e-3), "t5", "T5ForConditionalGeneration"),
     "T5 v1.1": (t5.hf(feed_forward_proj="gated-silu"), "t5", "T5ForConditionalGeneration"),
     "mT5": (t5.hf("MT5ForConditionalGeneration"), "t5", "MT5ForConditionalGeneration"),
-    "SAM": (sam.hf(layer_norm_eps=1e-3, hidden_act="relu"), "sam", "SamModel"),
+    "Phi-3": (causal(hidden_act="relu"), "phi3", "Phi3ForCausalLM"),
+    "Mixtral": (
+        mixture_of_experts.maker("MixtralForCausalLM", **EXPERTS),
+        "mixtral",
+        "MixtralForCausalLM",
+    ),
     "SAM": (sam.hf(layer_norm_eps=1e-3, hidden_act="relu"), "sam", "SamModel"),
     "Gemma 2": (gemma.maker(rms_norm_eps=1e-3, hidden_activation="gelu"), "gemma", "Gemma2ForCausalLM"),
     "Gemma 3": (gemma.maker("Gemma3ForCausalLM"), "gemma", "Gemma3ForCausalLM"),
@@ -419,5 +426,7 @@ def test_a_half_turned_phi3_is_no_llama(tmp_path):
 def test_every_folder_outside_clip_is_opened_here():
     known = hubs()
     others = [known.catalogue(hub) for hub in known.hubs if hub != known.default]
-    have = {one.name for catalogue in others for one in (*catalogue.formats, catalogue.hub) if one.repository}
-    assert have == {row.to for row in FILES.values()} == {to for _, to, _ in MODELS.values()}
+    mappings = [one for catalogue in others for one in (*catalogue.formats, catalogue.hub)]
+    have = {one.name for one in mappings if one.repository and not one.repository.none}
+    assert have == {to for _, to, _ in MODELS.values()}
+    assert have - {row.to for row in FILES.values()} == {"mixtral"}  # whose other formats are those of its own library
