@@ -148,7 +148,7 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
     faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
-    unknown = {**dict.fromkeys([*required, *alike], ()), **writer.unknown}
+    unknown = {**writer.unknown, **{name: () for name in (*required, *alike) if name not in writer.unknown}}
     if unknown:
         names = "; ".join(_question(repository, hub, name, cases) for name, cases in unknown.items())
         wanted = ", ".join(f"{name!r}: ..." for name in unknown)

@@ -37,17 +37,17 @@ def opened(kind, folder, **options):
 @torch.no_grad()
 def output(model):
     """What a model computes of the inputs of this module."""
-    if hasattr(model, "generate") and hasattr(model.config, "num_mel_bins"):
-        return model(whisper.MEL, decoder_input_ids=whisper.IDS).logits
-    if hasattr(model, "mask_decoder"):
-        return model(images(sam.SIDE, batch=1), input_boxes=sam.BOXES[None]).pred_masks / 100
-    if hasattr(model, "get_decoder") and hasattr(model.config, "d_kv"):
-        return model(input_ids=t5.ASK, decoder_input_ids=t5.SAY).logits
-    if hasattr(model, "patch_embed") or model.config.model_type in ("vit", "deit", "dinov2"):
-        image = images()
-        features = getattr(model, "num_classes", 1) == 0
-        found = model.forward_features(image) if features else model(image)
+    config = getattr(model, "config", None)  # timm's models have none
+    if config is None or config.model_type in ("vit", "deit", "dinov2"):
+        found = model.forward_features(images()) if getattr(model, "num_classes", 1) == 0 else model(images())
         return found if isinstance(found, torch.Tensor) else getattr(found, "logits", found[0])
+    if config.model_type == "whisper":
+        return model(whisper.MEL, decoder_input_ids=whisper.IDS)[0]
+    if config.model_type == "sam":
+        return model(images(sam.SIDE, batch=1), input_boxes=sam.BOXES[None]).pred_masks / 100
+    if config.model_type in ("t5", "mt5", "umt5"):
+        decoder = {"decoder_input_ids": t5.SAY} if hasattr(model, "decoder") else {}
+        return model(input_ids=t5.ASK, **decoder)[0]
     return model(IDS)[0]
 
 
@@ -289,6 +289,9 @@ MODELS = {
         "whisper",
         "WhisperForConditionalGeneration",
     ),
+    "Whisper without a head": (whisper.hf("WhisperModel", activation_function="relu"), "whisper", "WhisperModel"),
+    "T5's encoder": (t5.hf("T5EncoderModel", feed_forward_proj="gated-silu"), "t5", "T5EncoderModel"),
+    "umT5": (t5.hf("UMT5ForConditionalGeneration", gated=False), "t5", "UMT5ForConditionalGeneration"),
     "T5": (t5.hf(gated=False, layer_norm_epsilon=1e-3), "t5", "T5ForConditionalGeneration"),
     "T5 v1.1": (t5.hf(feed_forward_proj="gated-silu"), "t5", "T5ForConditionalGeneration"),
     "mT5": (t5.hf("MT5ForConditionalGeneration"), "t5", "MT5ForConditionalGeneration"),
