@@ -42,15 +42,17 @@ def _template(compiler: Compiler, value: Any, where: Where) -> Template:
         return [_template(compiler, inner, (*where, number)) for number, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
+    if "cases" in value and value.keys() <= {"cases", "fact"}:
+        cases = value["cases"].items()
+        found = tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases)
+        return Cases(found, value.get("fact", ""))
     if value.keys() & {"from", "fact", "value"}:
         return _computed(compiler, value, where)
     if "kept" in value:
         paths = value["kept"]
         listed = (paths,) if isinstance(paths, str) else tuple(paths)
-        return Kept(listed, tuple(value.get("model", ())), value.get("label", ""), value.get("only", ""))
-    if value.keys() == {"cases"}:
-        cases = value["cases"].items()
-        return Cases(tuple((compiler.side(k, where), _template(compiler, v, (*where, "cases", k))) for k, v in cases))
+        label, only, null = value.get("label", ""), value.get("only", ""), value.get("none_is_null", False)
+        return Kept(listed, tuple(value.get("model", ())), label, only, null)
     return {name: _template(compiler, inner, (*where, name)) for name, inner in value.items()}
 
 
@@ -87,8 +89,9 @@ def _typed(text: str) -> Any:
 
 
 def _length(compiler: Compiler, text: str, where: Where) -> Length:
-    """``key[0]``, the length of an axis; ``has key``; or a pattern whose keys count."""
+    """``key[0]``, the length of an axis, or of several, with a word; ``has key``; or a pattern whose keys count."""
     key, bracket, axis = text.partition("[")
-    exists = key.startswith("has ")
-    side = compiler.side(key.removeprefix("has "), where)
-    return Length(side, int(axis[:-1]) if bracket else None, exists)
+    word, _, rest = key.partition(" ")
+    word, key = (word, rest) if word in ("has", "shortest", "longest") else ("", key)
+    pick = word if bracket and word != "has" else ""
+    return Length(compiler.side(key, where), int(axis[:-1]) if bracket else None, word == "has", pick)

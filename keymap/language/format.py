@@ -197,11 +197,14 @@ class Length(NamedTuple):
         side: the key, or a pattern; None if it is wrong.
         axis: the axis whose length it is; None for the number of keys that match.
         exists: whether there is such a key, instead of a number.
+        pick: of several keys "shortest", the smallest length, or "longest", the indices of those with the largest; ""
+            for the first key.
     """
 
     side: Side | None
     axis: int | None
     exists: bool = False
+    pick: str = ""
 
     def __str__(self) -> str:
         return f"{self.side}" if self.axis is None else f"{self.side}[{self.axis}]"
@@ -242,9 +245,15 @@ class Computed(NamedTuple):
 
 
 class Cases(NamedTuple):
-    """A value or a section that depends on which keys are written: that of the first key that is there."""
+    """A value or a section that depends on which keys are written, or on a setting.
+
+    Attributes:
+        cases: by key, that of the first that is there; of a setting by its value, "null" where it is not known.
+        fact: the hub's name of the setting; "" for keys.
+    """
 
     cases: tuple[tuple[Side | None, Template], ...]
+    fact: str = ""
 
 
 class Kept(NamedTuple):
@@ -255,12 +264,14 @@ class Kept(NamedTuple):
         attributes: of a model in memory; the first that it has counts.
         label: what it is, for a note where it is not known; "" for no note.
         only: a fact without which the value does not matter; "" for none.
+        none_is_null: None of a model is a value.
     """
 
     paths: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     label: str = ""
     only: str = ""
+    none_is_null: bool = False
 
 
 Template = Any  # a dict or a list of templates, a Computed, Cases, Kept, or a value that is written as it is

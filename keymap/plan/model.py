@@ -13,7 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
-from keymap.language.format import Fact, Format, Scalar
+from keymap.language.format import Fact, Format, Scalar, config_text
 from keymap.language.layout import Layout, whole
 
 __all__ = ["ABSENT", "ModelView", "State", "attribute", "has_memory", "modules_of", "state_of", "view_model"]
@@ -132,6 +132,8 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
         value = attribute(model, path)
         if value is ABSENT:
             continue
+        if value is None and config_text(None) in fact.words:
+            return fact.words[config_text(None)], path
         if fact.present:
             return value is not None, path
         if isinstance(value, nn.Module):  # a module by its class, torch's GELU also by its approximation

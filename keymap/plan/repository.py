@@ -89,7 +89,7 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     stated = planned.source.settings.facts
     source = {name: value for name, (value, _) in stated.items() if not isinstance(value, Unknown)}
     recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
-    facts = {**{name: value for name, (value, _) in recorded.items()}, **source, **given}
+    facts = {**hub.fixed, **{name: value for name, (value, _) in recorded.items()}, **source, **given}
     known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
     writer = _Writer(planned.tensors, hub, known, model)
     data = {}
@@ -148,9 +148,9 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
     faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
-    unknown = {**writer.unknown, **required, **alike}
+    unknown = {**writer.unknown, **{name: () for name in (*required, *alike) if name not in writer.unknown}}
     if unknown:
-        names = "; ".join(f"{name}: {_question(repository, hub, name)}" for name in unknown)
+        names = "; ".join(_question(repository, hub, name, cases) for name, cases in unknown.items())
         wanted = ", ".join(f"{name!r}: ..." for name in unknown)
         unread = planned.source.settings.notes
         other = (
@@ -184,10 +184,13 @@ def _unlike(groups: Iterable[tuple[str, ...]], known: Mapping[str, Scalar]) -> I
             yield f"{' and '.join(names)} differ ({texts}), and the format has one value"
 
 
-def _question(repository: Repository, hub: Format, name: str) -> str:
+def _question(repository: Repository, hub: Format, name: str, cases: tuple[str, ...]) -> str:
     """What a fact is, and which values the format's code allows."""
-    allowed = " or ".join(map(config_text, repository.requires.get(name, ())))
-    return f"{hub.facts[name].label or name}{f' (the format has only {allowed})' if allowed else ''}"
+    allowed = " or ".join(map(config_text, repository.requires.get(name, cases)))
+    label = hub.facts[name].label
+    only = f"the format has only {allowed}" if allowed else ""
+    text = f"{label} ({only})" if label and only else label or only
+    return f"{name}: {text}" if text else name
 
 
 def _fraction(number: int, by: int) -> float:
@@ -205,7 +208,7 @@ class _Writer:
         hub: its facts.
         known: settings by the hub's names.
         used: the facts that were looked up.
-        unknown: the facts that are needed and not known.
+        unknown: the facts that are needed and not known, with the values that have a case.
         faults: what else is wrong.
         model: that is written; None for a file.
         file: that is filled.
@@ -221,7 +224,7 @@ class _Writer:
     own: Any = None
     lost: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    unknown: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     def begin(self, file: str, own: Any) -> None:
@@ -233,7 +236,7 @@ class _Writer:
         found = (value_at(self.own, path, _ABSENT) for path in kept.paths)
         if self.model is not None:
             found = (attribute(self.model, path) for path in kept.attributes)
-        missing = (ABSENT, _ABSENT) if self.model is None else (ABSENT, _ABSENT, None)
+        missing = (ABSENT, _ABSENT) if self.model is None or kept.none_is_null else (ABSENT, _ABSENT, None)
         value = _plain(next((one for one in found if not any(one is absent for absent in missing)), _ABSENT))
         known = value is not _ABSENT or self.own is not None
         if not known and kept.label and (not kept.only or kept.only in self.known):
@@ -255,7 +258,7 @@ class _Writer:
         if isinstance(template, Kept):
             return self.kept(template)
         if isinstance(template, Cases):
-            found = next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
+            found = self.case(template)
             return self.section(found) if isinstance(found, dict) else self.filled(found)
         if isinstance(template, list):
             items = [self.filled(item) for item in template]
@@ -264,6 +267,23 @@ class _Writer:
             return template
         section = self.section(template) if self.present(template) else {}
         return section if section or not template else _ABSENT
+
+    def case(self, template: Cases) -> Template:
+        """The template of the first key that is written, or of a setting's value."""
+        if not template.fact:
+            return next((inner for side, inner in template.cases if self.matching(side)), _ABSENT)
+        value = self.known.get(template.fact)
+        self.used.add(template.fact)
+        sides = ((side, inner) for side, inner in template.cases if side is not None)
+        found = next((inner for side, inner in sides if side.match(config_text(value)) is not None), _ABSENT)
+        shown = tuple(text for text in (str(side) for side, _ in template.cases) if text != config_text(None))
+        if found is _ABSENT and value is None:
+            self.unknown[template.fact] = shown
+        elif found is _ABSENT:
+            label = self.hub.facts[template.fact].label or template.fact
+            allowed = f"only {' or '.join(shown)}" if shown else "none"
+            self.faults.append(f"{label}: {config_text(value)} in the source, and the format has {allowed}")
+        return found
 
     def present(self, template: Mapping[str, Template]) -> bool:
         """Whether a tensor is there that a value of the section is read from; True if none is."""
@@ -282,6 +302,8 @@ class _Writer:
         number = self.number(computed.length)
         if number is _ABSENT:
             return number if computed.absent is None else computed.absent
+        if computed.length.pick == "longest":
+            return number
         if computed.words or computed.length.exists:
             return computed.words.get(config_text(number), number)
         number = (number - computed.minus) // computed.per
@@ -304,7 +326,7 @@ class _Writer:
         if type(by) is int and by > 0:
             return by
         assert isinstance(divide, str), "a section without the key is left out"
-        self.unknown[divide] = None
+        self.unknown.setdefault(divide, ())
         return None
 
     def without_word(self, computed: Computed, value: Scalar) -> bool:
@@ -352,7 +374,7 @@ class _Writer:
                 return self.value(computed.others)
             if computed.optional or not self.lacks(computed.fact):
                 return _ABSENT
-            self.unknown[computed.fact] = None
+            self.unknown.setdefault(computed.fact, ())
             return None
         if not self.fits(computed, value):
             return None
@@ -375,7 +397,19 @@ class _Writer:
             return bool(found)
         if not found:
             return _ABSENT
-        if length.axis is None:
+        axis = length.axis
+        if axis is None:
             return len(found)
-        shape = found[0].shape
-        return shape[length.axis] if length.axis < len(shape) else _ABSENT
+        lengths = [target.shape[axis] for target in found if axis < len(target.shape)]
+        if not lengths:
+            return _ABSENT
+        if length.pick == "longest":
+            return self.indices_of(length, max(lengths))
+        return min(lengths) if length.pick else lengths[0]
+
+    def indices_of(self, length: Length, wanted: int) -> list[int]:
+        """The first groups of the keys with a length, in order."""
+        side, axis = length.side, length.axis
+        assert side is not None and axis is not None, "a length of an axis"
+        matches = ((side.match(key), target.shape) for key, target in self.tensors.items())
+        return sorted(int(next(iter(m.values()))) for m, shape in matches if m and shape[axis:][:1] == (wanted,))

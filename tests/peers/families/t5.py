@@ -259,8 +259,8 @@ t5x: the attentions of the decoder crossed: differs
 - kind: {self_attention: 0.SelfAttention, encoder_decoder_attention: 1.EncDecAttention}
 + kind: {self_attention: 1.EncDecAttention, encoder_decoder_attention: 0.SelfAttention}
 t5x: the logits without a transpose: refused
-- decoder/logits_dense/kernel: {to: lm_head.weight, view: in out -> out in, optional: true}
-+ decoder/logits_dense/kernel: {to: lm_head.weight, optional: true}
+- decoder/logits_dense/kernel: {to: lm_head.weight, view: in out -> out in}
++ decoder/logits_dense/kernel: lm_head.weight
 t5x v1.0: the norms of the decoder crossed: differs
 - decoder: {self_attention: 0, cross_attention: 1, mlp: 2}
 + decoder: {self_attention: 1, cross_attention: 0, mlp: 2}
