@@ -277,6 +277,11 @@ MODELS = {
     ),
     "timm, CLIP": (vit.timm_vit("vit_base_patch16_clip_quickgelu_224"), "vision_transformer", "timm"),
     "ViT": (vit.timm_vit(act_layer="quick_gelu", qkv_bias=False), "hf_vit", "ViTForImageClassification"),
+    "ViT of transformers": (
+        lambda: vit.hf("ViTForImageClassification", intermediate_size=120, hidden_act="relu"),
+        "hf_vit",
+        "ViTForImageClassification",
+    ),
     "ViT without a classifier": (vit.timm_vit(num_classes=0), "hf_vit", "ViTModel"),
     "DeiT": (vit.timm_vit(DISTILLED), "hf_vit", "DeiTForImageClassificationWithTeacher"),
     "DINOv2": (
