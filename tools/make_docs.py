@@ -273,6 +273,8 @@ def page(data: Data, mapping: Format, shared: dict[str, Data], place: str, hub: 
         body += [f"They apply to a model of the hub that is written if {evidence(variant['when_hub'])}.", ""]
         for tower, entries in variant["towers"].items():
             body += [f"{tower}:", "", *rules(entries, there), ""]
+        fixed = variant.get("fixed", {}).items()
+        body += [*(f"- {code(name)}: always {scalar(value)}" for name, value in fixed), ""] if fixed else []
         section(f"Variant {number}", body[:-1])
     tables = _reached("tables", data, shared)
     for name, entries in tables.items():

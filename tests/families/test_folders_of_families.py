@@ -231,6 +231,20 @@ def test_the_owner_opens_the_folder_of_a_file_after_what_is_asked_for_is_answere
     assert max(max_diff(*pair) for pair in pairs) < LIMIT
 
 
+@torch.no_grad()
+def test_metas_scaled_angles_are_those_of_its_code_but_for_the_factor(tmp_path):
+    theirs = llama.meta(scaled=True)
+    torch.save(theirs.state_dict(), tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps({**META, "use_scaled_rope": True}))
+    with pytest.raises(keymap.PlanError) as caught:
+        keymap.convert_checkpoint(tmp_path / "consolidated.00.pth", tmp_path / "out", "llama")
+    assert ASKED.findall(str(caught.value)) == ["text.rope_factor"]
+    for factor, same in ((8, True), (32, False)):
+        out = tmp_path / str(factor)
+        keymap.convert_checkpoint(tmp_path / "consolidated.00.pth", out, "llama", facts={"text.rope_factor": factor})
+        assert (max_diff(theirs(IDS, 0), output(opened("LlamaForCausalLM", out))) < LIMIT) == same
+
+
 # --- models in memory, at settings that no class has by itself ---
 
 
@@ -263,6 +277,11 @@ MODELS = {
     ),
     "timm, CLIP": (vit.timm_vit("vit_base_patch16_clip_quickgelu_224"), "vision_transformer", "timm"),
     "ViT": (vit.timm_vit(act_layer="quick_gelu", qkv_bias=False), "hf_vit", "ViTForImageClassification"),
+    "ViT of transformers": (
+        lambda: vit.hf("ViTForImageClassification", intermediate_size=120, hidden_act="relu"),
+        "hf_vit",
+        "ViTForImageClassification",
+    ),
     "ViT without a classifier": (vit.timm_vit(num_classes=0), "hf_vit", "ViTModel"),
     "DeiT": (vit.timm_vit(DISTILLED), "hf_vit", "DeiTForImageClassificationWithTeacher"),
     "DINOv2": (
@@ -397,6 +416,11 @@ REFUSED = {  # a model, the format, and what the error says
         vit.timm_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3)),
         "vision_transformer",
         "image.eps: the format has no word for '0.001'",
+    ),
+    "an MLP that no whole ratio gives": (
+        vit.timm_vit("vit_small_patch14_dinov2", num_classes=0),
+        "hf_dinov2",
+        "whole ratios of the MLP only",
     ),
     "Whisper's encoder alone": (whisper.hf("WhisperForAudioClassification"), "whisper", "no layout of a folder"),
     "umT5": (t5.hf("UMT5ForConditionalGeneration"), "t5", "text.tied: false in the source"),

@@ -69,7 +69,7 @@ class Table(nn.Embedding):
         super().__init__(rows, width)
 
 
-def meta(seed: int = 1) -> nn.Module:
+def meta(seed: int = 1, scaled: bool = False) -> nn.Module:
     """Meta's own model, with its complex rotary angles."""
     parallel = {
         "fairscale": ModuleType("fairscale"),
@@ -90,6 +90,7 @@ def meta(seed: int = 1) -> nn.Module:
             vocab_size=VOCAB,
             multiple_of=20,  # makes HIDDEN
             rope_theta=5000.0,
+            use_scaled_rope=scaled,
             max_batch_size=3,
             max_seq_len=16,
         )
