@@ -149,9 +149,7 @@ FILES = {
         "LlamaForCausalLM",
         {name: value for name, value in TITAN.items() if name != "text.activation"},
     ),
-    "torchtitan's Qwen3": File(
-        "llama", "torchtitan_llama Qwen3", "llama", "Qwen3ForCausalLM", {**TITAN, "text.kind": "qwen3"}
-    ),
+    "torchtitan's Qwen3": File("llama", "torchtitan_llama Qwen3", "llama", "Qwen3ForCausalLM", TITAN),
     "nanoGPT": File("gpt2", "nanogpt", "gpt2", "GPT2LMHeadModel", within=("model", {"model_args": GPT})),
     "nanoGPT without biases": File(
         "gpt2", "nanogpt without biases", "gpt2", "GPT2LMHeadModel", {"text.heads": gpt2.HEADS}, missing=True
