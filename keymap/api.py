@@ -29,7 +29,8 @@ from keymap.plan.to_hub import to_hub
 from keymap.results import Inspection, LoadResult, Report
 from keymap.source.detect import ambiguous
 from keymap.source.hubs import Asked, PathLike, ask, ask_each
-from keymap.source.open import Opened, open_in_each, open_source
+from keymap.source.open import open_in_each, open_source
+from keymap.source.opened import Opened
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 

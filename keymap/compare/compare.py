@@ -25,7 +25,8 @@ from keymap.plan.request import checked_facts, checked_flag, checked_wrapper, re
 from keymap.read.lazy import brief
 from keymap.source.detect import NAMED
 from keymap.source.hubs import Asked, PathLike, ask_each, ask_for_two
-from keymap.source.open import Opened, open_in_each, open_source, open_under_one_hub
+from keymap.source.open import open_in_each, open_source, open_under_one_hub
+from keymap.source.opened import Opened
 
 __all__ = ["compare_checkpoints"]
 

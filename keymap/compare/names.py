@@ -19,7 +19,7 @@ from keymap.plan.request import Request
 from keymap.plan.rule_faults import with_lacking_facts_once
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.source.detect import file_rules, tower_layout
-from keymap.source.open import Opened, Source, layouts_of
+from keymap.source.opened import Opened, Source, layouts_of
 
 __all__ = ["Named", "of_side", "readings", "same_names"]
 

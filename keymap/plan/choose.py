@@ -22,7 +22,7 @@ from keymap.plan.planner import make_plan
 from keymap.plan.request import Request, hub_towers
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import ambiguous
-from keymap.source.open import Opened, Source
+from keymap.source.opened import Opened, Source
 from keymap.source.other_hubs import naming_models_format, naming_other_hubs
 
 __all__ = ["choose", "choose_for_towers"]

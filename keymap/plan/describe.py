@@ -18,7 +18,7 @@ from keymap.language.layout import Layout
 from keymap.language.pattern import Side
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import tower_layout
-from keymap.source.open import Opened, Source
+from keymap.source.opened import Opened, Source
 from keymap.source.search import owned_keys
 
 __all__ = [

@@ -23,7 +23,7 @@ from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of
 from keymap.plan.twins import same_elements
 from keymap.plan.uneven import other_counts, uneven
 from keymap.source.detect import Detection, ambiguous, tower_layout
-from keymap.source.open import Opened, Source
+from keymap.source.opened import Opened, Source
 from keymap.source.other_hubs import naming_other_hubs
 
 __all__ = ["Export", "Target", "export", "not_read", "only_reading", "target_format"]

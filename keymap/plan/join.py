@@ -15,7 +15,7 @@ from keymap.plan.plan import Plan
 from keymap.plan.request import Request
 from keymap.plan.to_hub import tower_of
 from keymap.read import LazyTensor
-from keymap.source.open import Source
+from keymap.source.opened import Source
 
 __all__ = ["Chosen", "Fit", "join"]
 

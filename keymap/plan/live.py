@@ -18,7 +18,8 @@ from keymap.plan.twins import lazy_state
 from keymap.source.config import settings_in
 from keymap.source.detect import NAMED, Detection
 from keymap.source.hubs import Asked
-from keymap.source.open import Opened, Source, open_tree
+from keymap.source.open import open_tree
+from keymap.source.opened import Opened, Source
 from keymap.source.search import owned_keys
 
 __all__ = ["open_model", "plain_values"]

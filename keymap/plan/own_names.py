@@ -14,7 +14,7 @@ from keymap.plan.request import Request
 from keymap.plan.to_hub import Translated, tower_of
 from keymap.read import LazyTensor
 from keymap.source.detect import Detection, check_refused, tower_layout
-from keymap.source.open import Source, layouts_of
+from keymap.source.opened import Source, layouts_of
 from keymap.source.quantized import is_float8
 
 __all__ = [

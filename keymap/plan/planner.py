@@ -18,7 +18,7 @@ from keymap.plan.refusals import judge, refuse_empty, refuse_other_model
 from keymap.plan.request import Request, hub_towers, other_lengths, refuse_contradictions, sizes_of
 from keymap.plan.to_hub import Translated, bring_to_layouts, to_hub, tower_of, towers_of_unowned
 from keymap.source.detect import Detection, tower_layout
-from keymap.source.open import Source
+from keymap.source.opened import Source
 from keymap.source.settings import compared, differences, unverified
 
 __all__ = ["keep_towers", "make_plan"]

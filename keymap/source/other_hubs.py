@@ -9,7 +9,7 @@ from keymap.errors import DetectionError, KeymapError, PlanError, some
 from keymap.language.layout import Layout
 from keymap.source.detect import claim, claims
 from keymap.source.hubs import ask_each
-from keymap.source.open import Opened, layouts_of
+from keymap.source.opened import Opened, layouts_of
 
 __all__ = ["naming_models_format", "naming_other_hubs"]
 
