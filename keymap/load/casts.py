@@ -7,7 +7,7 @@ import torch
 from keymap.errors import VerifyError
 from keymap.plan.plan import dtype_name
 
-__all__ = ["cast", "narrows", "too_large"]
+__all__ = ["cast", "check_cast", "narrows", "too_large"]
 
 _BLOCK = 1 << 20  # elements that are looked at together
 
@@ -24,10 +24,15 @@ def cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") ->
     Raises:
         VerifyError: a value does not fit the dtype: a finite one would be infinite, or cut to the largest one.
     """
+    check_cast(key, value, dtype, advice)
+    return value.to(dtype)
+
+
+def check_cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") -> None:
+    """Raise VerifyError if a value does not fit a dtype; the arguments are those of `cast`."""
     fault = too_large(value, dtype) if narrows(value.dtype, dtype) else ""
     if fault:
         raise VerifyError(f"{key}: {fault}{f'; {advice}' if advice else ', which the format has for it'}")
-    return value.to(dtype)
 
 
 def narrows(source: torch.dtype, target: torch.dtype) -> bool:

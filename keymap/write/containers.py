@@ -11,10 +11,10 @@ import errno
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ _NAMES = {
 _skip_data = getattr(torch.serialization, "skip_data", nullcontext)  # torch 2.4 has none, and writes the room itself
 _CRC_BLOCK = 1 << 24
 _SHOWN = 120  # characters of an error of torch
-Parts = Callable[[str], Iterable[memoryview]]
+Parts = Callable[[str], Iterator[memoryview]]
 
 
 def write_container(
@@ -98,8 +98,7 @@ def _write_safetensors(
         _reserve(file.fileno(), 8 + len(text) + at)
         file.write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
-            for part in parts(key):
-                file.write(part)
+            _write_parts(file, parts(key))
             done(items[key].nbytes)
 
 
@@ -126,8 +125,7 @@ def _write_npz(path: Path, items: Mapping[str, Item], parts: Parts, done: Callab
             header = {"descr": kind, "fortran_order": False, "shape": tuple(item.target.shape)}
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for part in parts(key):
-                    member.write(part)
+                _write_parts(member, parts(key))
             done(item.nbytes)
 
 
@@ -159,13 +157,18 @@ def _write_torch(path: Path, items: Mapping[str, Item], parts: Parts, done: Call
                 done(item.nbytes)  # they are those of another tensor
                 continue
             file.seek(block.start)
-            total = 0
-            for part in parts(key):
-                file.write(part)
-                total = _crc(part, total)
-            sums[block.start] = total
+            sums[block.start] = _write_parts(file, parts(key), summed=True)
             done(item.nbytes)
     _write_sums(path, sums)
+
+
+def _write_parts(file: IO[bytes], parts: Iterator[memoryview], summed: bool = False) -> int:
+    """Write a tensor; when this returns, nothing holds it any more. Returns the checksum of its bytes, if asked for."""
+    total = 0
+    for part in parts:
+        file.write(part)
+        total = _crc(part, total) if summed else 0
+    return total
 
 
 def _crc(raw: memoryview, total: int) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from keymap.errors import PlanError
-from keymap.load.casts import cast
+from keymap.load.casts import check_cast
 from keymap.load.copying import materialise
 from keymap.load.direct import stored_at
 from keymap.plan.export import Export, Target
@@ -29,6 +29,7 @@ _FLOATS = (
 )
 
 _BUFFER = 1 << 19  # bytes that are read and written at a time
+_BLOCK = 1 << 20  # elements that are cast and written at a time
 
 
 class Item(NamedTuple):
@@ -78,12 +79,8 @@ def items_of(export: Export, dtype: torch.dtype | None) -> dict[str, Item]:
     return items
 
 
-def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> torch.Tensor:
-    """The values of a tensor, contiguous on the CPU.
-
-    Raises:
-        VerifyError: a value does not fit the dtype that is written.
-    """
+def _value_of(item: Item, tensors: Mapping[str, LazyTensor]) -> torch.Tensor:
+    """The values of a tensor in a row on the CPU, before its dtype is cast."""
     layout = item.target.layout
 
     def read(name: str) -> torch.Tensor:
@@ -91,12 +88,8 @@ def value_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> to
 
     whole = read(layout.sources[0]) if layout.copied_whole else None
     if whole is not None and whole.numel() == layout.pieces[0].numel:
-        value = whole
-    else:
-        value = materialise(layout, read)
-    chosen = item.dtype != item.target.dtype
-    advice = f"pass dtype={dtype_name(value.dtype)!r}" if chosen else ""
-    return cast(key, value, item.dtype, advice).reshape(item.target.shape).contiguous()
+        return whole.reshape(-1)
+    return materialise(layout, read).reshape(-1)
 
 
 def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
@@ -111,7 +104,11 @@ def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> It
     """
     spans = _spans_of(item, tensors)
     if not spans:
-        yield raw_bytes(value_of_item(key, item, tensors))
+        value = _value_of(item, tensors)
+        advice = f"pass dtype={dtype_name(value.dtype)!r}" if item.dtype != item.target.dtype else ""
+        check_cast(key, value, item.dtype, advice)
+        for block in torch.split(value, _BLOCK):  # in another dtype it is never whole
+            yield raw_bytes(block.to(item.dtype).contiguous())
         return
     buffer = memoryview(bytearray(min(_BUFFER, max(size for _, _, size in spans))))
     for file, start, size in spans:
@@ -142,5 +139,5 @@ def _spans_of(item: Item, tensors: Mapping[str, LazyTensor]) -> list[tuple[Sourc
 
 def raw_bytes(value: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    view: memoryview = value.reshape(-1).view(torch.uint8).numpy().data
+    view: memoryview = value.view(torch.uint8).numpy().data
     return view

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from peers import hf, openclip
+from peers.common import same_bits
+from safetensors.torch import load_file, save_file
 
 import keymap
+from keymap.write import tensors
 
 
 @pytest.fixture
@@ -215,3 +221,42 @@ def test_a_model_of_another_library_is_written_from_its_own_names(tmp_path):
         ours.visual.proj[1, 2] += 1
     (one,) = keymap.compare_checkpoints(theirs, ours).differences
     assert one.kind == "value" and one.differing == 1
+
+
+# --- memory: one tensor at a time ---
+
+
+READ = {
+    ".safetensors": load_file,
+    ".pt": torch.load,
+    ".npz": lambda path: {key: torch.from_numpy(value) for key, value in np.load(path).items()},
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_no_tensor_is_held_while_the_next_is_made_and_a_cast_one_is_never_whole(suffix, dtype, tmp_path, monkeypatch):
+    model = openclip.clip(seed=1)
+    save_file({k: v.detach().clone() for k, v in model.state_dict().items()}, tmp_path / "own.safetensors")
+    expected = keymap.convert_state_dict(model.state_dict(), "hf_clip")
+    made, real, raw = [], tensors._value_of, tensors.raw_bytes
+
+    def watched(item, source):
+        assert all(one() is None for one in made)
+        value = real(item, source)
+        made.append(weakref.ref(value))
+        return value
+
+    def small(block):
+        assert block.numel() <= 100
+        return raw(block)
+
+    monkeypatch.setattr(tensors, "_value_of", watched)
+    monkeypatch.setattr(tensors, "raw_bytes", small)
+    monkeypatch.setattr(tensors, "_BLOCK", 100)
+    keymap.convert_checkpoint(tmp_path / "own.safetensors", tmp_path / f"x{suffix}", "hf_clip", dtype=dtype)
+    assert len(made) >= (2 if dtype is None else len(expected))
+    found = READ[suffix](tmp_path / f"x{suffix}")
+    for key, value in expected.items():
+        wanted = value.to(torch.float16) if dtype else value
+        assert same_bits(found[key], wanted), key
