@@ -83,6 +83,7 @@ def compile_facts(compiler: Compiler) -> dict[str, Fact]:
             entry.get("only", {}),
             entry.get("formerly", ""),
             entry.get("kind", ""),
+            entry.get("width_per", ""),
         )
 
     return {name: fact(name, value) for name, value in compiler.facts.items()}

@@ -327,6 +327,7 @@ class Fact(NamedTuple):
         present: the fact is whether the attribute holds anything.
         only: facts of the model under which this one matters.
         formerly: the name that the fact had before.
+        width_per: the fact is the width of its tower divided by this one; "" for none.
         kind: what its value is: a count from 1 on, an index from 0 on, a positive number, a flag or a word; "" for any.
     """
 
@@ -338,6 +339,7 @@ class Fact(NamedTuple):
     only: Mapping[str, Scalar] = {}
     formerly: str = ""
     kind: str = ""
+    width_per: str = ""
 
 
 class Configuration(NamedTuple):

@@ -15,11 +15,11 @@ from keymap.language.apply import apply_rules
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Configuration, Format, Scalar
 from keymap.language.layout import Layout
-from keymap.language.pattern import Side
 from keymap.plan.to_hub import to_hub, tower_of
 from keymap.source.detect import tower_layout
 from keymap.source.opened import Opened, Source
 from keymap.source.search import owned_keys
+from keymap.source.settings import measured_size
 
 __all__ = [
     "Described",
@@ -104,7 +104,7 @@ def describe(known: Catalogue, layouts: Mapping[str, Layout]) -> Described:
         if layout is None:
             continue
         keys = {key: tensor for key, tensor in layouts.items() if tower_of(hub, key) == name}
-        measured = {size: _measured(ways, keys) for size, ways in hub.measures.get(name, {}).items()}
+        measured = {size: measured_size(ways, keys) for size, ways in hub.measures.get(name, {}).items()}
         sizes = {size: length for size, length in measured.items() if length}
         canonical, bridged = _canonical(known, name, layout, keys)
         towers[name] = Tower(layout, canonical, sizes, _fingerprint(hub, bridged), _uneven(hub, name, keys))
@@ -165,17 +165,6 @@ def difference(known: Catalogue, title: str, file: Described, model: Described) 
         f"the file holds {title}, {in_words(file)}; the model has {in_words(model)}; model configurations that fit the "
         f"file: {names}"
     )
-
-
-def _measured(ways: tuple[tuple[Side, int | None], ...], keys: Mapping[str, Layout]) -> int:
-    """The length of an axis, or how many keys match; of the first way that finds any."""
-    for side, axis in ways:
-        found = [layout for key, layout in keys.items() if side.match(key) is not None]
-        if found and axis is None:
-            return len(found)
-        if found and axis is not None and axis < len(found[0].shape):
-            return found[0].shape[axis]
-    return 0
 
 
 def _canonical(

@@ -26,6 +26,7 @@ __all__ = [
     "config_text",
     "differences",
     "in_hub_words",
+    "measured_size",
     "unlike_target",
     "unverified",
 ]
@@ -152,17 +153,42 @@ def unlike_target(
         written: tensors by the hub's keys.
     """
     own = fixed_by(target, written, of_hub=True)
+    stated = {**dict(_of_widths(hub, stated, written)), **stated}
     says = target.config.facts if target.config is not None else {}
     fixed = {**{name: value for name, value in hub.fixed.items() if target is hub or name not in says}, **own}
     towers = {name.partition(".")[0] for name in fixed}
     facts = {name: entry for name, entry in stated.items() if name in fixed}
     rows = _rows(hub, towers, Settings(facts=facts), fixed)
     return tuple(
-        f"{row.label}: {_source_text(row)} in the source ({row.origin}), and {target.name} means "
+        f"{'width of the ' if hub.facts[row.name].width_per else ''}{row.label}: {_source_text(row)} in the source "
+        f"({row.origin}), and {target.name} means "
         f"{config_text(row.model)}: what reads the file computes something else"
         for row in rows
         if row.source is not None and not row.equal
     )
+
+
+def _of_widths(
+    hub: Format, stated: Mapping[str, tuple[Scalar, str]], written: Mapping[str, Shaped]
+) -> Iterator[tuple[str, tuple[Scalar, str]]]:
+    """Facts that are a tower's width divided by a setting that a source states."""
+    for name, fact in hub.facts.items():
+        number, origin = stated.get(fact.width_per, (0, ""))
+        if type(number) is int and number > 0:
+            width = measured_size(hub.measures.get(name.partition(".")[0], {}).get("width", ()), written)
+            if width and width % number == 0:
+                yield name, (width // number, f"{origin}; the width is {width}")
+
+
+def measured_size(ways: Iterable[tuple[Side, int | None]], keys: Mapping[str, Shaped]) -> int:
+    """A size of a tower by the ways to measure it: the length of an axis, or how many keys match; 0 without any."""
+    for side, axis in ways:
+        found = [tensor for key, tensor in keys.items() if side.match(key) is not None]
+        if found and axis is None:
+            return len(found)
+        if found and axis is not None and axis < len(found[0].shape):
+            return found[0].shape[axis]
+    return 0
 
 
 def unverified(rows: Iterable[Compared]) -> tuple[str, ...]:

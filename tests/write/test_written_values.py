@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from peers import hf, openclip
+from peers import hf, openai, openclip
 from peers.common import same_bits
 from safetensors.torch import load_file, save_file
 
@@ -221,6 +222,42 @@ def test_a_model_of_another_library_is_written_from_its_own_names(tmp_path):
         ours.visual.proj[1, 2] += 1
     (one,) = keymap.compare_checkpoints(theirs, ours).differences
     assert one.kind == "value" and one.differing == 1
+
+
+# --- what the reader of a format fixes ---
+
+
+@pytest.mark.parametrize("source", ["a folder", "a live model of transformers", "a live model of OpenCLIP"])
+def test_heads_that_openais_code_would_cut_otherwise_are_noted(source, tmp_path):
+    """OpenAI's code takes a head for each 64 of the width, in both towers; the source has others."""
+    if source == "a live model of OpenCLIP":
+        model = openclip.clip(seed=1)  # heads of 24 and 8
+        result = keymap.save_checkpoint(model, tmp_path / "x.pt", "openai", dtype="float32")
+    else:
+        model = hf.clip(seed=1)
+        model.save_pretrained(tmp_path / "own")
+        options = {"to": "openai", "dtype": "float32"}
+        result = (
+            keymap.convert_checkpoint(tmp_path / "own", tmp_path / "x.pt", **options)
+            if source == "a folder"
+            else keymap.save_checkpoint(model, tmp_path / "x.pt", **options)
+        )
+    notes = [note for note in result.notes if "attention heads" in note]
+    assert [note.partition(":")[0] for note in notes] == [
+        "width of the attention heads of the image tower",
+        "width of the attention heads of the text tower",
+    ]
+    assert all("openai means 64: what reads the file computes something else" in note for note in notes)
+
+
+FACTS = {"text.eos": 98, "image.eps": 1e-5, "text.eps": 1e-5}
+
+
+def test_the_heads_of_a_file_of_openai_follow_from_its_widths(tmp_path):
+    openai.save_state_dict(openai.vit(text_width=128, text_heads=2), tmp_path / "clip.pt")
+    keymap.convert_checkpoint(tmp_path / "clip.pt", tmp_path / "out", "hf_clip", mapping="openai", facts=FACTS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_config"]["num_attention_heads"] == config["text_config"]["num_attention_heads"] == 2
 
 
 # --- memory: one tensor at a time ---
