@@ -140,6 +140,7 @@ def _compiled(compiler: Compiler, released: bool) -> Format:
         shapes=tuple((side, tuple(shape)) for side, shape in compiler.by_pattern("shapes")),
         config=compile_config(compiler),
         fixed=data.get("fixed", {}),
+        fills={key: _length(text) for key, text in data.get("fills", {}).items()},
         make_repository=repository,
         tower=next(iter(bridged), ""),
         between=tuple(next(iter(bridged.values()), ())),
@@ -159,6 +160,12 @@ def _compiled(compiler: Compiler, released: bool) -> Format:
         containers=compile_containers(data, compiler),
     )
     return _with_own_layouts(mapping) if is_hub and not evidence else mapping
+
+
+def _length(text: str) -> tuple[str, int]:
+    """``key[0]`` as the key and the axis."""
+    key, _, axis = text.partition("[")
+    return key, int(axis[:-1])
 
 
 def _with_own_layouts(hub: Format) -> Format:

@@ -418,6 +418,7 @@ class Format:
         layout_evidence: (hub) the evidence of each layout of a tower.
         heads: (hub) keys that a tower can lack and still be whole.
         classifiers: (hub) keys that a file can have beside a tower, and without which the tower is the same.
+        fills: keys of the hub that the format's loader needs, each with another key and the axis that has its length.
         make_repository: compiles `repository`, which only the writing of a folder needs.
         tower, between: (bridge) the tower, and the two layouts that the rules join.
     """
@@ -443,6 +444,7 @@ class Format:
     shapes: tuple[tuple[Side, tuple[int, ...]], ...] = ()
     config: Config | None = None
     fixed: Mapping[str, Scalar] = field(default_factory=dict)
+    fills: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     make_repository: Callable[[], Repository | None] = lambda: None
     tower: str = ""
     between: tuple[str, ...] = ()

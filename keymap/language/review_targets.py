@@ -27,6 +27,10 @@ class _Checked(NamedTuple):
 
 def wrong_targets(marked: Marked, mapping: Format, known: Catalogue) -> Iterator[tuple[str, str]]:
     """Place and text of every fault of a target; one for each rule, and one for a tower whose layout is wrong."""
+    for key in mapping.fills:
+        meaning = known.hub.absent_means.get(key)
+        if meaning is None or not isinstance(meaning.value, (int, float)):
+            yield marked.at(("fills", key)), f"{key}: absent_means of hub {known.hub.name} has no number for it"
     place, name = known.places.get(known.hub.name), f"{known.hub.name}_keys.json"
     beside = [place.with_name(name)] if place is not None else [*data_folder("mappings").rglob(name)]
     recorded = read_recorded_keys(beside[0]) if beside else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from keymap.errors import some
 from keymap.language.apply import apply_rules
 from keymap.language.format import Format, ignored_in_model
-from keymap.language.layout import Layout
+from keymap.language.layout import Layout, whole
 from keymap.language.rules import Check, Fault, Rule, RuleTable
 from keymap.plan.completeness import incomplete
 from keymap.plan.to_hub import Translated
@@ -33,6 +33,7 @@ def from_hub(
     """
     if mapping.kind == "hub":
         return
+    _fill(hub, mapping, translated)
     extra = [
         variant.rules for variant in mapping.variants if matching_keys(variant.when_hub, translated.tensors) is not None
     ]
@@ -59,6 +60,20 @@ def from_hub(
     translated.notes += applied.notes
     for step in reversed(mapping.steps):
         _undo(step, translated, facts)
+
+
+def _fill(hub: Format, mapping: Format, translated: Translated) -> None:
+    """Add the keys that the loader of a format needs and the tensors lack, with what their absence means."""
+    for key, (other, axis) in mapping.fills.items():
+        like, meaning = translated.tensors.get(other), hub.absent_means.get(key)
+        if key in translated.tensors or like is None or meaning is None or not isinstance(meaning.value, (int, float)):
+            continue
+        translated.tensors = {
+            **translated.tensors,
+            key: whole(None, (like.shape[axis],), like.dtype, float(meaning.value)),
+        }
+        text = f"{key}: filled with {meaning.value}, which its absence means: the loader of {mapping.name} needs it"
+        translated.notes.append(text)
 
 
 def _leave_out(

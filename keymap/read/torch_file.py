@@ -140,7 +140,7 @@ def _run(file: SourceFile, data: Any, start: int, allowed: AllowedGlobals) -> tu
     except ForbiddenGlobalError as error:
         raise _unsafe_pickle(file, data[start : start + MAX_SCAN], allowed, str(error)) from None
     except UnreadTensorError as error:
-        advice = "save it as a plain dense tensor (dequantize, to_dense, resolve_conj)"
+        advice = "save it as a plain dense tensor (dequantize, to_dense, resolve_conj, resolve_neg)"
         raise file.error(f"has a tensor that keymap cannot read: {error}", advice) from None
     except BadPickleError as error:
         raise file.error(f"its pickle cannot be read: {error}", AGAIN) from None

@@ -142,6 +142,7 @@ def _write_torch(path: Path, items: Mapping[str, Item], parts: Parts, done: Call
         )
         for key, item in items.items()
     }
+    path.touch()  # torch's own writer does not say why it cannot open a file
     try:
         with _skip_data():
             torch.save(empty, path)

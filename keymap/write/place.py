@@ -136,6 +136,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.replace(part, folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
+    except WriteError as error:  # of a file in it, by the name that the folder would have
+        raise WriteError(error.summary.replace(str(part), str(folder)), error.faults) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -11,7 +11,7 @@ import timm
 import torch
 import transformers
 from peers import hf, layouts, naflex, openclip
-from peers.common import images, max_diff, same_bits, tokens
+from peers.common import images, max_diff, randomise, same_bits, tokens
 
 import keymap
 
@@ -179,3 +179,26 @@ def test_timm_gets_the_size_and_the_pooling_of_a_trunk(tmp_path):
     keymap.save_checkpoint(model, tmp_path / "out", "timm", towers="image")
     peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.equal(peer(images(240)), trunk(images(240)))
+
+
+def test_a_tower_whose_projection_has_no_bias_opens_in_timm_which_has_one(tmp_path):
+    vision = {"image_size": 224, "patch_size": 16, "width": 256, "layers": 10, "head_width": 64}
+    text = {"width": 64, "heads": 2, "layers": 1, "vocab_size": 99, "context_length": 16}
+    model = randomise(open_clip.model.CLIP(512, vision, text)).eval()
+    facts = {"image.architecture": "vit_xsmall_patch16_clip_224"}
+    result = keymap.save_checkpoint(model, tmp_path / "out", "timm", towers="image", facts=facts)
+    assert any("filled with 0, which its absence means: the loader of timm needs it" in note for note in result.notes)
+    peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert max_diff(peer(pixels), model.visual(pixels)) < 1e-4
+
+
+@pytest.mark.parametrize("to", ["open_clip", "timm"])
+def test_the_image_size_of_a_configuration_of_transformers_is_known(to, tmp_path):
+    hf.siglip(seed=1).save_pretrained(tmp_path / "own")
+    size = json.loads((tmp_path / "own" / "config.json").read_text())["vision_config"]["image_size"]
+    options = {"towers": "image" if to == "timm" else None, "facts": {"image.architecture": "vit_x"}}
+    keymap.convert_checkpoint(tmp_path / "own", tmp_path / "out", to, **options)
+    (file,) = (tmp_path / "out").glob("*config.json")
+    assert f'_size": {size}' in file.read_text()
