@@ -207,9 +207,11 @@ def _line(one: Difference, name: str, group: Sequence[Difference]) -> str:
     at = f" of {one.key}" if many else ""
     place = f" at {list(one.where)}" if one.where else ""
     some = f"all {total:,}" if count == total > 1 else f"{count:,} of {total:,}"
-    gap = f"{one.max_abs:.3g}{place}{at} ({_number(one.value_a)} -> {_number(one.value_b)})"
+    gap = f"{one.max_abs:.3g}{place}{at} ({_numbers(one.value_a, one.value_b)})"
     return f"~ {name} {list(one.shape_a or ())}{many}{unlike}: {some} values differ, at most by {gap}"
 
 
-def _number(value: float | complex | None) -> str:
-    return f"{value:.9g}" if isinstance(value, (float, int)) else str(value)
+def _numbers(a: float | complex | None, b: float | complex | None) -> str:
+    """Two values, with the digits that show their difference."""
+    short = [f"{value:.9g}" if isinstance(value, (float, int)) else str(value) for value in (a, b)]
+    return " -> ".join(short if short[0] != short[1] else [str(a), str(b)])

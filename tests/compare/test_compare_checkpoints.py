@@ -140,6 +140,13 @@ def test_a_key_that_holds_what_its_absence_means_is_no_difference(tmp_path):
 # --- what differs ---
 
 
+def test_two_values_are_printed_with_the_digits_that_show_their_difference(tmp_path):
+    for name, last in (("a", 2**53), ("b", 2**53 - 1)):
+        save_file({"x": torch.tensor([1, last])}, tmp_path / f"{name}.safetensors")
+    result = keymap.compare_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors", hub="any")
+    assert "(9007199254740992.0 -> 9007199254740991.0)" in str(result)
+
+
 def test_one_tensor_that_is_changed_by_one_ulp(pair):
     one, tensors, path = pair
     changed = tensors["visual.conv1.weight"].clone()
