@@ -81,8 +81,12 @@ def target_format(known: Catalogue, to: str) -> Format:
     return target
 
 
-def only_reading(opened: Opened) -> Source:
+def only_reading(opened: Opened, heads: bool = True) -> Source:
     """The one reading of a state dict.
+
+    Args:
+        opened: the file.
+        heads: take heads from above a part that the caller chose.
 
     Raises:
         DetectionError: no format matches it, or several do; the message names the state dicts within it.
@@ -90,7 +94,7 @@ def only_reading(opened: Opened) -> Source:
     if len(opened.top) > 1:
         raise ambiguous([source.found for source in opened.top if source.found is not None], opened.file)
     if opened.top[0].found is not None:
-        return opened.top[0]
+        return opened.with_heads(opened.top[0]) if heads else opened.top[0]
     alone = [group[0] for group in opened.inner if not group[0].unwrapped.outside]
     if len(alone) == 1 and not opened.top[0].refused:
         return alone[0]

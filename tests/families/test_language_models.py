@@ -449,6 +449,30 @@ def test_the_head_above_a_language_model_is_taken_with_it_and_reported(above, tm
     )
 
 
+def test_the_head_above_a_part_that_the_caller_chose_is_taken_by_load_convert_and_compare(tmp_path):
+    state, model, part = llava().state_dict(), llama.llama(seed=2), "model.language_model"
+    own = {key.replace("language_model.", ""): v for key, v in state.items() if "language_model." in key}
+    own["lm_head.weight"] = state["lm_head.weight"]
+    torch.save(dict(state), tmp_path / "llava.pt")
+    for options in ({}, {"strict": False}):
+        keymap.load_checkpoint(model, tmp_path / "llava.pt", wrapper=part, **options)
+        assert_bits(model, own)
+    assert keymap.convert_state_dict(state, "llama", wrapper=part).keys() == own.keys()
+    result = keymap.convert_checkpoint(tmp_path / "llava.pt", tmp_path / "llama.pt", "llama", wrapper=part)
+    assert any("taken from above" in note and "lm_head.weight" in note for note in result.notes)
+    assert keymap.compare_checkpoints(tmp_path / "llava.pt", tmp_path / "llama.pt", wrapper_a=part).equal
+    base = llama.llama("LlamaModel")  # it has no head, and none is missed
+    keymap.load_checkpoint(base, tmp_path / "llava.pt", wrapper=part)
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    assert keymap.compare_checkpoints(tmp_path / "llava.pt", tmp_path / "base.pt", wrapper_a=part).equal
+    wrong = {**state, "lm_head.weight": state["lm_head.weight"][:, :5].contiguous()}
+    two = {**state, "model.lm_head.weight": state["lm_head.weight"]}
+    for file in (wrong, two):
+        torch.save(file, tmp_path / "llava.pt")
+        notes = keymap.convert_checkpoint(tmp_path / "llava.pt", tmp_path / "llama.pt", "llama", wrapper=part).notes
+        assert notes[0].startswith("left out: ") and "lm_head.weight above 'model.language_model'" in notes[0]
+
+
 def test_a_head_of_another_shape_or_in_two_places_is_not_taken_and_the_advice_loads_the_rest(tmp_path):
     state = dict(llava().state_dict())
     other = {**state, "lm_head.weight": state["lm_head.weight"][:40]}
