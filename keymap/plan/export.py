@@ -29,8 +29,6 @@ from keymap.source.registry import hubs
 
 __all__ = ["Export", "Target", "export", "not_read", "only_reading", "target_format"]
 
-_COUNTER = ".num_batches_tracked"  # what torch calls it
-
 
 class Target(NamedTuple):
     """One tensor that is written.
@@ -212,8 +210,9 @@ def _what_to_do(source: Source, target: Format, keys: Sequence[str], others: tup
                 f"mapping= to load_checkpoint"
             )
         return "".join([lacked_by_files(True), *_copies(source, keys[:SHOWN])])
-    if all(key.endswith(_COUNTER) for key in keys):
-        return "; counters of batch norms hold no weights: name them under `ignore` of the hub"
+    tensors = source.unwrapped.tensors
+    if all(key in tensors and tensors[key].shape == () and not tensors[key].dtype.is_floating_point for key in keys):
+        return "; counters hold no weights: name them under `ignore` of the hub"
     return f"; {choices('towers', [others])} leaves them out" if others else ""
 
 

@@ -234,6 +234,12 @@ def test_a_key_that_the_hub_only_ignores_must_be_the_copy_that_it_says(tmp_path,
     assert torch.equal(model.embed.weight, same["embed.weight"])
 
 
+def test_a_counter_without_a_place_is_named_as_one(once):
+    state = {**Tied(True).state_dict(), "norm.calls": torch.tensor(3)}
+    with pytest.raises(keymap.PlanError, match=r"no place in once: norm.calls; counters hold no weights: .*`ignore`"):
+        keymap.convert_state_dict(state, "once", mapping="tied")
+
+
 def test_a_copy_without_what_it_repeats_is_not_left_out(once):
     state = {key: value for key, value in Tied(False).state_dict().items() if key != "embed.weight"}
     with pytest.raises(keymap.PlanError, match=r"out.weight"):
