@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from keymap.results import Inspection, LoadResult, Report
 from keymap.source.detect import ambiguous
 from keymap.source.hubs import Asked, PathLike, ask, ask_each
 from keymap.source.open import open_in_each, open_source
-from keymap.source.opened import Opened
+from keymap.source.opened import Opened, Source
 
 __all__ = ["inspect_checkpoint", "load_checkpoint", "plan_load"]
 
@@ -178,6 +179,12 @@ def plan_load(
     return _choose(opened, view_model(model, known.hub, state), request).plan
 
 
+def _settings_of(source: Source, towers: Described) -> dict[str, Any]:
+    """The settings of a source; of a part of a larger file not those of towers that it does not have."""
+    others = source.known.hub.layouts.keys() - towers.keys() if source.unwrapped.outside else set[str]()
+    return {name: v for name, v in source.settings.to_dict().items() if name.partition(".")[0] not in others}
+
+
 @without_gc()
 def inspect_checkpoint(
     path: PathLike, *, weights_only: bool = True, wrapper: str | None = None, hub: str | None = None
@@ -226,7 +233,7 @@ def inspect_checkpoint(
         configurations=configurations_for(source.known, towers),
         tensors=tensors,
         dtypes=dict(Counter(dtype_name(dtype) for _, dtype in tensors.values())),
-        config_hints={**source.settings.to_dict(), **dict.fromkeys(source.settings.notes, "")},
+        config_hints={**_settings_of(source, towers), **dict.fromkeys(source.settings.notes, "")},
         notes=(*source.notes, *unwrapped.remarks, *(f"also read as {text_of(other)}" for other in further)),
         parts=tuple(tower for one in (opened, *further) for tower in found_towers(one)),
         hub=source.known.hub.name if found is not None else None,

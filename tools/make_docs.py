@@ -393,12 +393,15 @@ def _positions(data: Data) -> Iterator[str]:
         yield f"- {code(key)}: {code(value['axes'])}{rows}"
 
 
+def _use_of(place: Data) -> str:
+    return f"divided by {place['divide']}" if "divide" in place else f"(if it holds anything: {place['word']})"
+
+
 def _facts(data: Data) -> Iterator[str]:
     for name, value in data.get("facts", {}).items():
         entry = value if isinstance(value, dict) else {"model": value}
         paths = [
-            code(p) if isinstance(p, str) else f"{code(p['path'])} divided by {p['divide']}"
-            for p in entry.get("model", ())
+            code(p) if isinstance(p, str) else f"{code(p['path'])} {_use_of(p)}" for p in entry.get("model", ())
         ] or ["the same in all models of a hub"]
         label = f"{entry['label']}, set by {entry['change']}: " if "label" in entry else ""
         yield f"- {code(name)}: {label}{', '.join(paths)}"

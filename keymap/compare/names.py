@@ -57,17 +57,28 @@ def readings(a: Opened, b: Opened) -> tuple[Source, Source]:
         if one.found is not None and other.found is not None and one.found.mapping.name == other.found.mapping.name
     ]
     if both:
-        return both[0]
+        return _with_heads(a, b, *both[0])
     try:
         with of_side("a"):
-            one_reading = only_reading(a)
+            one_reading = only_reading(a, heads=False)
         with of_side("b"):
-            return one_reading, only_reading(b)
+            return _with_heads(a, b, one_reading, only_reading(b, heads=False))
     except DetectionError:
         one, other = a.top[0], b.top[0]
         if not one.refused and not other.refused and _share_names(one, other):
             return one._replace(found=None), other._replace(found=None)
         raise
+
+
+def _with_heads(a: Opened, b: Opened, one: Source, other: Source) -> tuple[Source, Source]:
+    """Each reading with the heads that lie above it, where the other has one."""
+    return (a.with_heads(one) if _has_head(other) else one, b.with_heads(other) if _has_head(one) else other)
+
+
+def _has_head(source: Source) -> bool:
+    assert source.found is not None, "only a reading with a format is compared under its names"
+    keys = to_hub(source.found, source.settings.numbers).tensors
+    return any(side.match(key) is not None for side in source.known.hub.heads for key in keys)
 
 
 def of_side(side: str) -> AbstractContextManager[None]:

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from keymap.language.compile_rules import Compiler
-from keymap.language.format import Absence, Absences, Config, Configuration, Containers, Fact, Place, Position
+from keymap.language.format import (
+    Absence,
+    Absences,
+    Attribute,
+    Config,
+    Configuration,
+    Containers,
+    Fact,
+    Place,
+    Position,
+)
 from keymap.language.pattern import Side
 from keymap.language.yaml_marks import Path as Where
 
@@ -75,7 +85,7 @@ def compile_facts(compiler: Compiler) -> dict[str, Fact]:
     def fact(name: str, data: Any) -> Fact:
         entry: Mapping[str, Any] = {"model": data} if isinstance(data, list) else data
         return Fact(
-            tuple((p, 1) if isinstance(p, str) else (p["path"], p["divide"]) for p in entry.get("model", ())),
+            tuple(Attribute(p) if isinstance(p, str) else Attribute(**p) for p in entry.get("model", ())),
             entry.get("label", ""),
             entry.get("change", ""),
             compiler.words(entry, ("facts", name)),

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import eq
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from keymap.language.pattern import Side
 from keymap.language.rules import Rule, RuleTable
@@ -16,6 +19,7 @@ __all__ = [
     "Absence",
     "Absences",
     "Alias",
+    "Attribute",
     "Clue",
     "Computed",
     "Config",
@@ -35,11 +39,13 @@ __all__ = [
     "Template",
     "Unsupported",
     "Variant",
+    "as_word",
     "config_text",
     "ignored_in_model",
 ]
 
 Scalar = str | int | float | bool
+_MAX_LIST = 120  # characters of a list of words; of a longer one the rest is a digest
 
 
 class Absence(NamedTuple):
@@ -58,6 +64,19 @@ def config_text(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_word(value: Any) -> Any:
+    """A list of words, such as the kind of each layer, as one word: what repeats, once; any other value as it is.
+
+    Two lists of one length have the same word if they are equal.
+    """
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
+        return value
+    period = next(n for n in range(1, len(value) + 1) if all(map(eq, value[n:], value)))
+    runs = [(len(list(run)), word) for word, run in groupby(value[:period])]
+    text = ", ".join(word if count == 1 else f"{count} {word}" for count, word in runs)
+    return text if len(text) <= _MAX_LIST else f"{text[:_MAX_LIST]}... ({crc32(text.encode()):08x})"
 
 
 class Clue(NamedTuple):
@@ -315,12 +334,25 @@ class Repository(NamedTuple):
     none: str = ""
 
 
+class Attribute(NamedTuple):
+    """Where a model holds a setting.
+
+    Attributes:
+        path: dotted.
+        divide: a number, or the path of a number, to divide by.
+        word: the setting where the attribute holds anything, instead of its value; None for its value.
+    """
+
+    path: str
+    divide: int | str = 1
+    word: Scalar | None = None
+
+
 class Fact(NamedTuple):
     """A setting that weights do not show, and where a model holds it.
 
     Attributes:
-        paths: of attributes, each with a number, or the path of a number, to divide by; the first that the model has
-            is taken.
+        paths: of attributes; the first that the model has is taken.
         label: in words; facts without one are not compared. Facts with one label say the same in other units.
         change: the setting of the hub's configuration that determines it.
         words: from the values to keymap's words; a module is named by its class.
@@ -331,7 +363,7 @@ class Fact(NamedTuple):
         kind: what its value is: a count from 1 on, an index from 0 on, a positive number, a flag or a word; "" for any.
     """
 
-    paths: tuple[tuple[str, int | str], ...]
+    paths: tuple[Attribute, ...]
     label: str = ""
     change: str = ""
     words: Mapping[str, Scalar] = {}

@@ -39,7 +39,7 @@ def choose(opened: Opened, model: ModelView, request: Request) -> Chosen:
         PlanError: nothing in the file fits the model, or several state dicts do.
     """
     trial = _Trial(opened, model, request)
-    found = trial.top() or trial.own() or trial.chosen_whole() or trial.within()
+    found = trial.first() or trial.own() or trial.chosen_whole() or trial.within()
     if isinstance(found, Chosen):
         return found
     if found is not None:
@@ -61,7 +61,7 @@ def choose_for_towers(opened: Mapping[str, Opened], model: ModelView, request: R
     parts: dict[str, Fit] = {}
     for tower, one in opened.items():
         trial = _Trial(one, model, request._replace(towers=(tower,), within_towers=True))
-        found = trial.top() or trial.only(trial.fits(trial.request))
+        found = trial.first() or trial.only(trial.fits(trial.request))
         if found is None:
             raise trial.error()
         parts[tower] = found
@@ -94,6 +94,13 @@ class _Trial:
     def top(self) -> Fit | None:
         """The one reading of the state dict itself that fits; None if none does."""
         return self._one_reading(self.opened.top, self._fitting(self.opened.top, self.request))
+
+    def first(self) -> Fit | None:
+        """As `top`; a state dict that the caller chose and that lacks a head is tried with the one above it."""
+        found = self.top()
+        if self.opened.chosen and (found is None or found[0].missing_keys):
+            return self.with_heads_above(self.request, [self.opened.top]) or found
+        return found
 
     def _fitting(self, sources: Iterable[Source], request: Request) -> list[Fit]:
         """The readings that fit."""
@@ -316,12 +323,12 @@ class _Trial:
             return {}
         return self._parts(self.only(self.fits(request._replace(towers=tuple(self.towers)))))
 
-    def with_heads_above(self, request: Request) -> Fit | None:
+    def with_heads_above(self, request: Request, among: Sequence[_Group] | None = None) -> Fit | None:
         """What fits with heads of the hub that lie above its state dict, as an output layer above a language model."""
         shapes = {key: tuple(tensor.shape) for key, tensor in self.model.tensors.items() if self._is_head(key)}
         if not shapes:
             return None
-        more = ([self.opened.with_above(source, shapes) for source in group] for group in self.groups)
+        more = ([self.opened.with_above(source, shapes) for source in group] for group in among or self.groups)
         groups = [[source for source in group if source is not None] for group in more]
         return self.only(self.fits(request, [group for group in groups if group]))
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 
 from keymap.advice import choices, lacked_by_files
-from keymap.errors import DetectionError, MappingError, PlanError, count_of, some
+from keymap.errors import SHOWN, DetectionError, MappingError, PlanError, count_of, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format
 from keymap.language.layout import Layout
@@ -25,6 +25,7 @@ from keymap.plan.uneven import other_counts, uneven
 from keymap.source.detect import Detection, ambiguous, tower_layout
 from keymap.source.opened import Opened, Source
 from keymap.source.other_hubs import naming_other_hubs
+from keymap.source.registry import hubs
 
 __all__ = ["Export", "Target", "export", "not_read", "only_reading", "target_format"]
 
@@ -72,7 +73,8 @@ def target_format(known: Catalogue, to: str) -> Format:
     """
     targets = sorted(name for name, mapping in known.mappings.items() if mapping.rules)
     if to not in known.mappings:
-        near = get_close_matches(to[:80], targets, 1, 0.7)
+        others = [one.name for one in hubs().files.values() if one.kind in ("format", "bridge", "hub")]
+        near = get_close_matches(to[:80], sorted({*targets, *others}), 1, 0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(targets)}"
         raise MappingError(f"there is no format {to!r} to convert to; {hint}")
     target = known.get(to)
@@ -81,8 +83,12 @@ def target_format(known: Catalogue, to: str) -> Format:
     return target
 
 
-def only_reading(opened: Opened) -> Source:
+def only_reading(opened: Opened, heads: bool = True) -> Source:
     """The one reading of a state dict.
+
+    Args:
+        opened: the file.
+        heads: take heads from above a part that the caller chose.
 
     Raises:
         DetectionError: no format matches it, or several do; the message names the state dicts within it.
@@ -90,7 +96,7 @@ def only_reading(opened: Opened) -> Source:
     if len(opened.top) > 1:
         raise ambiguous([source.found for source in opened.top if source.found is not None], opened.file)
     if opened.top[0].found is not None:
-        return opened.top[0]
+        return opened.with_heads(opened.top[0]) if heads else opened.top[0]
     alone = [group[0] for group in opened.inner if not group[0].unwrapped.outside]
     if len(alone) == 1 and not opened.top[0].refused:
         return alone[0]
@@ -149,15 +155,65 @@ def export(source: Source, target: Format, request: Request, facts: Mapping[str,
     faults = [fault.text for fault in with_lacking_facts_once(translated.faults)]
     unowned = [key for key in translated.unowned if key not in foreign]
     if unowned:
-        have = "key has" if len(unowned) == 1 else "keys have"
-        hint = lacked_by_files(known.hub.by_name)
-        faults.append(f"{len(unowned)} {have} no place in {target.name}: {some(unowned)}{hint}")
+        rest = () if faults or request.towers is not None else tuple(present)
+        faults.append(_no_place(source, target, translated, unowned, rest))
     if faults:
         name = f"{source.file} (format {found.mapping.name})"
         raise PlanError(f"{name} cannot be written as {target.name}", faults)
     tensors = {key: _target(target, key, layout) for key, layout in translated.tensors.items()}
     notes = tuple(translated.notes)
     return Export(source, target, tensors, tuple(translated.checks), translated.dropped, in_hub, notes)
+
+
+def _copies(source: Source, keys: Sequence[str]) -> list[str]:
+    """Advice on keys without a place that hold the values of another key, as tied weights in a file do."""
+    tensors, advice = source.unwrapped.tensors, []
+    for key in keys:
+        one = tensors.get(key)
+        alike = (
+            n for n, t in tensors.items() if one and n not in keys and (t.shape, t.dtype) == (one.shape, one.dtype)
+        )
+        twin = next(
+            (n for n in alike if one and len(one.shape) > 1 and torch.equal(tensors[n].read(), one.read())), None
+        )
+        if twin is not None:
+            advice.append(f"; {key} has the values of {twin}: if they are one weight, name it with `same_as: {twin}`")
+    return advice
+
+
+def _no_place(
+    source: Source, target: Format, translated: Translated, keys: Sequence[str], present: Sequence[str]
+) -> str:
+    """A fault for keys without a place in the target, and what to do.
+
+    Args:
+        source, target: what is converted, and to what.
+        translated: its tensors.
+        keys: that have no place.
+        present: other towers may be among these; empty where leaving towers out does not help.
+    """
+    hub = source.known.hub
+    towers = {tower_of(hub, translated.renamed.get(key, key)) for key in keys}
+    others = tuple(tower for tower in present if tower and tower not in towers and "" not in towers)
+    have = "key has" if len(keys) == 1 else "keys have"
+    return f"{len(keys)} {have} no place in {target.name}: {some(keys)}{_what_to_do(source, target, keys, others)}"
+
+
+def _what_to_do(source: Source, target: Format, keys: Sequence[str], others: tuple[str, ...]) -> str:
+    """Advice on keys without a place in a format, where the towers ``others`` have none of them; empty for none."""
+    hub = source.known.hub
+    if hub.by_name:
+        found = [target.table.find(key) for key in keys]
+        if all(rule is not None and not rule[0].rest for rule in found):
+            return (
+                f"; these are names of {target.name}, so the file has this format already: pass the mapping as "
+                f"mapping= to load_checkpoint"
+            )
+        return "".join([lacked_by_files(True), *_copies(source, keys[:SHOWN])])
+    tensors = source.unwrapped.tensors
+    if all(key in tensors and tensors[key].shape == () and not tensors[key].dtype.is_floating_point for key in keys):
+        return "; counters hold no weights: name them under `ignore` of the hub"
+    return f"; {choices('towers', [others])} leaves them out" if others else ""
 
 
 def _check_blocks(source: Source, found: Detection, translated: Translated, in_hub: Mapping[str, Layout]) -> None:

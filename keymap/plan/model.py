@@ -13,7 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
-from keymap.language.format import Fact, Format, Scalar, config_text
+from keymap.language.format import Fact, Format, Scalar, as_word, config_text
 from keymap.language.layout import Layout, whole
 
 __all__ = ["ABSENT", "ModelView", "State", "attribute", "has_memory", "modules_of", "state_of", "view_model"]
@@ -126,10 +126,16 @@ def attribute(model: nn.Module, path: str) -> Any:
     return value
 
 
+def _held(model: nn.Module, path: str, word: Scalar | None) -> Any:
+    """What an attribute holds, a list of words as one; or the word for one that holds anything."""
+    value = attribute(model, path)
+    return as_word(value) if word is None or value is None or value is ABSENT else word
+
+
 def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
     """A fact as the model has it, and where: a number, (h, w), a word, or whether an attribute holds anything."""
-    for path, divide in fact.paths:
-        value = attribute(model, path)
+    for path, divide, word in fact.paths:
+        value = _held(model, path, word)
         if value is ABSENT:
             continue
         if value is None and config_text(None) in fact.words:

@@ -352,7 +352,7 @@ class _Writer:
     def unlike_shapes(self, computed: Computed, value: Scalar) -> str:
         """What the shapes say against a setting; empty for nothing."""
         length: Any = self.number(computed.divides) if computed.divides is not None else _ABSENT
-        if type(value) is int and length is not _ABSENT and length % value:
+        if type(value) is int and length is not _ABSENT and (value < 1 or length % value):
             return f"{value} does not divide {length}, the length of {computed.divides}"
         other = computed.others
         if (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from keymap.errors import CheckpointError, PlanError
+from keymap.errors import CheckpointError, PlanError, some
 from keymap.language.catalogue import Catalogue
 from keymap.language.format import Format, Scalar
 from keymap.language.rules import Rule
@@ -189,6 +189,7 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     """
     if facts is None:
         return {}
+    _refuse_none(facts)
     hub = known.hub
     grids = {position.grid_fact for position in hub.positions.values()}
     if isinstance(facts, Mapping) and all(
@@ -206,6 +207,13 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
     example = next((f", for example facts={{{name!r}: 12}}" for name in (*named, *counts)), "")
     raise PlanError(f"facts={facts!r}: expected names and positive integers{example}")
+
+
+def _refuse_none(facts: object) -> None:
+    """Refuse facts without a value."""
+    none = [name for name, value in facts.items() if value is None] if isinstance(facts, Mapping) else []
+    if none:
+        raise PlanError(f"facts={facts!r}: {some(map(repr, none))} is None; leave out what is not known")
 
 
 def checked_flag(name: str, value: object) -> bool:

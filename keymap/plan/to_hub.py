@@ -73,8 +73,10 @@ def to_hub(found: Detection, facts: Mapping[str, int]) -> Translated:
     result.unbridged = result.tensors
     result.renamed = {source: key for key, layout in applied.left.items() for source in layout.named(key)}
     if found.mapping.kind == "hub":  # what it ignores without owning it
-        ignored = {source: found.mapping.ignored(key) for source, key in result.renamed.items()}
-        result.dropped.update({source: why[0] for source, why in ignored.items() if why is not None})
+        for key, layout in applied.left.items():
+            ignored = found.mapping.ignored(key)
+            if ignored is not None:
+                _drop(found, result, key, layout, *ignored)
     result.unowned = [source for source in result.renamed if source not in result.dropped]
     for (tower, why), keys in unsupported.items():
         text = f"{len(keys)} key{'' if len(keys) == 1 else 's'} ({some(keys, 2)}): {why}"
@@ -95,17 +97,21 @@ def _sort_out(found: Detection, result: Translated) -> tuple[dict[str, Layout], 
         layout = found.tensors[key]
         ignored = mapping.ignored(key) if mapping.kind != "hub" else None
         if ignored is not None:
-            why, twin = ignored
             del kept[key]
-            result.dropped.update(dict.fromkeys(layout.named(key), why))
-            if twin in found.tensors:
-                result.checks.append(Check(key, layout, found.tensors[twin], f"it is ignored as a copy of {twin}"))
+            _drop(found, result, key, layout, *ignored)
             continue
         entry = next((entry for entry in mapping.unsupported if entry.side.match(key) is not None), None)
         if entry is not None:
             del kept[key]
             unsupported.setdefault((entry.tower, entry.why), []).extend(layout.named(key))
     return kept, unsupported
+
+
+def _drop(found: Detection, result: Translated, key: str, layout: Layout, why: str, twin: str) -> None:
+    """Leave out a key without weights; one that repeats another (``twin``, empty for none) must have its values."""
+    result.dropped.update(dict.fromkeys(layout.named(key), why))
+    if twin in found.tensors:
+        result.checks.append(Check(key, layout, found.tensors[twin], f"it is ignored as a copy of {twin}"))
 
 
 def bring_to_layouts(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from keymap.errors import DetectionError
+from keymap.errors import DetectionError, some
 from keymap.language.format import Format
 from keymap.language.layout import Layout, whole
 from keymap.read import LazyTensor
@@ -157,14 +157,51 @@ class Opened:
         above = [place for place in shared_starts([start]) if place != start]
         places = {name: [at + name for at in above if at + name in base] for name in wanted.keys() - found.tensors}
         taken = {n: keys[0] for n, keys in places.items() if len(keys) == 1 and base[keys[0]].shape == wanted[n]}
-        if not taken:
-            return None
+        return self._joined(source, found, taken) if taken else None
+
+    def with_heads(self, source: Source) -> Source:
+        """The reading that the caller chose with ``wrapper=``, with heads of the hub that lie above it.
+
+        A head that lies in several places, or does not take what the model computes, is left out with a note.
+        """
+        found, hub = source.found, self.known.hub
+        start = source.unwrapped.start
+        if not (self.chosen and start and hub.heads) or found is None or found.mapping is not hub:
+            return source
+        places = self._heads_above(start, found)
+        widths = {layout.shape[-1] for layout in found.tensors.values() if len(layout.shape) == 1}
+        fits = {n: keys[0] for n, keys in places.items() if len(keys) == 1 and _takes(self.searched[keys[0]], widths)}
+        lost = [key for name, keys in places.items() if name not in fits for key in keys]
+        joined = self._joined(source, found, fits) if fits else source
+        if not lost:
+            return joined
+        note = f"left out: {some(lost)} above {source.unwrapped.wrapper!r}: not one place, or not of the model's width"
+        return joined._replace(unwrapped=joined.unwrapped._replace(notes=(note, *joined.unwrapped.notes)))
+
+    def _heads_above(self, start: str, found: Detection) -> dict[str, list[str]]:
+        """The keys above a state dict of each head of the hub that it lacks, by the head's name."""
+        places: dict[str, list[str]] = {}
+        for place in shared_starts([start])[1:]:
+            for key in (key for key in self.searched if key.startswith(place) and not key.startswith(start)):
+                name = key[len(place) :]
+                if name not in found.tensors and any(side.match(name) is not None for side in self.known.hub.heads):
+                    places.setdefault(name, []).append(key)
+        return places
+
+    def _joined(self, source: Source, found: Detection, taken: Mapping[str, str]) -> Source:
+        """A reading with more tensors, by their names and their keys in the state dict that was searched."""
+        base = self.searched
         more = {name: whole(key, base[key].shape, base[key].dtype) for name, key in taken.items()}
         stored = {**found.stored, **more} if found.stored else found.stored
         unwrapped = with_above(source.unwrapped, self._found.searched, sorted(taken.values()))
         return source._replace(
             unwrapped=unwrapped, found=found._replace(tensors={**found.tensors, **more}, stored=stored)
         )
+
+
+def _takes(head: LazyTensor, widths: Collection[int]) -> bool:
+    """Whether a head takes vectors as long as some in the model; a bias takes any."""
+    return len(head.shape) < 2 or head.shape[-1] in widths
 
 
 def _tower(hub: Format, key: str) -> str:

@@ -112,10 +112,10 @@ def compared(
 ) -> tuple[Compared, ...]:
     """Every setting that matters for these towers and that the model has, beside the source's.
 
-    What the hub fixes for all its models is compared where the source states it.
+    What the hub fixes for its models, if they do not hold it themselves, is compared where the source states it.
     """
     fixed = {name: value for name, value in hub.fixed.items() if name in settings.facts}
-    return _rows(hub, towers, settings, {**model, **fixed})
+    return _rows(hub, towers, settings, {**fixed, **model})
 
 
 def _rows(hub: Format, towers: Iterable[str], settings: Settings, model: Mapping[str, Scalar]) -> tuple[Compared, ...]:
@@ -152,10 +152,13 @@ def unlike_target(
         stated: value and origin of each setting of the source.
         written: tensors by the hub's keys.
     """
-    own = fixed_by(target, written, of_hub=True)
     stated = {**dict(_of_widths(hub, stated, written)), **stated}
-    says = target.config.facts if target.config is not None else {}
-    fixed = {**{name: value for name, value in hub.fixed.items() if target is hub or name not in says}, **own}
+    if target is hub:  # its configuration says what its models hold
+        fixed = {name: value for name, value in hub.fixed.items() if not hub.facts[name].paths}
+    else:
+        says = target.config.facts if target.config is not None else {}
+        own = fixed_by(target, written, of_hub=True)
+        fixed = {**{name: value for name, value in hub.fixed.items() if name not in says}, **own}
     towers = {name.partition(".")[0] for name in fixed}
     facts = {name: entry for name, entry in stated.items() if name in fixed}
     rows = _rows(hub, towers, Settings(facts=facts), fixed)

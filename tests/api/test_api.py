@@ -412,6 +412,11 @@ def test_mappings_of_a_release_are_checked_where_they_are_not_as_installed(wheel
 # --- facts from the caller ---
 
 
+def test_a_fact_that_is_none_is_refused_as_such(hf_file):
+    with pytest.raises(keymap.PlanError, match=r"'image.heads' is None; leave out what is not known"):
+        keymap.plan_load(openclip.clip(), hf_file, facts={"image.heads": None})
+
+
 @pytest.mark.parametrize("facts", ["x", {"image.heads": "3"}, {"image.heads": -3}, {"image.heads": 0}, {3: 3}])
 def test_malformed_facts_are_refused_by_every_function(facts, hf_file):
     state = openclip.siglip().state_dict()

@@ -52,6 +52,11 @@ CONVERSIONS = {  # words after `convert`, the same as arguments, the refusal
         {},
         "there is no format 'hf_clop' to convert to; did you mean 'hf_clip'?",
     ),
+    "a format of another hub": (
+        ["hf.safetensors", "y.pt", "--to", "meta_lama"],
+        {},
+        "there is no format 'meta_lama' to convert to; did you mean 'meta_llama'?",
+    ),
     "a missing folder": (
         ["hf.safetensors", "no/y.pt", "--to", "open_clip"],
         {},

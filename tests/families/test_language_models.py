@@ -449,6 +449,45 @@ def test_the_head_above_a_language_model_is_taken_with_it_and_reported(above, tm
     )
 
 
+def test_the_head_above_a_part_that_the_caller_chose_is_taken_by_load_convert_and_compare(tmp_path):
+    state, model, part = llava().state_dict(), llama.llama(seed=2), "model.language_model"
+    own = {key.replace("language_model.", ""): v for key, v in state.items() if "language_model." in key}
+    own["lm_head.weight"] = state["lm_head.weight"]
+    torch.save(dict(state), tmp_path / "llava.pt")
+    for options in ({}, {"strict": False}):
+        keymap.load_checkpoint(model, tmp_path / "llava.pt", wrapper=part, **options)
+        assert_bits(model, own)
+    assert keymap.convert_state_dict(state, "llama", wrapper=part).keys() == own.keys()
+    result = keymap.convert_checkpoint(tmp_path / "llava.pt", tmp_path / "llama.pt", "llama", wrapper=part)
+    assert any("taken from above" in note and "lm_head.weight" in note for note in result.notes)
+    assert keymap.compare_checkpoints(tmp_path / "llava.pt", tmp_path / "llama.pt", wrapper_a=part).equal
+    base = llama.llama("LlamaModel")  # it has no head, and none is missed
+    keymap.load_checkpoint(base, tmp_path / "llava.pt", wrapper=part)
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    assert keymap.compare_checkpoints(tmp_path / "llava.pt", tmp_path / "base.pt", wrapper_a=part).equal
+    wrong = {**state, "lm_head.weight": state["lm_head.weight"][:, :5].contiguous()}
+    two = {**state, "model.lm_head.weight": state["lm_head.weight"]}
+    for file in (wrong, two):
+        torch.save(file, tmp_path / "llava.pt")
+        notes = keymap.convert_checkpoint(tmp_path / "llava.pt", tmp_path / "llama.pt", "llama", wrapper=part).notes
+        assert notes[0].startswith("left out: ") and "lm_head.weight above 'model.language_model'" in notes[0]
+
+
+def test_the_settings_of_a_language_model_within_a_larger_model_are_read(tmp_path):
+    source = llava(rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    source.save_pretrained(tmp_path / "llava")
+    words = ("eps of the norms: 0.01", "base of the rotary angles: 777.0")
+    warnings = keymap.load_checkpoint(llama.llama(), tmp_path / "llava").report.plan.warnings
+    assert len(warnings) == 2 and all(any(word in warning for warning in warnings) for word in words)
+    keymap.convert_checkpoint(tmp_path / "llava", tmp_path / "llama", "llama", wrapper="language_model")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text(encoding="utf-8"))
+    assert (config["rms_norm_eps"], config["rope_theta"], config["model_type"]) == (1e-2, 777.0, "llama")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(again.lm_head.weight, source.lm_head.weight)
+    hints = keymap.inspect_checkpoint(tmp_path / "llava", hub="open_clip").config_hints
+    assert "image.heads" in hints and not any(name.startswith("text.") for name in hints)
+
+
 def test_a_head_of_another_shape_or_in_two_places_is_not_taken_and_the_advice_loads_the_rest(tmp_path):
     state = dict(llava().state_dict())
     other = {**state, "lm_head.weight": state["lm_head.weight"][:40]}

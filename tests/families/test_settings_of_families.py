@@ -52,6 +52,24 @@ def gemma3(local=1e4, whole=1e6, **scaling):
     return causal("Gemma3", rope_parameters=angles)
 
 
+def yarn(**more):
+    angles = {"factor": 2.0, "original_max_position_embeddings": 8, **more}
+    return causal("Llama", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **angles})
+
+
+def local_gemma3(**scaling):
+    whole = {"rope_type": "default", "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 1e4, **scaling}
+    return causal("Gemma3", rope_parameters={"sliding_attention": local, "full_attention": whole})
+
+
+def qwen2(first):
+    return causal("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=first)
+
+
+MIXED = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+
+
 def bert(name, **more):
     import transformers
 
@@ -145,6 +163,37 @@ PAIRS = {  # the model that saves, the model that loads, and what warns
         lambda: causal("Gemma3"),
         "attention in both directions: true",
     ),
+    "kinds of the layers": (
+        lambda: causal("Gemma3", layer_types=MIXED["layer_types"]),
+        lambda: causal("Gemma3"),
+        "sliding window: full_attention, sliding_attention",
+    ),
+    "first layer with a window": (lambda: qwen2(1), lambda: qwen2(0), "sliding window: full_attention, sliding_"),
+    "the same first layer with a window": (lambda: qwen2(1), lambda: qwen2(1), ""),
+    "Ministral into Mistral": (
+        lambda: causal("Ministral", **MIXED),
+        lambda: causal("Mistral", sliding_window=4),
+        "sliding window: full_attention, sliding_attention",
+    ),
+    "a window into Llama": (
+        lambda: causal("Mistral", sliding_window=4),
+        lambda: causal("Llama"),
+        "sliding window: sliding_attention in the source (config.json: sliding_window = 4), full_attention",
+    ),
+    "YaRN": (lambda: yarn(beta_fast=16), lambda: yarn(beta_fast=16), ""),
+    "first bound of YaRN": (yarn, lambda: yarn(beta_fast=16), "first bound of the scaled angles: 32"),
+    "second bound of YaRN": (lambda: yarn(beta_slow=2), yarn, "second bound of the scaled angles: 2"),
+    "factor of YaRN": (lambda: yarn(attention_factor=2.0), yarn, "factor of the attention: 2.0"),
+    "local scaled angles": (
+        lambda: local_gemma3(rope_type="linear", factor=3.0),
+        local_gemma3,
+        "scaling of the local rotary angles: linear",
+    ),
+    "factor of the local angles": (
+        lambda: local_gemma3(rope_type="linear", factor=3.0),
+        lambda: local_gemma3(rope_type="linear", factor=4.0),
+        "factor of the local rotary angles: 3",
+    ),
     "local angles": (lambda: gemma3(local=5e3), lambda: gemma3(), "base of the local rotary angles: 5000"),
     "BERT": (lambda: bert("Bert"), lambda: bert("Bert"), ""),
     "RoBERTa into BERT": (lambda: bert("Roberta"), lambda: bert("Bert"), "kind of model: roberta"),
@@ -174,6 +223,12 @@ CONVERSIONS = {  # what is converted, to which format, and what is noted
     "half-turned Phi-3 to Llama": (half_turned, "llama", "rotated part of a head: 0.5 in the source"),
     "half-turned Phi-3 to Meta's": (half_turned, "meta_llama", "rotated part of a head: 0.5 in the source"),
     "half-turned Phi-3 to its own format": (half_turned, "phi3", ""),
+    "half-turned Phi-3 to InternLM2": (half_turned, "internlm2", "rotated part of a head: 0.5 in the source"),
+    "a window to InternLM2": (lambda: causal("Mistral", sliding_window=4), "internlm2", "sliding window: sliding_att"),
+    "a window to Meta's": (lambda: causal("Mistral", sliding_window=4), "meta_llama", "sliding window: sliding_att"),
+    "a window to torchtune's": (lambda: causal("Mistral", sliding_window=4), "torchtune_llama", "sliding window: sl"),
+    "a window to Llama": (lambda: causal("Mistral", sliding_window=4), "llama", ""),
+    "Mistral without a window to InternLM2": (lambda: causal("Mistral", sliding_window=None), "internlm2", ""),
     "Gemma to Phi-3": (lambda: causal("Gemma"), "phi3", "kind of model: gemma in the source"),
     "Granite to InternLM2": (lambda: causal("Granite"), "internlm2", "kind of model: granite in the source"),
     "Gemma to Meta's": (lambda: causal("Gemma"), "meta_llama", "kind of model: gemma in the source"),

@@ -207,6 +207,39 @@ def test_a_format_without_a_place_for_the_copy_leaves_it_out_if_it_is_one(tied, 
     assert set(keymap.convert_state_dict(model.state_dict(), "once")) == {"words", "scale"}
 
 
+def test_a_key_that_the_hub_only_ignores_must_be_the_copy_that_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry_module, "_registry", [hubs()])
+    folder = tmp_path / "tied"
+    folder.mkdir()
+    for text in (TIED.replace("(embed|norm|out)", "(embed|norm)"), ONCE):
+        (folder / f"{text.split()[1]}.yaml").write_text(text)
+    keymap.register_mappings(folder)
+    model, source, words = Tied(True), tmp_path / "own.pt", "out.weight must hold the same values"
+    same, other = dict(Tied(True).state_dict()), dict(Tied(False).state_dict())
+    for to in ("once", "tied"):
+        assert len(keymap.convert_state_dict(same, to)) == 2
+        with pytest.raises(keymap.VerifyError, match=words):
+            keymap.convert_state_dict(other, to)
+    torch.save(other, source)
+    before = bits(model)
+    for convert in (
+        lambda: keymap.convert_checkpoint(source, tmp_path / "once.pt", "once"),
+        lambda: keymap.load_checkpoint(model, source),
+    ):
+        with pytest.raises(keymap.KeymapError, match=words):
+            convert()
+    assert_unchanged(model, before)
+    torch.save({"model": same}, source)
+    keymap.load_checkpoint(model, source)
+    assert torch.equal(model.embed.weight, same["embed.weight"])
+
+
+def test_a_counter_without_a_place_is_named_as_one(once):
+    state = {**Tied(True).state_dict(), "norm.calls": torch.tensor(3)}
+    with pytest.raises(keymap.PlanError, match=r"no place in once: norm.calls; counters hold no weights: .*`ignore`"):
+        keymap.convert_state_dict(state, "once", mapping="tied")
+
+
 def test_a_copy_without_what_it_repeats_is_not_left_out(once):
     state = {key: value for key, value in Tied(False).state_dict().items() if key != "embed.weight"}
     with pytest.raises(keymap.PlanError, match=r"out.weight"):

@@ -185,6 +185,9 @@ def test_a_number_that_does_not_divide_a_length_is_refused(registered, tmp_path)
     registered()
     with pytest.raises(keymap.PlanError, match=r"net.heads: 3 does not divide 8, the length of a.weight\[0\]"):
         keymap.save_checkpoint(Press(3, act="gelu"), tmp_path / "out", "pressed")
+    registered(("kind: count, ", ""))
+    with pytest.raises(keymap.PlanError, match=r"net.heads: 0 does not divide 8"):
+        keymap.save_checkpoint(Press(0, act="gelu"), tmp_path / "out", "pressed")
     registered(("divides: 'a.weight[0]'", "divides: 'a.weight[1]'"))
     keymap.save_checkpoint(Press(3, act="gelu"), tmp_path / "out", "pressed")
 

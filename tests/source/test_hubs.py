@@ -250,6 +250,19 @@ def test_counters_tied_weights_and_named_buffers_of_a_model_need_no_key_in_the_f
         assert same or key in ("norm.num_batches_tracked", "positions"), key
 
 
+def test_a_file_that_holds_tied_weights_twice_or_has_the_format_already_is_refused_with_what_to_do(tmp_path):
+    to, theirs = tmp_path / "usual.yaml", randomised(Usual, seed=1)
+    to.write_text(USUAL, encoding="utf-8")
+    torch.save({key: value.clone() for key, value in theirs.state_dict().items()}, tmp_path / "own.pt")
+    with pytest.raises(keymap.PlanError, match=r"head.weight has the values of words.weight: .*same_as: words.weight"):
+        keymap.convert_checkpoint(tmp_path / "own.pt", tmp_path / "flax.pt", to)
+    tied = "ignore: {head.weight: {why: the words, same_as: words.weight}, "
+    to.write_text(USUAL.replace("ignore: {", tied), encoding="utf-8")
+    keymap.convert_checkpoint(tmp_path / "own.pt", tmp_path / "flax.pt", to)
+    with pytest.raises(keymap.PlanError, match=r"names of usual, so the file has this format already: .* mapping="):
+        keymap.convert_checkpoint(tmp_path / "flax.pt", tmp_path / "again.pt", to)
+
+
 def test_tied_weights_on_the_meta_device_are_filled_together(tmp_path):
     (tmp_path / "usual.yaml").write_text(USUAL, encoding="utf-8")
     theirs = randomised(Usual, seed=1)
