@@ -297,8 +297,14 @@ MODELS = {
     "Qwen2": (causal("Qwen2ForCausalLM"), "llama", "Qwen2ForCausalLM"),
     "Qwen3": (causal("Qwen3ForCausalLM"), "llama", "Qwen3ForCausalLM"),
     "GPT-2": (partial(gpt2.gpt2, **SHIFTED, scale_attn_by_inverse_layer_idx=True), "gpt2", "GPT2LMHeadModel"),
+    "GPT-2 with another activation": (partial(gpt2.gpt2, activation_function="quick_gelu"), "gpt2", "GPT2LMHeadModel"),
     "GPT-2 without a scale": (partial(gpt2.gpt2, scale_attn_weights=False), "gpt2", "GPT2LMHeadModel"),
     "BERT": (bert.hf(**BUSY), "bert", "BertForPreTraining"),
+    "a decoder": (
+        bert.hf("BertLMHeadModel", **BUSY, is_decoder=True, add_cross_attention=True),
+        "bert",
+        "BertLMHeadModel",
+    ),
     "BertModel": (bert.hf("BertModel", **BUSY), "bert", "BertModel"),
     "sentences": (bert.hf("BertForSequenceClassification", **BUSY), "bert", "BertForSequenceClassification"),
     "Whisper": (
@@ -372,6 +378,12 @@ OWN = {  # the model whose folder is converted, the format, and the class
         "Qwen2ForCausalLM",
         {},
     ),
+    "T5 v1.1, which transformers 5 saves as tied": (
+        t5.hf(gated=False, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        "t5",
+        "T5ForConditionalGeneration",
+        {},
+    ),
     "ViT to timm": (
         lambda: vit.hf("ViTForImageClassification", intermediate_size=120, layer_norm_eps=1e-6, hidden_act="relu"),
         "vision_transformer",
@@ -392,6 +404,10 @@ def test_the_settings_of_a_folder_are_those_of_its_own_configuration(name, tmp_p
 
 # --- what a class cannot hold ---
 
+LOCAL = {
+    "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+    "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0},
+}
 REFUSED = {  # a model, the format, and what the error says
     "a window of some layers": (
         causal("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
@@ -415,6 +431,23 @@ REFUSED = {  # a model, the format, and what the error says
         "vision_transformer",
         "image.eps: the format has no word for '0.001'",
     ),
+    "an eps before which a norm stands": (
+        vit.timm_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3), pre_norm=True),
+        "vision_transformer",
+        "image.eps: the format has no word for '0.001'",
+    ),
+    "an eps that is not CLIP's": (
+        vit.timm_vit("vit_base_patch16_clip_quickgelu_224", norm_layer=partial(torch.nn.LayerNorm, eps=1e-3)),
+        "vision_transformer",
+        "image.eps: the format has no word for '0.001'",
+    ),
+    "projections without biases": (vit.timm_vit(proj_bias=False), "vision_transformer", "no biases of their proj"),
+    "norms within the attention": (vit.timm_vit(scale_attn_norm=True), "vision_transformer", "norms within"),
+    "norms within the MLP": (vit.timm_vit(scale_mlp_norm=True), "vision_transformer", "norms within"),
+    "a norm of the patches": (vit.timm_vit(embed_norm_layer=torch.nn.LayerNorm), "vision_transformer", "norms within"),
+    "norms without biases": (vit.timm_vit(norm_layer=timm.layers.RmsNorm), "vision_transformer", "norms have no bias"),
+    "no positions": (vit.timm_vit(pos_embed="none"), "vision_transformer", "no position embedding"),
+    "a gate": (vit.timm_vit(mlp_layer=timm.layers.SwiGLUPacked), "vision_transformer", "MLP has a gate"),
     "an MLP that no whole ratio gives": (
         vit.timm_vit("vit_small_patch14_dinov2", num_classes=0),
         "hf_dinov2",
@@ -422,6 +455,11 @@ REFUSED = {  # a model, the format, and what the error says
     ),
     "Whisper's encoder alone": (whisper.hf("WhisperForAudioClassification"), "whisper", "no layout of a folder"),
     "umT5": (t5.hf("UMT5ForConditionalGeneration"), "t5", "text.tied: false in the source"),
+    "scaled local angles": (
+        gemma.maker("Gemma3ForCausalLM", rope_parameters=LOCAL),
+        "gemma",
+        "scaling of the local rotary angles: linear in the source, and the format has only default",
+    ),
     "EmbeddingGemma": (
         gemma.maker("Gemma3ForCausalLM", use_bidirectional_attention=True),
         "gemma",
@@ -436,6 +474,16 @@ def test_what_the_owners_class_does_not_have_is_refused(name, tmp_path):
     with pytest.raises(keymap.PlanError, match=re.escape(words)):
         keymap.save_checkpoint(make(), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistral_that_names_no_window_has_that_of_its_class(tmp_path):
+    causal("MistralForCausalLM", sliding_window=4)().save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config.pop("sliding_window")
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "out", "llama")
+    for folder in ("theirs", "out"):
+        assert opened("MistralForCausalLM", tmp_path / folder).config.sliding_window == 4096
 
 
 def test_a_half_turned_phi3_is_no_llama(tmp_path):
