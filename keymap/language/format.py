@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ __all__ = [
     "Variant",
     "config_text",
     "ignored_in_model",
+    "list_text",
 ]
 
 Scalar = str | int | float | bool
@@ -58,6 +59,17 @@ def config_text(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def list_text(values: Sequence[object]) -> str:
+    """A list of words as one: the word that all are, or the most frequent and where others are; "" for other lists."""
+    if not all(isinstance(value, str) for value in values):
+        return ""
+    places: dict[object, list[str]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(str(place))
+    most, *others = sorted(places, key=lambda word: -len(places[word])) or [""]
+    return ", ".join([str(most), *(f"{word} at {' '.join(places[word])}" for word in others)])
 
 
 class Clue(NamedTuple):
@@ -226,6 +238,7 @@ class Computed(NamedTuple):
         absent: the value if there is no such key; None leaves it out.
         optional: left out if the fact is not known or has no word.
         divides: a length that the value must divide.
+        agrees: another computed value, which must be the same.
     """
 
     fact: str
@@ -242,6 +255,7 @@ class Computed(NamedTuple):
     absent: Scalar | None = None
     optional: bool = False
     divides: Length | None = None
+    agrees: Computed | None = None
 
 
 class Cases(NamedTuple):
@@ -261,6 +275,8 @@ class Kept(NamedTuple):
 
     Attributes:
         paths: in the source's own file of the same name, if it is of the same format; the first that it has counts.
+        shared: the hub's other formats have it there, too.
+        others: what is taken where it is not known.
         attributes: of a model in memory; the first that it has counts.
         label: what it is, for a note where it is not known; "" for no note.
         only: a fact without which the value does not matter; "" for none.
@@ -272,6 +288,8 @@ class Kept(NamedTuple):
     label: str = ""
     only: str = ""
     none_is_null: bool = False
+    shared: bool = False
+    others: Computed | None = None
 
 
 Template = Any  # a dict or a list of templates, a Computed, Cases, Kept, or a value that is written as it is

@@ -13,7 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
-from keymap.language.format import Fact, Format, Scalar, config_text
+from keymap.language.format import Fact, Format, Scalar, config_text, list_text
 from keymap.language.layout import Layout, whole
 
 __all__ = ["ABSENT", "ModelView", "State", "attribute", "has_memory", "modules_of", "state_of", "view_model"]
@@ -126,6 +126,14 @@ def attribute(model: nn.Module, path: str) -> Any:
     return value
 
 
+def _in_words(value: Any) -> Any:
+    """A module by its class, torch's GELU also by its approximation; a list of words as one; others as they are."""
+    if isinstance(value, nn.Module):
+        approximate = getattr(value, "approximate", "none")
+        return type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
+    return list_text(value) or value if isinstance(value, (list, tuple)) else value
+
+
 def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
     """A fact as the model has it, and where: a number, (h, w), a word, or whether an attribute holds anything."""
     for path, divide in fact.paths:
@@ -136,9 +144,7 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
             return fact.words[config_text(None)], path
         if fact.present:
             return value is not None, path
-        if isinstance(value, nn.Module):  # a module by its class, torch's GELU also by its approximation
-            approximate = getattr(value, "approximate", "none")
-            value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
+        value = _in_words(value)
         if isinstance(value, (str, bool, float)):
             return value, path
         by = attribute(model, divide) if isinstance(divide, str) else divide

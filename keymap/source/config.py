@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from keymap.language.format import Computed, Config, Format, Place, Scalar, Template
+from keymap.language.format import Computed, Config, Format, Place, Scalar, Template, list_text
 from keymap.language.layout import Shaped
 from keymap.read.shards import leads_out
 from keymap.source.detect import fixed_by
@@ -252,7 +252,8 @@ def _word(data: Any, place: Place, value: Any) -> Any:
 
     ``_IGNORED`` if the next place counts.
     """
-    known: Scalar | None = value if _is_comparable(value) else None
+    word = list_text(value) if isinstance(value, list) else ""
+    known: Scalar | None = word or (value if _is_comparable(value) else None)
     if place.minus[0] and type(value) is int:
         subtracted = _at(data, place.minus[0])
         known = value - (subtracted if type(subtracted) is int else place.minus[1])
