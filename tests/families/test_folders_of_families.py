@@ -563,6 +563,12 @@ def test_a_value_that_keymap_has_no_word_for_is_named(tmp_path):
         keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "out", "gpt2")
 
 
+@pytest.mark.parametrize(("kind", "to"), [("ViTForImageClassification", "hf_vit"), ("Dinov2Model", "hf_dinov2")])
+def test_facts_that_a_vision_model_of_transformers_contradicts(kind, to, tmp_path):
+    with pytest.raises(keymap.PlanError, match=r"the source has \w+ \(config of the model: hidden_act"):
+        keymap.save_checkpoint(vit.hf(kind), tmp_path / "out", to, facts={"image.activation": "relu"})
+
+
 def test_a_model_is_told_of_no_configuration_beside_it(tmp_path):
     model = vit.timm_vit()()
     del model.pretrained_cfg, model.default_cfg
