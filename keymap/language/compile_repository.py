@@ -52,7 +52,8 @@ def _template(compiler: Compiler, value: Any, where: Where) -> Template:
         paths = value["kept"]
         listed = (paths,) if isinstance(paths, str) else tuple(paths)
         label, only, null = value.get("label", ""), value.get("only", ""), value.get("none_is_null", False)
-        return Kept(listed, tuple(value.get("model", ())), label, only, null)
+        others = _inner(compiler, value, "others", where)
+        return Kept(listed, tuple(value.get("model", ())), label, only, null, "shared" in value, others)
     return {name: _template(compiler, inner, (*where, name)) for name, inner in value.items()}
 
 
@@ -61,13 +62,13 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
     inverse: dict[str, Any] = dict(data.get("write", {}))
     for theirs, ours in words.items():
         inverse.setdefault(config_text(ours), _typed(theirs))
-    others, divide, times = data.get("others"), data.get("divide", ""), data.get("times", 1)
+    divide, times = data.get("divide", ""), data.get("times", 1)
     return Computed(
         data.get("fact", ""),
         _length(compiler, data["from"], where) if "from" in data else None,
         data.get("value"),
         inverse,
-        _computed(compiler, others, (*where, "others")) if others is not None else None,
+        _inner(compiler, data, "others", where),
         data.get("minus", 0),
         data.get("per", 1),
         bool(data.get("square")),
@@ -77,7 +78,13 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
         data.get("absent"),
         bool(data.get("optional")),
         _length(compiler, data["divides"], where) if "divides" in data else None,
+        _inner(compiler, data, "agrees", where),
     )
+
+
+def _inner(compiler: Compiler, data: Mapping[str, Any], name: str, where: Where) -> Computed | None:
+    """A computed value within another."""
+    return _computed(compiler, data[name], (*where, name)) if name in data else None
 
 
 def _typed(text: str) -> Any:

@@ -245,6 +245,7 @@ class Computed(NamedTuple):
         absent: the value if there is no such key; None leaves it out.
         optional: left out if the fact is not known or has no word.
         divides: a length that the value must divide.
+        agrees: another computed value, which must be the same.
     """
 
     fact: str
@@ -261,6 +262,7 @@ class Computed(NamedTuple):
     absent: Scalar | None = None
     optional: bool = False
     divides: Length | None = None
+    agrees: Computed | None = None
 
 
 class Cases(NamedTuple):
@@ -280,6 +282,8 @@ class Kept(NamedTuple):
 
     Attributes:
         paths: in the source's own file of the same name, if it is of the same format; the first that it has counts.
+        shared: the hub's other formats have it there, too.
+        others: what is taken where it is not known.
         attributes: of a model in memory; the first that it has counts.
         label: what it is, for a note where it is not known; "" for no note.
         only: a fact without which the value does not matter; "" for none.
@@ -291,6 +295,8 @@ class Kept(NamedTuple):
     label: str = ""
     only: str = ""
     none_is_null: bool = False
+    shared: bool = False
+    others: Computed | None = None
 
 
 Template = Any  # a dict or a list of templates, a Computed, Cases, Kept, or a value that is written as it is

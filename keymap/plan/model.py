@@ -127,9 +127,17 @@ def attribute(model: nn.Module, path: str) -> Any:
 
 
 def _held(model: nn.Module, path: str, word: Scalar | None) -> Any:
-    """What an attribute holds, a list of words as one; or the word for one that holds anything."""
+    """What an attribute holds, or the word for one that holds anything.
+
+    A list of words is one word, and a module its class; torch's GELU also names its approximation.
+    """
     value = attribute(model, path)
-    return as_word(value) if word is None or value is None or value is ABSENT else word
+    if word is not None and value is not None and value is not ABSENT:
+        return word
+    if isinstance(value, nn.Module):
+        approximate = getattr(value, "approximate", "none")
+        return type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
+    return as_word(value)
 
 
 def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
@@ -142,9 +150,6 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
             return fact.words[config_text(None)], path
         if fact.present:
             return value is not None, path
-        if isinstance(value, nn.Module):  # a module by its class, torch's GELU also by its approximation
-            approximate = getattr(value, "approximate", "none")
-            value = type(value).__name__ + (f" {approximate}" if approximate != "none" else "")
         if isinstance(value, (str, bool, float)):
             return value, path
         by = attribute(model, divide) if isinstance(divide, str) else divide

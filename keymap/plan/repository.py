@@ -33,6 +33,7 @@ _KINDS = {
     "word": "word",
 }
 _ABSENT = object()  # no tensor shows it
+_BESIDE = ", or put the source's configuration beside it"
 
 
 class FolderTexts(NamedTuple):
@@ -94,7 +95,7 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     writer = _Writer(planned.tensors, hub, known, model)
     data = {}
     for name, template in repository.files.items():
-        writer.begin(name, _own_file(planned, name) if model is None else None)
+        writer.begin(name, _own_file(planned, name) if model is None else _Own())
         data[name] = writer.section(template)
     faults = _faults(planned, repository, keys, writer)
     if faults:
@@ -105,16 +106,33 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
         f"{name} = {config_text(recorded[name][0])}, as in the configuration of these sizes: {recorded[name][1]}"
         for name in taken
     )
-    notes = (*notes, *writer.lost)
+    notes = (*notes, *writer.losses())
     return FolderTexts({name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}, notes)
 
 
-def _own_file(planned: Export, name: str) -> Any:
-    """The source's own file of this name, where the source has the format that is written; None where it has none."""
+class _Own(NamedTuple):
+    """The source's own file of a name.
+
+    Attributes:
+        data: what it holds; None where there is none.
+        same: the source has the format that is written, so all values mean the same.
+    """
+
+    data: Any = None
+    same: bool = False
+
+
+def _own_file(planned: Export, name: str) -> _Own:
+    """The source's own file of this name, where it is the configuration of the format that is written or of another."""
     source = planned.source
-    if source.found is None or source.found.mapping.name != planned.target.name:
-        return None
-    return own_file(Path(source.file), source.metadata, name)
+    if source.found is None:
+        return _Own()
+    mapping = source.found.mapping
+    configs = [one.config for one in (mapping, source.known.hub) if one.config is not None]
+    same = mapping.name == planned.target.name
+    if not same and all(config.file != name for config in configs):
+        return _Own()
+    return _Own(own_file(Path(source.file), source.metadata, name), same)
 
 
 def _plain(value: Any) -> Any:
@@ -149,15 +167,22 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
     faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
     unknown = {**writer.unknown, **{name: () for name in (*required, *alike) if name not in writer.unknown}}
+    for name, (value, origin) in planned.source.settings.facts.items():
+        if name in unknown and isinstance(value, Unknown) and value != config_text(None):
+            faults.append(f"{name}: keymap has no word for that of the source ({origin}); pass facts={{{name!r}: ...}}")
+            unknown.pop(name)
     if unknown:
         names = "; ".join(_question(repository, hub, name, cases) for name, cases in unknown.items())
         wanted = ", ".join(f"{name!r}: ..." for name in unknown)
-        unread = planned.source.settings.notes
-        other = (
-            f"mend the configuration ({'; '.join(unread)})" if unread else "put the source's configuration beside it"
-        )
-        faults.append(f"neither shapes nor a configuration show {names}; pass facts={{{wanted}}}, or {other}")
+        where, other = ("the model", "") if writer.model is not None else ("a configuration", _advice(planned))
+        faults.append(f"neither shapes nor {where} show {names}; pass facts={{{wanted}}}{other}")
     return faults
+
+
+def _advice(planned: Export) -> str:
+    """What else shows settings that are not known."""
+    unread = planned.source.settings.notes
+    return f", or mend the configuration ({'; '.join(unread)})" if unread else _BESIDE
 
 
 def _instead(repository: Repository, name: str, known: Mapping[str, Scalar]) -> bool:
@@ -212,8 +237,8 @@ class _Writer:
         faults: what else is wrong.
         model: that is written; None for a file.
         file: that is filled.
-        own: the source's own file of that name; None if it has none.
-        lost: notes on values that are not known.
+        own: the source's own file of that name.
+        lost: values that are not known: their paths, by the file and what they are.
     """
 
     tensors: Mapping[str, Target]
@@ -221,30 +246,40 @@ class _Writer:
     known: Mapping[str, Scalar]
     model: nn.Module | None = None
     file: str = ""
-    own: Any = None
-    lost: list[str] = field(default_factory=list)
+    own: _Own = field(default_factory=_Own)
+    lost: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def begin(self, file: str, own: Any) -> None:
-        """Begin with a file, of which the source has its own, or None."""
+    def begin(self, file: str, own: _Own) -> None:
+        """Begin with a file, of which the source has its own."""
         self.file, self.own = file, own
 
     def kept(self, kept: Kept) -> Any:
         """A value as the source has it; ``_ABSENT`` if it has none. A note says where it is not known."""
-        found = (value_at(self.own, path, _ABSENT) for path in kept.paths)
+        own = self.own.data if self.own.same or kept.shared else None
+        found = (value_at(own, path, _ABSENT) for path in kept.paths)
         if self.model is not None:
             found = (attribute(self.model, path) for path in kept.attributes)
         missing = (ABSENT, _ABSENT) if self.model is None or kept.none_is_null else (ABSENT, _ABSENT, None)
         value = _plain(next((one for one in found if not any(one is absent for absent in missing)), _ABSENT))
-        known = value is not _ABSENT or self.own is not None
+        if value is _ABSENT and kept.others is not None:
+            return self.value(kept.others)
+        known = value is not _ABSENT or own is not None
         if not known and kept.label and (not kept.only or kept.only in self.known):
-            self.lost.append(
-                f"{self.file} has no {kept.paths[0]} ({kept.label}): neither the weights nor the source's "
-                f"configuration show it, and what reads the folder takes its default"
-            )
+            self.lost.setdefault((self.file, kept.label), []).append(kept.paths[0])
         return value
+
+    def losses(self) -> Iterator[str]:
+        """Notes on values that are not known."""
+        own = "the source's configuration" if self.model is None else "the model"
+        for (file, label), paths in self.lost.items():
+            them, its = ("it", "its default") if len(paths) == 1 else ("them", "its defaults")
+            yield (
+                f"{file} has no {' and no '.join(paths)} ({label}): neither the weights nor {own} show {them}, and "
+                f"what reads the folder takes {its}"
+            )
 
     def section(self, template: Mapping[str, Template]) -> dict[str, Any]:
         """A section with its values; inner sections of which no tensor is there are left out."""
@@ -318,7 +353,21 @@ class _Writer:
             if by is None:
                 return None
             number //= by
+            if computed.agrees is not None and self.can(computed.agrees):
+                self.agree(computed, number)
         return number if computed.over is None else _fraction(number, self.number(computed.over))
+
+    def agree(self, computed: Computed, number: int) -> None:
+        """Look whether another computed value is the same; if not, a fault says so."""
+        other = computed.agrees
+        assert other is not None, "one that agrees"
+        shown = self.value(other)
+        if shown not in (_ABSENT, number):
+            sides = [(computed, number), (other, shown)]
+            texts = [
+                f"{value} by {one.length} and {one.divide} = {self.known[str(one.divide)]}" for one, value in sides
+            ]
+            self.faults.append(f"{computed.divide} and {other.divide} do not agree: heads of {', and '.join(texts)}")
 
     def divisor(self, divide: str | Length) -> int | None:
         """A number to divide by; None for a fact that is not known."""
@@ -326,7 +375,10 @@ class _Writer:
         if type(by) is int and by > 0:
             return by
         assert isinstance(divide, str), "a section without the key is left out"
-        self.unknown.setdefault(divide, ())
+        if divide not in self.known:
+            self.unknown.setdefault(divide, ())
+        elif (text := f"{divide}: {config_text(by)!r} is no {_KINDS['count']}") not in self.faults:
+            self.faults.append(text)
         return None
 
     def without_word(self, computed: Computed, value: Scalar) -> bool:

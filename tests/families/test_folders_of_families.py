@@ -16,6 +16,7 @@ from peers.common import images, max_diff, tokens
 from peers.families import bert, example, gemma, gpt2, llama, mixture_of_experts, sam, t5, whisper
 from peers.families import vision_transformer as vit
 from test_families import saved
+from timm.models.vision_transformer import ResPostBlock
 
 import keymap
 from keymap.source.registry import hubs
@@ -48,7 +49,8 @@ def output(model):
     if config.model_type in ("t5", "mt5", "umt5"):
         decoder = {"decoder_input_ids": t5.SAY} if hasattr(model, "decoder") else {}
         return model(input_ids=t5.ASK, **decoder)[0]
-    return model(IDS)[0]
+    choices = type(model).__name__.endswith("MultipleChoice")
+    return model(IDS[None] if choices else IDS)[0]
 
 
 # --- files of other formats ---
@@ -293,14 +295,25 @@ MODELS = {
     "Llama's dynamic angles": (scaled(rope_type="dynamic", factor=3.0), "llama", "LlamaForCausalLM"),
     "Llama 3's angles": (scaled(**LLAMA3, original_max_position_embeddings=6), "llama", "LlamaForCausalLM"),
     "Mistral": (causal("MistralForCausalLM", sliding_window=4), "llama", "MistralForCausalLM"),
+    "Ministral": (causal("MinistralForCausalLM", sliding_window=4), "llama", "MistralForCausalLM"),
     "Mistral without a window": (causal("MistralForCausalLM"), "llama", "LlamaForCausalLM"),
     "Qwen2": (causal("Qwen2ForCausalLM"), "llama", "Qwen2ForCausalLM"),
     "Qwen3": (causal("Qwen3ForCausalLM"), "llama", "Qwen3ForCausalLM"),
     "GPT-2": (partial(gpt2.gpt2, **SHIFTED, scale_attn_by_inverse_layer_idx=True), "gpt2", "GPT2LMHeadModel"),
+    "GPT-2 with another activation": (partial(gpt2.gpt2, activation_function="quick_gelu"), "gpt2", "GPT2LMHeadModel"),
     "GPT-2 without a scale": (partial(gpt2.gpt2, scale_attn_weights=False), "gpt2", "GPT2LMHeadModel"),
     "BERT": (bert.hf(**BUSY), "bert", "BertForPreTraining"),
+    "a decoder": (
+        bert.hf("BertLMHeadModel", **BUSY, is_decoder=True, add_cross_attention=True),
+        "bert",
+        "BertLMHeadModel",
+    ),
     "BertModel": (bert.hf("BertModel", **BUSY), "bert", "BertModel"),
     "sentences": (bert.hf("BertForSequenceClassification", **BUSY), "bert", "BertForSequenceClassification"),
+    "words of a sentence": (bert.hf("BertForTokenClassification", **BUSY), "bert", "BertForTokenClassification"),
+    "next sentences": (bert.hf("BertForNextSentencePrediction"), "bert", "BertForNextSentencePrediction"),
+    "choices": (bert.hf("BertForMultipleChoice", num_labels=2), "bert", "BertForMultipleChoice"),
+    "masked words": (bert.hf("BertForMaskedLM"), "bert", "BertForMaskedLM"),
     "Whisper": (
         whisper.hf(activation_function="relu", scale_embedding=True, decoder_ffn_dim=50, encoder_ffn_dim=70),
         "whisper",
@@ -319,6 +332,8 @@ MODELS = {
         "MixtralForCausalLM",
     ),
     "SAM": (sam.hf(layer_norm_eps=1e-3, hidden_act="relu"), "sam", "SamModel"),
+    "SAM without a window": (sam.hf(global_attn_indexes=[]), "sam", "SamModel"),
+    "SAM with a wide window": (sam.hf(window_size=11), "sam", "SamModel"),
     "Gemma 2": (gemma.maker(rms_norm_eps=1e-3, hidden_activation="gelu"), "gemma", "Gemma2ForCausalLM"),
     "Gemma 3": (gemma.maker("Gemma3ForCausalLM"), "gemma", "Gemma3ForCausalLM"),
 }
@@ -351,6 +366,9 @@ def test_a_setting_that_a_class_takes_by_itself_would_be_seen(tmp_path):
         assert max_diff(output(opened(kind, out)), output(model)) > CLEAR
 
 
+IDS_OF_TOKENS = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 3}
+
+
 # --- settings of a file's own configuration ---
 
 
@@ -370,6 +388,12 @@ OWN = {  # the model whose folder is converted, the format, and the class
         causal("Qwen2ForCausalLM", use_sliding_window=False, sliding_window=4),
         "llama",
         "Qwen2ForCausalLM",
+        {},
+    ),
+    "T5 v1.1, which transformers 5 saves as tied": (
+        t5.hf(gated=False, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        "t5",
+        "T5ForConditionalGeneration",
         {},
     ),
     "ViT to timm": (
@@ -392,6 +416,11 @@ def test_the_settings_of_a_folder_are_those_of_its_own_configuration(name, tmp_p
 
 # --- what a class cannot hold ---
 
+LAYERS = ["full_attention", "sliding_attention", "full_attention"]
+LOCAL = {
+    "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+    "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0},
+}
 REFUSED = {  # a model, the format, and what the error says
     "a window of some layers": (
         causal("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1),
@@ -415,6 +444,33 @@ REFUSED = {  # a model, the format, and what the error says
         "vision_transformer",
         "image.eps: the format has no word for '0.001'",
     ),
+    "norms after the blocks": (
+        vit.timm_vit(block_fn=ResPostBlock, init_values=0.5),
+        "vision_transformer",
+        "class of the blocks: ResPostBlock in the source, and the format has only Block",
+    ),
+    "norms after the blocks, in another library": (
+        vit.timm_vit(block_fn=ResPostBlock, init_values=None),
+        "hf_vit",
+        "class of the blocks: ResPostBlock",
+    ),
+    "an eps before which a norm stands": (
+        vit.timm_vit(norm_layer=partial(torch.nn.LayerNorm, eps=1e-3), pre_norm=True),
+        "vision_transformer",
+        "image.eps: the format has no word for '0.001'",
+    ),
+    "an eps that is not CLIP's": (
+        vit.timm_vit("vit_base_patch16_clip_quickgelu_224", norm_layer=partial(torch.nn.LayerNorm, eps=1e-3)),
+        "vision_transformer",
+        "image.eps: the format has no word for '0.001'",
+    ),
+    "projections without biases": (vit.timm_vit(proj_bias=False), "vision_transformer", "no biases of their proj"),
+    "norms within the attention": (vit.timm_vit(scale_attn_norm=True), "vision_transformer", "norms within"),
+    "norms within the MLP": (vit.timm_vit(scale_mlp_norm=True), "vision_transformer", "norms within"),
+    "a norm of the patches": (vit.timm_vit(embed_norm_layer=torch.nn.LayerNorm), "vision_transformer", "norms within"),
+    "norms without biases": (vit.timm_vit(norm_layer=timm.layers.RmsNorm), "vision_transformer", "norms have no bias"),
+    "no positions": (vit.timm_vit(pos_embed="none"), "vision_transformer", "no position embedding"),
+    "a gate": (vit.timm_vit(mlp_layer=timm.layers.SwiGLUPacked), "vision_transformer", "MLP has a gate"),
     "an MLP that no whole ratio gives": (
         vit.timm_vit("vit_small_patch14_dinov2", num_classes=0),
         "hf_dinov2",
@@ -422,6 +478,16 @@ REFUSED = {  # a model, the format, and what the error says
     ),
     "Whisper's encoder alone": (whisper.hf("WhisperForAudioClassification"), "whisper", "no layout of a folder"),
     "umT5": (t5.hf("UMT5ForConditionalGeneration"), "t5", "text.tied: false in the source"),
+    "a window of some of Ministral's layers": (
+        causal("MinistralForCausalLM", sliding_window=4, layer_types=LAYERS),
+        "llama",
+        "kinds of attention of the layers: full_attention, sliding_attention at 1 in the source",
+    ),
+    "scaled local angles": (
+        gemma.maker("Gemma3ForCausalLM", rope_parameters=LOCAL),
+        "gemma",
+        "scaling of the local rotary angles: linear in the source, and the format has only default",
+    ),
     "EmbeddingGemma": (
         gemma.maker("Gemma3ForCausalLM", use_bidirectional_attention=True),
         "gemma",
@@ -436,6 +502,78 @@ def test_what_the_owners_class_does_not_have_is_refused(name, tmp_path):
     with pytest.raises(keymap.PlanError, match=re.escape(words)):
         keymap.save_checkpoint(make(), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistral_that_names_no_window_has_that_of_its_class(tmp_path):
+    causal("MistralForCausalLM", sliding_window=4)().save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config.pop("sliding_window")
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "out", "llama")
+    for folder in ("theirs", "out"):
+        assert opened("MistralForCausalLM", tmp_path / folder).config.sliding_window == 4096
+
+
+FOREIGN = {  # files of another format of the hub, whose config.json names the ids of tokens
+    "Phi-3": (causal("Phi3ForCausalLM", **IDS_OF_TOKENS), "llama"),
+    "Mixtral": (mixture_of_experts.maker("MixtralForCausalLM", **EXPERTS, **IDS_OF_TOKENS), "mixtral"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("beside", [True, False])
+def test_ids_of_tokens_are_those_of_the_sources_configuration(name, beside, tmp_path):
+    make, to = FOREIGN[name]
+    model, theirs = make(), tmp_path / "theirs"
+    theirs.mkdir()
+    torch.save(model.state_dict(), theirs / "pytorch_model.bin")
+    model.config.save_pretrained(theirs)
+    settings = {}
+    if not beside:
+        (theirs / "config.json").unlink()
+        settings = {"text.heads": llama.HEADS, "text.kv_heads": llama.KV_HEADS, "text.kind": to, "text.eps": 1e-5}
+        settings |= {"text.activation": "silu", "text.rope_type": "default", "text.rope_base": 5000.0}
+        settings |= {"text.active_experts": 2} if to == "mixtral" else {}
+    result = keymap.convert_checkpoint(theirs / "pytorch_model.bin", tmp_path / "out", to, facts=settings)
+    config, notes = json.loads((tmp_path / "out/config.json").read_text()), "".join(result.notes)
+    assert {key: config.get(key) for key in IDS_OF_TOKENS} == (
+        IDS_OF_TOKENS if beside else dict.fromkeys(IDS_OF_TOKENS)
+    )
+    assert all((f"no {key}" in notes) == (not beside) for key in IDS_OF_TOKENS)
+
+
+def test_settings_that_do_not_agree_with_the_shapes_or_with_each_other(tmp_path):
+    causal()().save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    wrong = {
+        "text.heads and text.kv_heads do not agree": {"num_attention_heads": config["num_attention_heads"] * 2},
+        "text.heads: '0' is no whole number from 1 on": {"num_attention_heads": 0},
+        "text.eps: '1e-5' is no positive number": {"rms_norm_eps": "1e-5"},
+        "text.window: 'none' is no whole number from 1 on": {"sliding_window": "none", "model_type": "mistral"},
+    }
+    for words, settings in wrong.items():
+        (tmp_path / "theirs/config.json").write_text(json.dumps({**config, **settings}))
+        with pytest.raises(keymap.PlanError, match=re.escape(words)):
+            keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "out", "llama")
+
+
+def test_a_value_that_keymap_has_no_word_for_is_named(tmp_path):
+    gpt2.gpt2(activation_function="laplace").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(keymap.PlanError, match=r"no word for that of the source \(config.json: .* = laplace\)"):
+        keymap.convert_checkpoint(tmp_path / "theirs", tmp_path / "out", "gpt2")
+
+
+@pytest.mark.parametrize(("kind", "to"), [("ViTForImageClassification", "hf_vit"), ("Dinov2Model", "hf_dinov2")])
+def test_facts_that_a_vision_model_of_transformers_contradicts(kind, to, tmp_path):
+    with pytest.raises(keymap.PlanError, match=r"the source has \w+ \(config of the model: hidden_act"):
+        keymap.save_checkpoint(vit.hf(kind), tmp_path / "out", to, facts={"image.activation": "relu"})
+
+
+def test_a_model_is_told_of_no_configuration_beside_it(tmp_path):
+    model = vit.timm_vit()()
+    del model.pretrained_cfg, model.default_cfg
+    with pytest.raises(keymap.PlanError, match=r"nor the model show image.architecture; pass facts=\{[^}]*\}$"):
+        keymap.save_checkpoint(model, tmp_path / "out", "vision_transformer")
 
 
 def test_a_half_turned_phi3_is_no_llama(tmp_path):
