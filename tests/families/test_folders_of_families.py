@@ -481,7 +481,7 @@ REFUSED = {  # a model, the format, and what the error says
     "a window of some of Ministral's layers": (
         causal("MinistralForCausalLM", sliding_window=4, layer_types=LAYERS),
         "llama",
-        "kinds of attention of the layers: full_attention, sliding_attention at 1 in the source",
+        "sliding window: full_attention, sliding_attention in the source",
     ),
     "scaled local angles": (
         gemma.maker("Gemma3ForCausalLM", rope_parameters=LOCAL),
