@@ -66,6 +66,7 @@ def read_directory(file: SourceFile) -> dict[str, Block]:
     except ZIP_ERRORS as error:
         raise file.error(f"is a truncated or corrupt zip archive ({error})", AGAIN) from error
     file.limit_tensors(len(entries))
+    file.read_ahead(entry.header_offset for entry in entries)
     members: dict[str, Block] = {}
     for entry in entries:
         if entry.orig_filename in members:

@@ -981,3 +981,21 @@ def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
     content = (tmp_path / "a.npz").read_bytes()
     put(tmp_path / "a.npz", directory_field(content, 42, "<I", content.find(local)))
     refused(tmp_path / "a.npz", "'a.npy' and 'b.npy' overlap")
+
+
+def test_the_headers_of_all_members_are_asked_for_before_the_first_is_read(tmp_path, monkeypatch):
+    """On a cold disk one after the other would wait for each; what the archive claims outside the file is not asked."""
+    import zipfile
+
+    from keymap.read.lazy import SourceFile
+
+    torch.save({f"w{n}": torch.ones(3000) for n in range(5)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        offsets = [entry.header_offset for entry in archive.infolist()]
+    asked = []
+    monkeypatch.setattr(SourceFile, "read_ahead", lambda self, starts: asked.append(list(starts)))
+    open_checkpoint(tmp_path / "a.pt")
+    assert asked == [offsets]
+    monkeypatch.undo()
+    file = SourceFile(tmp_path / "a.pt")
+    file.read_ahead([0, file.size - 1, 10 * file.size])  # no place is an error
