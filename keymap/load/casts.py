@@ -12,24 +12,31 @@ __all__ = ["cast", "check_cast", "narrows", "too_large"]
 _BLOCK = 1 << 20  # elements that are looked at together
 
 
-def cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") -> torch.Tensor:
+def cast(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor in another dtype.
 
     Args:
         key: of the tensor, for the message.
         value: on the CPU.
         dtype: its new dtype.
+
+    Raises:
+        VerifyError: as `check_cast`.
+    """
+    check_cast(key, value, dtype)
+    return value.to(dtype)
+
+
+def check_cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") -> None:
+    """Check that values fit a dtype.
+
+    Args:
+        key, value, dtype: as in `cast`.
         advice: what to do if a value does not fit.
 
     Raises:
         VerifyError: a value does not fit the dtype: a finite one would be infinite, or cut to the largest one.
     """
-    check_cast(key, value, dtype, advice)
-    return value.to(dtype)
-
-
-def check_cast(key: str, value: torch.Tensor, dtype: torch.dtype, advice: str = "") -> None:
-    """Raise VerifyError if a value does not fit a dtype; the arguments are those of `cast`."""
     fault = too_large(value, dtype) if narrows(value.dtype, dtype) else ""
     if fault:
         raise VerifyError(f"{key}: {fault}{f'; {advice}' if advice else ', which the format has for it'}")

@@ -33,7 +33,6 @@ _KINDS = {
     "word": "word",
 }
 _ABSENT = object()  # no tensor shows it
-_BESIDE = ", or put the source's configuration beside it"
 
 
 class FolderTexts(NamedTuple):
@@ -182,7 +181,9 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
 def _advice(planned: Export) -> str:
     """What else shows settings that are not known."""
     unread = planned.source.settings.notes
-    return f", or mend the configuration ({'; '.join(unread)})" if unread else _BESIDE
+    if unread:
+        return f", or mend the configuration ({'; '.join(unread)})"
+    return ", or put the source's configuration beside it"
 
 
 def _instead(repository: Repository, name: str, known: Mapping[str, Scalar]) -> bool:
