@@ -8,8 +8,7 @@ import reprlib
 import stat
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -270,16 +269,6 @@ class SourceFile:
             raise self.error(
                 fact, "save the tensor itself, not a view that repeats elements or a highly compressed copy"
             )
-
-    def read_ahead(self, starts: Iterable[int]) -> None:
-        """Ask the system for the pages at these bytes, all at once, so that it reads those that it lacks in parallel.
-
-        Places outside the file are left out. It does nothing if the system cannot do it.
-        """
-        if hasattr(mmap, "MADV_WILLNEED"):
-            with suppress(OSError):
-                for start in (start for start in starts if 0 <= start < self.size):
-                    self.data.madvise(mmap.MADV_WILLNEED, start // mmap.PAGESIZE * mmap.PAGESIZE, mmap.PAGESIZE)
 
     def release_pages(self, start: int, stop: int) -> None:
         """Free the memory of the complete pages between ``start`` and ``stop``; a later read maps them again.

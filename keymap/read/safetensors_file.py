@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_WIDTHS = {name: (dtype, dtype.itemsize) for name, dtype in DTYPES.items()}
 
 
 class DuplicateKeyError(ValueError):
@@ -135,7 +137,7 @@ def read_safetensors(file: SourceFile) -> Checkpoint:
             entries.append(_entry(file, base, available, key, header.pop(key)))
         except ValueError as error:
             faults.append(f"{brief(key)}: {error}")
-    entries.sort(key=lambda item: item[:2])
+    entries.sort(key=itemgetter(0, 1))
     if not faults:
         faults = _layout_faults(entries, available)
     if faults:
@@ -147,28 +149,39 @@ def _entry(file: SourceFile, base: int, available: int, key: str, entry: Any) ->
     """One entry of the header as (begin, end, key, tensor); raises ValueError with the fault if it is wrong."""
     try:
         name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype, width = _WIDTHS[name]
+        begin, end = offsets
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(_fault(entry, available)) from None
+    count = element_count(shape) if type(shape) is list else None
+    right = type(begin) is type(end) is int and type(offsets) is list
+    if count is None or not right or not 0 <= begin <= end <= available or end - begin != count * width:
+        raise ValueError(_fault(entry, available))
+    # Built with tuple.__new__, which takes half the time: every tensor of a file needs both.
+    block = _tuple(Block, (file, key, base + begin, end - begin, end - begin, 0, None, None))
+    return begin, end, key, _tuple(LazyTensor, (tuple(shape), dtype, block, None, 0, 0))
+
+
+def _fault(entry: Any, available: int) -> str:
+    """What is wrong with an entry."""
+    try:
+        name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError):
-        raise ValueError("needs dtype, shape and data_offsets") from None
+        return "needs dtype, shape and data_offsets"
     dtype = DTYPES.get(name) if type(name) is str else None
     if dtype is None:
-        raise ValueError(f"unknown dtype {brief(name)}")
+        return f"unknown dtype {brief(name)}"
     count = element_count(shape) if type(shape) is list else None
     if count is None:
-        raise ValueError(f"impossible shape {brief(shape)}")
+        return f"impossible shape {brief(shape)}"
     begin, end = offsets if type(offsets) is list and len(offsets) == 2 else (None, None)
     if type(begin) is not int or type(end) is not int:
-        raise ValueError(f"data_offsets {brief(offsets)} are not two integers")
-    size = end - begin
-    if begin < 0 or size < 0:
-        raise ValueError(f"data_offsets {offsets} run backwards")
+        return f"data_offsets {brief(offsets)} are not two integers"
+    if begin < 0 or end < begin:
+        return f"data_offsets {offsets} run backwards"
     if end > available:
-        raise ValueError(f"truncated: its values end at byte {end}, but the file has {available} bytes of values")
-    if size != count * dtype.itemsize:
-        needed = count * dtype.itemsize
-        raise ValueError(f"shape {shape} of {name} needs {needed} bytes, but data_offsets give {size}")
-    # Built with tuple.__new__, which takes half the time: every tensor of a file needs both.
-    block = _tuple(Block, (file, key, base + begin, size, size, 0, None, None))
-    return begin, end, key, _tuple(LazyTensor, (tuple(shape), dtype, block, None, 0, 0))
+        return f"truncated: its values end at byte {end}, but the file has {available} bytes of values"
+    return f"shape {shape} of {name} needs {count * dtype.itemsize} bytes, but data_offsets give {end - begin}"
 
 
 def _layout_faults(entries: list[tuple[int, int, str, LazyTensor]], size: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from keymap.errors import CheckpointError
 from keymap.read.globals_allowed import AllowedGlobals, Storage
 from keymap.read.lazy import Block, Checkpoint, SourceFile, brief
+from keymap.read.page_cache import scattered
 from keymap.read.torchscript import module_tensors
 from keymap.read.tree import TreeBuilder
 from keymap.read.unpickle import BadPickleError, ForbiddenGlobalError, UnreadTensorError, run_pickle
@@ -121,15 +122,18 @@ def _legacy_blocks(file: SourceFile, at: int, keys: Any, storages: list[Storage]
     for key in keys:
         if type(key) is not str or key not in known or key in blocks:
             raise file.error(f"its list of storages has the entry {brief(key)}, which is unknown or repeated", AGAIN)
-        numel, size = known[key].numel, known[key].numel * known[key].dtype.itemsize
-        written = int.from_bytes(file.data[at : at + 8], "little", signed=True)
+        size = known[key].numel * known[key].dtype.itemsize
         if at + 8 + size > file.size:
             fact = f"is truncated: storage {key!r} needs {size} bytes from byte {at + 8}"
             raise file.error(f"{fact}, but the file ends at {file.size}", AGAIN)
-        if written != numel:
-            raise file.error(f"storage {key!r} has {written} elements, but the pickle says {numel}", AGAIN)
         blocks[key] = Block(file, key, at + 8, size, size)
         at += 8 + size
+    with scattered(file.data, file.handle, (block.start - 8 for block in blocks.values())):
+        for key, block in blocks.items():
+            written = int.from_bytes(file.data[block.start - 8 : block.start], "little", signed=True)
+            if written != known[key].numel:
+                fact = f"storage {key!r} has {written} elements, but the pickle says {known[key].numel}"
+                raise file.error(fact, AGAIN)
     return blocks
 
 

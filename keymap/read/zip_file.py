@@ -7,6 +7,7 @@ import struct
 import zipfile
 
 from keymap.read.lazy import MAX_KEY, Block, SourceFile, brief
+from keymap.read.page_cache import scattered
 
 LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 MIN_DIRECTORY = 1 << 22  # the directory of any archive may have this many bytes; in memory it takes ten times as many
@@ -66,13 +67,13 @@ def read_directory(file: SourceFile) -> dict[str, Block]:
     except ZIP_ERRORS as error:
         raise file.error(f"is a truncated or corrupt zip archive ({error})", AGAIN) from error
     file.limit_tensors(len(entries))
-    file.read_ahead(entry.header_offset for entry in entries)
     members: dict[str, Block] = {}
-    for entry in entries:
-        if entry.orig_filename in members:
-            raise file.error(f"has the member {brief(entry.orig_filename)} twice", AGAIN)
-        if not entry.orig_filename.endswith("/"):
-            members[entry.orig_filename] = _member(file, entry, stop)
+    with scattered(file.data, file.handle, (entry.header_offset for entry in entries)):
+        for entry in entries:
+            if entry.orig_filename in members:
+                raise file.error(f"has the member {brief(entry.orig_filename)} twice", AGAIN)
+            if not entry.orig_filename.endswith("/"):
+                members[entry.orig_filename] = _member(file, entry, stop)
     end, previous = 0, ""
     for name, block in sorted(members.items(), key=lambda item: (item[1].start, item[1].stored)):
         if block.start < end:

@@ -6,6 +6,7 @@ import argparse
 import collections
 import io
 import json
+import mmap
 import os
 import pathlib
 import pickle
@@ -36,7 +37,7 @@ from hostile_files import (
 from safetensors.torch import save_file
 
 from keymap.errors import CheckpointError, UnsafeCheckpointError
-from keymap.read import LazyTensor, Record, open_checkpoint
+from keymap.read import LazyTensor, Record, SourceFile, open_checkpoint
 from keymap.read.globals_allowed import AllowedGlobals
 from keymap.read.unpickle import BadPickleError, run_pickle
 
@@ -983,19 +984,59 @@ def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "a.npz", "'a.npy' and 'b.npy' overlap")
 
 
-def test_the_headers_of_all_members_are_asked_for_before_the_first_is_read(tmp_path, monkeypatch):
-    """On a cold disk one after the other would wait for each; what the archive claims outside the file is not asked."""
-    import zipfile
+def _cache(monkeypatch, held):
+    """The system's page cache as a test wants it; returns the list of pages that are given back."""
+    import keymap.read.page_cache as page_cache
 
-    from keymap.read.lazy import SourceFile
+    told = []
 
-    torch.save({f"w{n}": torch.ones(3000) for n in range(5)}, tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        offsets = [entry.header_offset for entry in archive.infolist()]
-    asked = []
-    monkeypatch.setattr(SourceFile, "read_ahead", lambda self, starts: asked.append(list(starts)))
+    def given_back(handle, start, size, advice):
+        if advice == os.POSIX_FADV_DONTNEED:
+            told.append(start)
+
+    monkeypatch.setattr(page_cache, "_is_cached", lambda handle, page: held)
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", given_back)
+    return told
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on its page cache")
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+def test_pages_of_headers_that_were_not_in_the_cache_are_given_back(tmp_path, monkeypatch, old):
+    """Else each would divide the tensor around it, and a cold load would read in small pieces."""
+    state = {f"w{n}": torch.full((5000,), float(n)) for n in range(5)}
+    path = tmp_path / "a.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    told = _cache(monkeypatch, held=False)
+    tree = open_checkpoint(path).tree
+    blocks = [lazy.values for lazy in tree.values()]
+    headers = {block.start // mmap.PAGESIZE * mmap.PAGESIZE for block in blocks}
+    assert len(set(told)) == len(told), "no page twice"
+    assert all({page, page - mmap.PAGESIZE} & set(told) for page in headers), "a header lies before its values"
+    assert all(torch.equal(tree[key].read(), value) for key, value in state.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on its page cache")
+@pytest.mark.parametrize("held", [True, None], ids=["cached", "the system does not say"])
+def test_other_pages_stay_in_the_cache(tmp_path, monkeypatch, held):
+    torch.save({f"w{n}": torch.ones(5000) for n in range(5)}, tmp_path / "a.pt")
+    told = _cache(monkeypatch, held=held)
     open_checkpoint(tmp_path / "a.pt")
-    assert asked == [offsets]
-    monkeypatch.undo()
+    assert told == []
+
+
+def test_a_system_without_these_calls_reads_the_same(tmp_path, monkeypatch):
+    import keymap.read.page_cache as page_cache
+
+    torch.save({"w": torch.arange(5000.0)}, tmp_path / "a.pt")
+    monkeypatch.delattr(page_cache.os, "posix_fadvise", raising=False)
+    assert torch.equal(open_checkpoint(tmp_path / "a.pt").tree["w"].read(), torch.arange(5000.0))
+
+
+def test_places_outside_the_file_are_no_error(tmp_path, monkeypatch):
+    from keymap.read.page_cache import scattered
+
+    torch.save({"w": torch.ones(3000)}, tmp_path / "a.pt")
+    _cache(monkeypatch, held=False)
     file = SourceFile(tmp_path / "a.pt")
-    file.read_ahead([0, file.size - 1, 10 * file.size])  # no place is an error
+    with scattered(file.data, file.handle, [-1, 0, file.size - 1, 10 * file.size]):
+        assert file.data[:2] == b"PK"
