@@ -4,15 +4,16 @@
     python tools/bench_files.py --write     the same, and docs/benchmarks-files.md
     python tools/bench_files.py --quick     a tiny model, to check that it runs
 
-Ratios compare times of one run: rounds are interleaved. Each line shows the median, the minimum and the maximum. Before
-a cold round the file's pages are dropped with `posix_fadvise(DONTNEED)`; the storage of the machine may still cache
-them.
+Ratios compare times of one run: each round has all cases, in another order. Each line shows the median, the minimum and
+the maximum. Before a cold load the file is read once, then its pages are dropped with `posix_fadvise(DONTNEED)`; the
+storage of the machine may still cache them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -69,14 +70,17 @@ def by_hand(source: Path, destination: Path) -> None:
 
 
 def compare(title: str, cases: Mapping[str, Run], base: str, rounds: int, before: Run = lambda: None) -> list[str]:
-    """Time the cases in turn; one line each, with its ratio to ``base``."""
+    """Time the cases; one line each, with its ratio to ``base``.
+
+    The order is another one in each round: storage with a rate limit is slower after a case that read much at once.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, run in cases.items():
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(cases), len(cases)):
             before()
             os.sync()  # else the system writes the bytes of the case before during this one
             start = time.perf_counter()
-            run()
+            cases[name]()
             times[name].append(time.perf_counter() - start)
     middle = statistics.median(times[base])
     lines = [title]
@@ -124,19 +128,30 @@ def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
 
 
 def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
-    """OpenCLIP's own layout into a model that is there, the file dropped from the page cache before each round."""
+    """OpenCLIP's own layout into a model that is there, the file dropped from the page cache before each case.
+
+    Before that the file is read once: the time of a cold read depends on the state in which the case before it left the
+    memory and the storage, by a factor of up to two.
+    """
     lines: list[str] = []
     for suffix in (".safetensors", ".pt"):
         path = folder / f"own{suffix}"
         keymap.save_checkpoint(model, path, "open_clip_flat")
+        read_fast = reads_of(path)
+
+        def before(path: Path = path, read_fast: Run = read_fast) -> None:
+            evict(path)
+            read_fast()
+            evict(path)
+
         cases: dict[str, Run] = {
-            "fastest parallel read": reads_of(path),
+            "fastest parallel read": read_fast,
             "one sequential read": partial(read_once, path),
             "keymap.load_checkpoint": partial(keymap.load_checkpoint, model, path),
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
         }
         title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
-        lines += compare(title, cases, "fastest parallel read", rounds, partial(evict, path))
+        lines += compare(title, cases, "fastest parallel read", 2 * rounds, before)
         path.unlink()
     return lines
 
@@ -159,8 +174,8 @@ def main() -> int:
         PAGE.write_text(
             "<!-- Written by tools/bench_files.py --write. -->\n# Conversions and cold loads\n\n"
             f"ViT-L-14, measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores. Each line shows the median,\n"
-            "then the minimum and the maximum of interleaved rounds, and the ratio in this run. Files are written\n"
-            "without fsync.\n\n"
+            "then the minimum and the maximum of rounds with all cases in a new order, and the ratio in this run.\n"
+            "Files are written without fsync. Before a cold load the file is read and dropped from the page cache.\n\n"
             f"```text\n{text}\n```\n",
             encoding="utf-8",
         )

@@ -20,7 +20,7 @@ __all__ = ["Layout", "Piece", "Shaped", "cut", "join_runs", "permute", "place", 
 _MAX_PIECES = 20_000  # of one tensor; where axes do not follow each other, it splits into its elements
 
 _ONE = (1,)
-_COPIED = (1.0, 0.0, False)  # the factor, the term and `add` of a plain copy
+_COPIED = (0, _ONE, 0, _ONE, "", 1.0, 0.0, False)  # of a piece that is one whole source, from its third field on
 _tuple = tuple.__new__
 Axis = tuple[int, int, int]  # length, stride in the source, stride in the target
 
@@ -97,10 +97,8 @@ class Layout(NamedTuple):
     @property
     def copied_whole(self) -> bool:
         """True when the tensor is one source tensor, element by element, in order."""
-        if len(self.pieces) != 1:
-            return False
-        piece = self.pieces[0]
-        return piece[2:6] == (0, _ONE, 0, _ONE) and piece.source is not None and piece[7:] == _COPIED
+        pieces = self.pieces
+        return len(pieces) == 1 and pieces[0][2:] == _COPIED and pieces[0].source is not None
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -257,12 +257,15 @@ class Side:
 
     @cached_property
     def _form(self) -> str:
-        """The side with ``%s`` in the place of each slot."""
-        return "".join(t.replace("%", "%%") if isinstance(t, str) else "%s" for t in self.tokens)
+        """The side for Python's ``%``: each slot is ``%(name)s``, or ``%s`` if a slot changes what it writes."""
+        plain = self._plain is not None
+        return "".join(
+            t.replace("%", "%%") if isinstance(t, str) else f"%({t.names[0]})s" if plain else "%s" for t in self.tokens
+        )
 
     def write(self, values: Mapping[str, str]) -> str:
         if self._plain is not None:
-            return self._form % tuple([values[name] for name in self._plain])
+            return self._form % values
         return self._form % tuple([slot.write(values) for slot in self.slots])
 
     @property

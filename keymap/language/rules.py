@@ -372,6 +372,13 @@ class RuleTable:
         return None
 
     @cached_property
+    def literals(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """For each beginning of the keys that a rule owns: it, and the literal texts that are in all of them."""
+        sides = [rule.source for rule in self.rules]
+        texts = [tuple(token for token in side.tokens if isinstance(token, str)) for side in sides]
+        return tuple((start, those) for side, those in zip(sides, texts, strict=True) for start in side.starts)
+
+    @cached_property
     def facts_of_names(self) -> bool:
         """Whether a rule's patterns need facts."""
         return any(rule.facts_of_names for rule in self.rules)

@@ -11,7 +11,7 @@ from keymap.language.layout import Layout
 from keymap.language.rules import Check
 from keymap.load.casts import narrows, too_large
 from keymap.load.copying import Read, Tensors, materialise
-from keymap.load.shared import Region, overlapping, refuse_distributed, refuse_subclasses, refuse_uncopyable
+from keymap.load.shared import Region, lie_apart, overlapping, refuse_distributed, refuse_subclasses, refuse_uncopyable
 from keymap.load.threads import Tasks, on_threads
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Plan
@@ -132,7 +132,7 @@ def refuse_unwritable(view: ModelView, plan: Plan) -> None:
     _refuse_copies(view, plan)
     refuse_uncopyable(view, plan)
     on_meta, expanded, frozen = list[str](), list[str](), list[str]()
-    regions: list[Region] = []
+    spans: list[tuple[int, int, str]] = []
     inference = torch.is_inference_mode_enabled()
     for entry in plan.entries:
         key, target = entry.key, view.tensors[entry.key]
@@ -144,14 +144,16 @@ def refuse_unwritable(view: ModelView, plan: Plan) -> None:
         if not target.is_contiguous():
             expanded += [key] * _overlaps_itself(target)
         elif target.numel() and has_memory(target):
-            start = target.data_ptr()
-            regions.append(Region(0, start, start + target.nbytes, key))
+            spans.append((target.data_ptr(), target.nbytes, key))
     if on_meta:
         raise PlanError(
             f"{plan.file}: {len(on_meta)} of the model's tensors are on the meta device and have no memory "
             f"({some(on_meta)}); pass assign=True, or call model.to_empty(device='cpu') first"
         )
-    pairs = [f"{one.key} and {other.key}" for one, other in overlapping(regions)]
+    pairs: list[str] = []
+    if not lie_apart(spans):
+        regions = (Region(0, start, start + size, key) for start, size, key in spans)
+        pairs = [f"{one.key} and {other.key}" for one, other in overlapping(regions)]
     if pairs:
         raise PlanError(
             f"{plan.file}: tensors of the model share a part of their memory: {some(pairs)}; clone them first"

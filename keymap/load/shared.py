@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +14,15 @@ from keymap.errors import PlanError, some
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Plan
 
-__all__ = ["Region", "overlapping", "refuse_distributed", "refuse_subclasses", "refuse_uncopyable", "sharing"]
+__all__ = [
+    "Region",
+    "lie_apart",
+    "overlapping",
+    "refuse_distributed",
+    "refuse_subclasses",
+    "refuse_uncopyable",
+    "sharing",
+]
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 _BEFORE = "load before fully_shard or distribute_module"
@@ -163,9 +171,12 @@ def _lie_apart(view: ModelView) -> bool:
             storages.append(tensor.untyped_storage()._cdata)
         else:
             spans.append((tensor.data_ptr(), tensor.nbytes))
-    spans = sorted(span for span in spans if span[1])
-    apart = all(start + size <= following for (start, size), (following, _) in pairwise(spans))
-    return apart and len(set(storages)) == len(storages)
+    return lie_apart([span for span in spans if span[1]]) and len(set(storages)) == len(storages)
+
+
+def lie_apart(spans: Sequence[tuple[int, int] | tuple[int, int, str]]) -> bool:
+    """True where memory, given by its first byte and its size, is in one of them only."""
+    return all(one[0] + one[1] <= other[0] for one, other in pairwise(sorted(spans)))
 
 
 def _held(view: ModelView) -> Iterator[Held]:

@@ -142,12 +142,13 @@ def match(sides: Sides) -> Matches:
 
 def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: list[str]) -> Entry:
     """The entry of one key; raises MismatchError where the file's tensor cannot fill the model's."""
-    dtype, shape = target.dtype, tuple(target.shape)
+    dtype = target.dtype
     position = sides.hub.positions.get(key)
-    if position is None and layout.shape == shape and layout.copied_whole:  # as most are
+    if position is None and layout.shape == target.shape and layout.copied_whole:  # as most are
         source = layout.pieces[0].source
         if layout.dtype == dtype and source is not None and sides.file_tensors[source].dtype == dtype:
-            return Entry(key, sides.towers[key], layout, shape, dtype)
+            return Entry(key, sides.towers[key], layout, layout.shape, dtype)
+    shape = tuple(target.shape)
     if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
         raise MismatchError(
             f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: keymap does not cast between "

@@ -30,6 +30,7 @@ class ModelView:
         fact_paths: the attribute that each fact was read from.
         grids: (h, w) in patches, by the name of the fact that gives it.
         lazy: keys of parameters and buffers that have no shape yet.
+        modules: its modules by dotted path, each once.
     """
 
     model: nn.Module
@@ -38,11 +39,7 @@ class ModelView:
     grids: Mapping[str, tuple[int, int]]
     fact_paths: Mapping[str, str] = field(default_factory=dict)
     lazy: tuple[str, ...] = ()
-
-    @cached_property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Its modules by dotted path, each once."""
-        return modules_of(self.model)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @cached_property
     def own(self) -> Mapping[int, torch.Tensor]:
@@ -75,38 +72,22 @@ ABSENT = object()
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by dotted path, each once: as ``named_modules()`` gives them, in a tenth of its time."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found[path] = module
-        start = f"{path}." if path else ""
+    """A model's modules by dotted path, each once: as ``named_modules()`` gives them, in a fraction of its time."""
+    found: dict[str, nn.Module] = {"": model}
+    seen = {id(model)}
+
+    def add(start: str, module: nn.Module) -> None:
         if isinstance(module, ScriptModule):  # what is inside is compiled, too
-            continue
-        inner = [(start + name, child) for name, child in module._modules.items() if child is not None]
-        waiting += reversed(inner)
+            return
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found[start + name] = child
+                if child._modules:
+                    add(f"{start}{name}.", child)
+
+    add("", model)
     return found
-
-
-def _is_scripted(model: nn.Module) -> bool:
-    """True where a module of the model is compiled."""
-    waiting: list[nn.Module | None] = [model]
-    seen: set[int] = set()
-    while waiting:
-        module = waiting.pop()
-        if module is None or id(module) in seen:
-            continue
-        if isinstance(module, ScriptModule):
-            return True
-        if module._modules:
-            seen.add(id(module))
-            waiting += module._modules.values()
-    return False
 
 
 def attribute(model: nn.Module, path: str) -> Any:
@@ -183,10 +164,11 @@ def _why_unloadable(tensor: torch.Tensor) -> str:
 
 
 class State(NamedTuple):
-    """A model's state dict: its tensors, and the keys of parameters and buffers that have no shape yet."""
+    """A model's state dict: its tensors, and the keys of parameters and buffers that have no shape yet; its modules."""
 
     tensors: Mapping[str, torch.Tensor]
-    lazy: tuple[str, ...] = ()
+    lazy: tuple[str, ...]
+    modules: Mapping[str, nn.Module]
 
 
 def state_of(model: nn.Module) -> State:
@@ -196,9 +178,9 @@ def state_of(model: nn.Module) -> State:
         PlanError: a tensor of the model is sparse, quantized, or a view that negates or conjugates; or the model has
             ScriptModules, or a ``state_dict()`` that fails.
     """
-    if _is_scripted(model):
-        modules = modules_of(model).items()
-        scripted = [path or "the model" for path, module in modules if isinstance(module, ScriptModule)]
+    modules = modules_of(model)
+    scripted = [path or "the model" for path, module in modules.items() if isinstance(module, ScriptModule)]
+    if scripted:
         raise PlanError(
             f"the model holds compiled TorchScript ({some(scripted)}): load into the model before torch.jit.script or "
             f"torch.jit.trace, for example with create_model(..., jit=False)"
@@ -211,7 +193,7 @@ def state_of(model: nn.Module) -> State:
     unloadable = [f"{key} {why}" for key, value in tensors.items() if (why := _why_unloadable(value))]
     if unloadable:
         raise PlanError(f"tensors of the model cannot be loaded into: {some(unloadable)}")
-    return State(tensors, lazy)
+    return State(tensors, lazy, modules)
 
 
 def view_model(model: nn.Module, hub: Format, state: State | None = None) -> ModelView:
@@ -225,7 +207,7 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
     Raises:
         PlanError: as `state_of`.
     """
-    tensors, lazy = state_of(model) if state is None else state
+    state = state_of(model) if state is None else state
     facts: dict[str, Scalar] = {}
     paths: dict[str, str] = {}
     grids: dict[str, tuple[int, int]] = {}
@@ -238,7 +220,7 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
                 grids[name] = sides
         elif isinstance(scalar := _side_of_square(value), (str, int, float)):
             facts[name], paths[name] = scalar, path
-    return ModelView(model, tensors, facts, grids, paths, lazy)
+    return ModelView(model, state.tensors, facts, grids, paths, state.lazy, state.modules)
 
 
 def _state_dict(model: nn.Module) -> Mapping[str, Any]:

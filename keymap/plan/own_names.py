@@ -65,7 +65,7 @@ def _is_all_of_the_models(layouts: Mapping[str, Layout], model: ModelView, known
     else:
         return False
     return all(
-        key in tensors and (not is_float8(layout) or layout.dtype == tensors[key].dtype)
+        key in tensors and (not is_float8(layout.dtype) or layout.dtype == tensors[key].dtype)
         for key, layout in layouts.items()
     )
 

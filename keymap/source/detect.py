@@ -170,10 +170,9 @@ def check_refused(
 
 def _may_match(block: Alias, names: Sequence[str]) -> bool:
     """False if the literal texts of a block's rules occur in none of the sorted keys."""
-    for rule in block.table.rules:
-        literals = [token for token in rule.source.tokens if isinstance(token, str)]
-        for start in rule.source.starts:
-            if any(all(literal in key for literal in literals) for key in _with_prefix(start, names)):
+    for start, texts in block.table.literals:
+        for key in _with_prefix(start, names):
+            if all(text in key for text in texts):
                 return True
     return False
 

@@ -234,7 +234,7 @@ class _Reader:
         check_refused(self.known, layouts, self.wanted, self.file)
         if not self.is_whole(unwrapped) and self.adapters:
             refuse_adapters(layouts, self.adapters, self.leaves.keys(), self.file)
-        if any(map(is_float8, layouts.values())):
+        if any(map(is_float8, {layout.dtype for layout in layouts.values()})):
             own = {id(tensor) for tensor in unwrapped.tensors.values()}
             outside = {key: getattr(leaf, "shape", ()) for key, leaf in self.leaves.items() if id(leaf) not in own}
             outside |= dict.fromkeys(self.checkpoint.metadata, ())

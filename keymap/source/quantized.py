@@ -27,9 +27,9 @@ _FEWEST = 2  # elements of a weight that share one scale
 _MOST_WORDS = 40  # of a key that is looked at
 
 
-def is_float8(layout: Layout) -> bool:
-    """Whether a tensor has a float8 dtype that weights have."""
-    return layout.dtype in _FLOAT8
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether it is a float8 dtype that weights have."""
+    return dtype in _FLOAT8
 
 
 def refuse_scaled_float8(
@@ -93,7 +93,7 @@ def _evidence(
     """Pairs of a float8 weight and its scale, and marks of the file."""
     marks = known.containers.float8_marks
     yield from ((key,) for key in (*tensors, *outside) if re.split("[./]", key)[-1] in marks)
-    weights = {key: layout for key, layout in tensors.items() if is_float8(layout) and len(layout.shape) > 1}
+    weights = {key: layout for key, layout in tensors.items() if is_float8(layout.dtype) and len(layout.shape) > 1}
     names = {_plain(key): key for key in weights}
     modules = _modules(weights)
     shapes = {key: layout.shape for key, layout in tensors.items()}

@@ -193,9 +193,9 @@ def _refuse_empty(
     tree: Mapping[str, Any], tensors: Mapping[str, LazyTensor], containers: Containers, file: str
 ) -> None:
     """Refuse a state dict most of whose tensors have no elements, where an entry beside it says why."""
-    empty = sum(0 in tensor.shape for tensor in tensors.values())
-    for mark, why in containers.empty_beside:
-        if mark in tree and 2 * empty > len(tensors):
+    for why in (why for mark, why in containers.empty_beside if mark in tree):
+        empty = sum(0 in tensor.shape for tensor in tensors.values())
+        if 2 * empty > len(tensors):
             raise CheckpointError(f"{file}: {empty} of its {len(tensors)} tensors have no elements: {why}")
 
 
@@ -289,7 +289,7 @@ def _state_dict_paths(
 
 def _tensors(tree: Mapping[Any, Any]) -> Iterator[tuple[str, LazyTensor]]:
     """The tensors of a dict that have a string as their key."""
-    return ((key, value) for key, value in tree.items() if type(value) is LazyTensor and isinstance(key, str))
+    return ((key, value) for key, value in tree.items() if type(value) is LazyTensor and type(key) is str)
 
 
 def _at(tree: Any, path: _Path) -> Any:
