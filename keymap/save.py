@@ -244,11 +244,17 @@ def _written(
     options = options._replace(one_file=repository.one_file)
     if path.is_dir():  # it stays: it may be the working folder of a process, or a file system may be mounted there
         result = _write(planned, path / repository.weights, texts, sources, options)
-        return result._replace(notes=(*result.notes, *notes))
+        return result._replace(notes=(*result.notes, *notes, *_left_there(path, result.files)))
     with whole_folder(path) as inner:
         result = _write(planned, inner / repository.weights, texts, sources, options)
     files = tuple(str(path / Path(file).name) for file in result.files)
     return result._replace(files=files, notes=(*result.notes, *notes))
+
+
+def _left_there(folder: Path, files: Sequence[str]) -> tuple[str, ...]:
+    """A note on what a folder holds beside the files that were written: a loader may take it for a part of them."""
+    others = sorted({file.name for file in folder.iterdir()} - {Path(file).name for file in files})
+    return (f"the folder holds what was there before, too: {some(others)}",) if others else ()
 
 
 def _bytes(size: int | str | None) -> int | None:

@@ -134,5 +134,4 @@ def batches(ranges: Iterable[ByteRange]) -> Iterator[Batch]:
 
 def read_batch(batch: Batch) -> None:
     """Fill the buffers; raises CheckpointError where the file ends too early."""
-    batch.file.values_read = True
     batch.file.read_into(batch.buffers, batch.start)

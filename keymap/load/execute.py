@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import increment_version
 
-from keymap.errors import KeymapError, LoadError
+from keymap.errors import CheckpointError, KeymapError, LoadError
 from keymap.language.layout import Piece
 from keymap.load.copying import Tensors, copy_pieces, files_of, value_of
 from keymap.load.direct import ByteRange, batches, byte_range, read_batch
@@ -113,6 +113,10 @@ def load_plan(
         if not half:
             raise
         raise KeyboardInterrupt(f"{plan.file}: the load was interrupted, and the model is half loaded") from None
+    except CheckpointError as error:
+        if not half:
+            raise
+        raise CheckpointError(f"{error.summary}; the model is half loaded", error.faults) from error
     except KeymapError:
         raise
     except Exception as error:

@@ -142,7 +142,6 @@ def copy_strip(strip: Strip, scratch: Scratch) -> None:
     source_bits, target_bits = (t.view(bits).numpy() for t in (source, target)) if bits is not None else (None, None)
     view = memory.data
     places = [view[n * pitch * size : n * pitch * size + row] for n in range(rows)] if gap else []
-    strip.file.values_read = True
     for at in range(strip.first, strip.last, rows):
         count = min(rows, strip.last - at)
         if gap:  # the file may end after the last row's last element

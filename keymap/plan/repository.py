@@ -354,8 +354,8 @@ class _Writer:
             if by is None:
                 return None
             number //= by
-            if computed.agrees is not None and self.can(computed.agrees):
-                self.agree(computed, number)
+        if computed.agrees is not None and self.can(computed.agrees):
+            self.agree(computed, number)
         return number if computed.over is None else _fraction(number, self.number(computed.over))
 
     def agree(self, computed: Computed, number: int) -> None:
@@ -363,7 +363,10 @@ class _Writer:
         other = computed.agrees
         assert other is not None, "one that agrees"
         shown = self.value(other)
-        if shown not in (_ABSENT, number):
+        if shown not in (_ABSENT, number) and not other.divide:
+            text = f"{computed.length} is {number} and {other.length} is {shown}"
+            self.faults.append(f"{text}: the format has one number for both")
+        elif shown not in (_ABSENT, number):
             sides = [(computed, number), (other, shown)]
             texts = [
                 f"{value} by {one.length} and {one.divide} = {self.known[str(one.divide)]}" for one, value in sides

@@ -67,7 +67,6 @@ class LazyTensor(NamedTuple):
         if not isinstance(block, Block):
             return block()
         block.file.check_unchanged()
-        block.file.values_read = True
         whole = block.nbytes - block.nbytes % dtype.itemsize  # bytes of complete elements
         if whole == 0 or 0 in shape:
             if block.crc is not None:
@@ -151,14 +150,12 @@ class SourceFile:
         size: bytes.
         data: the mapping. Slices of it are copies; tensors from ``Block.mapped`` share its memory.
         status: of the file when it was opened.
-        values_read: whether any values were read from it.
         inflated: first byte and content of the deflated member that was read last; several tensors may share one.
     """
 
     def __init__(self, path: Path) -> None:
         """Map ``path``; raise CheckpointError if it is not a readable, regular, non-empty file."""
         self.path = path
-        self.values_read = False
         self.inflated: tuple[int, torch.Tensor] | None = None
         try:
             handle = os.open(path, _READ)
@@ -193,8 +190,7 @@ class SourceFile:
             if not self._is_same_file(now) or now.st_mtime_ns == self.status.st_mtime_ns:
                 return
         fact = f"was written to while it was read (it had {self.size} bytes, now {size})"
-        half = "; a model that was being loaded from it is half loaded" if self.values_read else ""
-        raise self.error(fact, f"wait until the file is complete and load it again{half}")
+        raise self.error(fact, "wait until the file is complete and read it again")
 
     @cached_property
     def handle(self) -> int | None:
@@ -236,8 +232,8 @@ class SourceFile:
                 return
             if count == 0:
                 self.check_unchanged()
-                half = "the model is half loaded" if self.values_read else "wait until it is complete and load it again"
-                raise self.error(f"ends at byte {start} while it is read", half)
+                fact = f"ends at byte {start} while it is read"
+                raise self.error(fact, "wait until it is complete and read it again")
             full = 0
             while count >= len(buffers[full]):
                 count -= len(buffers[full])

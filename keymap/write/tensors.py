@@ -113,7 +113,6 @@ def bytes_of_item(key: str, item: Item, tensors: Mapping[str, LazyTensor]) -> It
     buffer = memoryview(bytearray(min(_BUFFER, max(size for _, _, size in spans))))
     for file, start, size in spans:
         file.check_unchanged()
-        file.values_read = True
         for at in range(0, size, _BUFFER):
             part = buffer[: min(_BUFFER, size - at)]
             file.read_into([part], start + at)

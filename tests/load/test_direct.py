@@ -89,10 +89,10 @@ def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_p
     run = byte_range(all_of(lazies["t5"]), lazies["t5"], torch.empty(4096))
     os.truncate(run.file.path, run.start + 99)
     (batch,) = batches([run])
-    with pytest.raises(keymap.CheckpointError, match=r"was written to while it was read.*half loaded"):
+    with pytest.raises(keymap.CheckpointError, match="was written to while it was read"):
         read_batch(batch)
     os.utime(run.file.path, ns=(run.file.status.st_atime_ns, run.file.status.st_mtime_ns))
-    with pytest.raises(keymap.CheckpointError, match="half loaded"):
+    with pytest.raises(keymap.CheckpointError, match=r"was written to|ends at byte"):
         read_batch(batch)
 
 

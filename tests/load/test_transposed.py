@@ -144,5 +144,5 @@ def test_a_file_that_shrinks_raises_an_error_and_does_not_kill_the_process(tmp_p
     lazy = lazy_of(torch.randn(300, 300), tmp_path)
     (strip,) = strips_of(Piece("x", (300, 300), 0, (1, 300), 0, (300, 1)), lazy, torch.empty(300, 300))
     os.truncate(strip.file.path, strip.start + 5000)
-    with pytest.raises(keymap.CheckpointError, match=r"was written to while it was read.*half loaded"):
+    with pytest.raises(keymap.CheckpointError, match="was written to while it was read"):
         copy_strip(strip, Scratch())

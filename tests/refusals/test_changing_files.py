@@ -147,6 +147,22 @@ def test_a_file_that_changes_before_anything_is_copied(kind, change, monkeypatch
 
 
 @pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_converted_is_an_error_that_names_no_model(change, tmp_path):
+    path, target = KINDS["safetensors"](tmp_path), tmp_path / "out.safetensors"
+
+    def change_it(done, total):
+        if done and path in waiting:
+            waiting.remove(path)
+            CHANGES[change](path)
+
+    waiting = [path]
+    with pytest.raises(keymap.CheckpointError, match=r"while it (was|is) read") as caught:
+        keymap.convert_checkpoint(path, target, "hf_clip", progress=change_it)
+    assert "model" not in str(caught.value).replace(str(tmp_path), "")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", ["safetensors", "zip pt", "legacy pt", "npz"])
 def test_a_file_that_changes_while_it_is_copied(kind, change, monkeypatch, tmp_path):
     """The model is half loaded then, and the error says so."""

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peers import hf, openclip
 from peers.common import images, max_diff, same_bits, tokens
+from safetensors.torch import load_file, save_file
 
 import keymap
 
@@ -168,6 +169,8 @@ def test_a_folder_that_is_not_empty_is_refused_unless_it_may_be_overwritten(tmp_
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     keymap.save_checkpoint(model, folder, "hf_clip", overwrite=True)
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    written = keymap.save_checkpoint(model, folder, "hf_clip", overwrite=True)
+    assert "the folder holds what was there before, too: README.md" in written.notes
     back = openclip.clip(seed=2)
     keymap.load_checkpoint(back, folder)
     assert all(same_bits(value, model.state_dict()[key]) for key, value in back.state_dict().items())
@@ -193,3 +196,18 @@ def test_an_error_on_the_way_leaves_no_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "out", "hf_clip", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_projections_of_two_widths_are_no_model_of_the_owner(tmp_path):
+    """Its configuration has one number for both; a file of them can still be written."""
+    keymap.save_checkpoint(openclip.clip(seed=1), tmp_path / "a.safetensors", "hf_clip")
+    state = load_file(tmp_path / "a.safetensors")
+    width = state["text_projection.weight"].shape[0]
+    state["text_projection.weight"] = state["text_projection.weight"][: width // 2].clone()
+    save_file(state, tmp_path / "two.safetensors")
+    facts = {"image.heads": 2, "text.heads": 2, "image.activation": "gelu", "text.activation": "gelu"}
+    facts |= {"image.eps": 1e-5, "text.eps": 1e-5, "text.pool": "argmax"}
+    with pytest.raises(keymap.PlanError, match=rf"is {width} and text_projection.weight\[0\] is {width // 2}: .* one"):
+        keymap.convert_checkpoint(tmp_path / "two.safetensors", tmp_path / "out", "hf_clip", facts=facts)
+    assert not (tmp_path / "out").exists()
+    keymap.convert_checkpoint(tmp_path / "two.safetensors", tmp_path / "b.safetensors", "open_clip")
