@@ -74,20 +74,20 @@ ABSENT = object()
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """A model's modules by dotted path, each once: as ``named_modules()`` gives them, in a fraction of its time."""
     found: dict[str, nn.Module] = {"": model}
-    seen = {id(model)}
-
-    def add(start: str, module: nn.Module) -> None:
-        if isinstance(module, ScriptModule):  # what is inside is compiled, too
-            return
-        for name, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found[start + name] = child
-                if child._modules:
-                    add(f"{start}{name}.", child)
-
-    add("", model)
+    _add_modules(found, {id(model)}, "", model)
     return found
+
+
+def _add_modules(found: dict[str, nn.Module], seen: set[int], start: str, module: nn.Module) -> None:
+    """Add the modules within one, whose paths begin with ``start``."""
+    if isinstance(module, ScriptModule):  # what is inside is compiled, too
+        return
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in seen:
+            seen.add(id(child))
+            found[start + name] = child
+            if child._modules:
+                _add_modules(found, seen, f"{start}{name}.", child)
 
 
 def attribute(model: nn.Module, path: str) -> Any:
