@@ -140,7 +140,7 @@ def whole(source: str | None, shape: Sequence[int], dtype: torch.dtype, constant
 
 def renamed(layout: Layout, names: Mapping[str, str | None]) -> Layout:
     """The same elements of other sources, by the names of those of ``layout``."""
-    pieces = tuple(Piece(names[p.source], *p[1:]) if p.source is not None else p for p in layout.pieces)
+    pieces = tuple([_tuple(Piece, (names[p[0]], *p[1:])) if p[0] is not None else p for p in layout.pieces])
     return Layout(layout.shape, layout.dtype, pieces)
 
 
