@@ -253,7 +253,10 @@ def _written(
 
 def _left_there(folder: Path, files: Sequence[str]) -> tuple[str, ...]:
     """A note on what a folder holds beside the files that were written: a loader may take it for a part of them."""
-    others = sorted({file.name for file in folder.iterdir()} - {Path(file).name for file in files})
+    try:
+        others = sorted({file.name for file in folder.iterdir()} - {Path(file).name for file in files})
+    except OSError:  # what was asked for is written
+        return ()
     return (f"the folder holds what was there before, too: {some(others)}",) if others else ()
 
 

@@ -74,20 +74,21 @@ ABSENT = object()
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """A model's modules by dotted path, each once: as ``named_modules()`` gives them, in a fraction of its time."""
     found: dict[str, nn.Module] = {"": model}
-    _add_modules(found, {id(model)}, "", model)
-    return found
-
-
-def _add_modules(found: dict[str, nn.Module], seen: set[int], start: str, module: nn.Module) -> None:
-    """Add the modules within one, whose paths begin with ``start``."""
-    if isinstance(module, ScriptModule):  # what is inside is compiled, too
-        return
-    for name, child in module._modules.items():
-        if child is not None and id(child) not in seen:
+    seen = {id(model)}
+    outer = [("", iter(model._modules.items()))] if not isinstance(model, ScriptModule) else []
+    while outer:
+        start, children = outer[-1]
+        for name, child in children:
+            if child is None or id(child) in seen:
+                continue
             seen.add(id(child))
             found[start + name] = child
-            if child._modules:
-                _add_modules(found, seen, f"{start}{name}.", child)
+            if child._modules and not isinstance(child, ScriptModule):  # what is in that is compiled, too
+                outer.append((f"{start}{name}.", iter(child._modules.items())))
+                break
+        else:
+            outer.pop()
+    return found
 
 
 def attribute(model: nn.Module, path: str) -> Any:
@@ -178,14 +179,14 @@ def state_of(model: nn.Module) -> State:
         PlanError: a tensor of the model is sparse, quantized, or a view that negates or conjugates; or the model has
             ScriptModules, or a ``state_dict()`` that fails.
     """
-    modules = modules_of(model)
+    state = _state_dict(model)
+    modules = modules_of(model)  # now, because a hook of the state dict can replace modules
     scripted = [path or "the model" for path, module in modules.items() if isinstance(module, ScriptModule)]
     if scripted:
         raise PlanError(
             f"the model holds compiled TorchScript ({some(scripted)}): load into the model before torch.jit.script or "
             f"torch.jit.trace, for example with create_model(..., jit=False)"
         )
-    state = _state_dict(model)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     lazy = tuple(key for key, value in state.items() if is_lazy(value))
     for key in lazy:

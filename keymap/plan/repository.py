@@ -363,15 +363,20 @@ class _Writer:
         other = computed.agrees
         assert other is not None, "one that agrees"
         shown = self.value(other)
-        if shown not in (_ABSENT, number) and not other.divide:
-            text = f"{computed.length} is {number} and {other.length} is {shown}"
-            self.faults.append(f"{text}: the format has one number for both")
-        elif shown not in (_ABSENT, number):
-            sides = [(computed, number), (other, shown)]
-            texts = [
-                f"{value} by {one.length} and {one.divide} = {self.known[str(one.divide)]}" for one, value in sides
-            ]
-            self.faults.append(f"{computed.divide} and {other.divide} do not agree: heads of {', and '.join(texts)}")
+        if shown in (_ABSENT, number):
+            return
+        both = f"{number} by {self.origin(computed)}, and {shown} by {self.origin(other)}"
+        facts = [one.divide for one in (computed, other) if isinstance(one.divide, str) and one.divide]
+        heads = len(facts) == 2
+        fault = f"{facts[0]} and {facts[1]} do not agree: heads of" if heads else "the format has one number, and it is"
+        self.faults.append(f"{fault} {both}")
+
+    def origin(self, computed: Computed) -> str:
+        """What a computed value was made from, for a message."""
+        divide, origin = computed.divide, str(computed.length or computed.fact or "the mapping")
+        if not divide:
+            return origin
+        return f"{origin} and {divide}" + (f" = {self.known.get(divide)}" if isinstance(divide, str) else "")
 
     def divisor(self, divide: str | Length) -> int | None:
         """A number to divide by; None for a fact that is not known."""

@@ -199,14 +199,18 @@ class SourceFile:
         None if the system has no ``preadv``, if the process has no free descriptor (each shard needs one), or if the
         path is now another file; then values are read from the mapping.
         """
-        if not hasattr(os, "preadv"):
-            return None
+        handle = self.open_again() if hasattr(os, "preadv") else None
+        if handle is not None:
+            weakref.finalize(self, os.close, handle)
+        return handle
+
+    def open_again(self) -> int | None:
+        """A new descriptor, which the caller closes; None if there is none, or if the path is now another file."""
         try:
             handle = os.open(self.path, _READ)
         except OSError:
             return None
         if self._is_same_file(os.fstat(handle)):
-            weakref.finalize(self, os.close, handle)
             return handle
         os.close(handle)
         return None

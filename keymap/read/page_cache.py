@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from keymap.read.lazy import SourceFile
+
 __all__ = ["scattered"]
 
 _SAMPLE = 16  # pages that show whether the cache has them all
@@ -14,35 +16,40 @@ _byte = [bytearray(1)]
 
 
 @contextmanager
-def scattered(data: mmap.mmap, handle: int | None, starts: Iterable[int]) -> Iterator[None]:
-    """Around reads of a few bytes each, all over a mapped file that the system may not have in its cache.
+def scattered(file: SourceFile, starts: Iterable[int]) -> Iterator[None]:
+    """Around reads of a few bytes each, all over a file that the system may not have in its cache.
 
     Pages that the cache lacks are asked for all at once, so that they are read in parallel. Afterwards they are given
     back: a page that is there alone divides the part around it, which the system then reads in small pieces. A load of
     a large file took a third longer. Where the system cannot do it, this does nothing.
 
     Args:
-        data: the mapping, to which nobody has written.
-        handle: a descriptor of the same file, or None.
+        file: nobody has written to its mapping, and no tensor views it.
         starts: bytes of the file; those outside it are left out.
     """
     able = hasattr(mmap, "MADV_WILLNEED") and hasattr(os, "posix_fadvise")
-    pages = sorted({start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts if 0 <= start < len(data)})
-    cached = _cached(handle, pages) if handle is not None and able else {}
-    asked = [page for page, held in cached.items() if not held]
-    if handle is None or not asked:
+    handle = file.open_again() if able else None  # closed at once: a model may have more shards than descriptors
+    if handle is None:
         yield
         return
-    with suppress(OSError):
-        data.madvise(mmap.MADV_RANDOM)  # else a page that comes late makes the system read megabytes around it
-        for page in asked:
-            data.madvise(mmap.MADV_WILLNEED, page, mmap.PAGESIZE)
-    yield
-    with suppress(OSError):
-        data.madvise(mmap.MADV_NORMAL)
-        data.madvise(mmap.MADV_DONTNEED)  # the cache keeps what a process has mapped
-        for page in (page for page in asked if cached[page] is False):
-            os.posix_fadvise(handle, page, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
+    try:
+        pages = {start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts if 0 <= start < file.size}
+        cached = _cached(handle, sorted(pages))
+        asked = [page for page, held in cached.items() if not held]
+        with suppress(OSError):
+            if asked:
+                file.data.madvise(mmap.MADV_RANDOM)  # else a late page makes the system read megabytes around it
+            for page in asked:
+                file.data.madvise(mmap.MADV_WILLNEED, page, mmap.PAGESIZE)
+        yield
+        with suppress(OSError):
+            if asked:
+                file.data.madvise(mmap.MADV_NORMAL)
+                file.data.madvise(mmap.MADV_DONTNEED)  # the cache keeps what a process has mapped
+            for page in (page for page in asked if cached[page] is False):
+                os.posix_fadvise(handle, page, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def _cached(handle: int, pages: Sequence[int]) -> dict[int, bool | None]:
@@ -54,8 +61,6 @@ def _cached(handle: int, pages: Sequence[int]) -> dict[int, bool | None]:
         found = {}
     else:  # looking for a page asks for it, so each is looked for once
         found |= {page: _is_cached(handle, page) for page in pages if page not in found}
-    with suppress(OSError):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_NORMAL)
     return found
 
 

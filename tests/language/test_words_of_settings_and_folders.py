@@ -262,3 +262,35 @@ def test_keys_that_are_absent_together_are_filled_together(lacking, registered, 
     registered(("{value: 0, together: true}", "0"))
     with pytest.raises(keymap.PlanError, match=r"first\.bias"):
         keymap.load_checkpoint(model, tmp_path / "x.pt")
+
+
+AGREES = {  # a is 8 x 3 and b is 5 x 8; two heads
+    "two lengths": ("from: 'a.weight[1]', agrees: {from: 'b.weight[1]'}", "one number, and it is 3 by a.*, and 8 by b"),
+    "the other by a fact": (
+        "from: 'a.weight[1]', agrees: {from: 'b.weight[1]', divide: net.heads}",
+        r"it is 3 by a.weight\[1\], and 4 by b.weight\[1\] and net.heads = 2",
+    ),
+    "the first by a fact": (
+        "from: 'a.weight[0]', divide: net.heads, agrees: {from: 'b.weight[1]'}",
+        r"it is 4 by a.weight\[0\] and net.heads = 2, and 8 by",
+    ),
+    "by a length": (
+        "from: 'a.weight[0]', divide: 'a.weight[1]', agrees: {from: 'b.weight[1]'}",
+        "it is 2 by a.*, and 8",
+    ),
+    "the same": ("from: 'a.weight[0]', agrees: {from: 'b.weight[1]'}", ""),
+    "of no tensor": ("from: 'a.weight[0]', agrees: {from: 'c.weight[1]'}", ""),
+}
+
+
+@pytest.mark.parametrize("name", AGREES)
+def test_computed_values_of_a_folder_that_do_not_agree_are_refused(name, registered, tmp_path):
+    value, wrong = AGREES[name]
+    registered(("author: {kept", f"width: {{{value}}}\n      author: {{kept"))
+    if not wrong:
+        keymap.save_checkpoint(Press(act="gelu"), tmp_path / "out", "pressed")
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["width"] == 8
+        return
+    with pytest.raises(keymap.PlanError, match=wrong):
+        keymap.save_checkpoint(Press(act="gelu"), tmp_path / "out", "pressed")
+    assert not (tmp_path / "out").exists()

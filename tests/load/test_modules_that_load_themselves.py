@@ -313,3 +313,28 @@ def test_hooks_after_loading_run_in_the_order_of_torch(path):
         else:
             model.load_state_dict(openclip.clip(seed=1).state_dict(), strict=False)
     assert order["keymap"] == order["torch"] and order["torch"].count("visual.ln_pre") == 2
+
+
+def test_a_model_too_deep_for_its_own_state_dict_is_an_error_of_keymap(path):
+    model = inner = nn.Module()
+    for _ in range(3000):
+        inner.add_module("a", nn.Module())
+        inner = inner.a
+    inner.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(keymap.PlanError, match=r"state_dict\(\) failed with RecursionError"):
+        keymap.load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_modules_that_a_hook_of_the_state_dict_replaces_are_not_written_to(path, assign):
+    """The load goes to those that the state dict is of."""
+    model = openclip.clip(seed=2)
+    before = model.ln_final
+
+    def replaces(module, *_):
+        if module.ln_final is before:
+            module.ln_final = nn.LayerNorm(before.normalized_shape)
+
+    model.register_state_dict_pre_hook(replaces)
+    keymap.load_checkpoint(model, path, assign=assign)
+    assert_unchanged(model, bits(openclip.clip(seed=1)))

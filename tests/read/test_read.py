@@ -1038,5 +1038,19 @@ def test_places_outside_the_file_are_no_error(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(3000)}, tmp_path / "a.pt")
     _cache(monkeypatch, held=False)
     file = SourceFile(tmp_path / "a.pt")
-    with scattered(file.data, file.handle, [-1, 0, file.size - 1, 10 * file.size]):
+    with scattered(file, [-1, 0, file.size - 1, 10 * file.size]):
         assert file.data[:2] == b"PK"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+def test_an_opened_file_keeps_one_descriptor(tmp_path, old):
+    """A checkpoint may have more shards than half of the descriptors that a process gets."""
+    fds = Path("/proc/self/fd")
+    if not fds.is_dir():
+        pytest.skip("the system does not list a process's descriptors")
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(3000)}, path, _use_new_zipfile_serialization=not old)
+    opened = open_checkpoint(path)
+    links = [os.readlink(fd) for fd in fds.iterdir() if fd.is_symlink() and os.path.lexists(fd)]
+    assert links.count(str(path.resolve())) == 1
+    del opened
