@@ -51,6 +51,13 @@ def evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def settle(path: Path, read: Run) -> None:
+    """Read a file that is not in the page cache, and drop it again."""
+    evict(path)
+    read()
+    evict(path)
+
+
 def read_once(path: Path) -> None:
     """Read a file from its beginning to its end."""
     with path.open("rb", buffering=0) as file:
@@ -138,12 +145,6 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
         path = folder / f"own{suffix}"
         keymap.save_checkpoint(model, path, "open_clip_flat")
         read_fast = reads_of(path)
-
-        def before(path: Path = path, read_fast: Run = read_fast) -> None:
-            evict(path)
-            read_fast()
-            evict(path)
-
         cases: dict[str, Run] = {
             "fastest parallel read": read_fast,
             "one sequential read": partial(read_once, path),
@@ -151,7 +152,7 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
         }
         title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
-        lines += compare(title, cases, "fastest parallel read", 2 * rounds, before)
+        lines += compare(title, cases, "fastest parallel read", 2 * rounds, partial(settle, path, read_fast))
         path.unlink()
     return lines
 

@@ -170,12 +170,11 @@ def _copies(source: Source, keys: Sequence[str]) -> list[str]:
     tensors, advice = source.unwrapped.tensors, []
     for key in keys:
         one = tensors.get(key)
-        alike = (
-            n for n, t in tensors.items() if one and n not in keys and (t.shape, t.dtype) == (one.shape, one.dtype)
-        )
-        twin = next(
-            (n for n in alike if one and len(one.shape) > 1 and torch.equal(tensors[n].read(), one.read())), None
-        )
+        if one is None or len(one.shape) < 2:
+            continue
+        values, form = one.read(), (one.shape, one.dtype)
+        alike = (name for name, other in tensors.items() if name not in keys and (other.shape, other.dtype) == form)
+        twin = next((name for name in alike if torch.equal(tensors[name].read(), values)), None)
         if twin is not None:
             advice.append(f"; {key} has the values of {twin}: if they are one weight, name it with `same_as: {twin}`")
     return advice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -37,9 +37,9 @@ class ModelView:
     tensors: Mapping[str, torch.Tensor]
     facts: Mapping[str, Scalar]
     grids: Mapping[str, tuple[int, int]]
-    fact_paths: Mapping[str, str] = field(default_factory=dict)
-    lazy: tuple[str, ...] = ()
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    fact_paths: Mapping[str, str]
+    lazy: tuple[str, ...]
+    modules: Mapping[str, nn.Module]
 
     @cached_property
     def own(self) -> Mapping[int, torch.Tensor]:
