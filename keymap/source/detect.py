@@ -354,6 +354,9 @@ def _refuse_foreign(
 def _hints(known: Catalogue, tensors: Mapping[str, Layout]) -> list[str]:
     """Hints for a file that no format matches: its keys, the nearest format, a prefix, all formats."""
     keys = list(tensors)
+    if keys == [""]:
+        held = f"it has one tensor without a key, {list(tensors[''].shape)}"
+        return [f"{held}: save a dict of tensors, as torch.save(model.state_dict(), ...) or numpy.savez do"]
     shown = ", ".join(f"{key!r} {list(tensors[key].shape)}" for key in keys[:5])
     hints = [f"it has {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {shown}{' ...' if len(keys) > 5 else ''}"]
     scores = []

@@ -355,7 +355,7 @@ def _contents(tree: Mapping[str, Any], containers: Containers) -> str:
     if not tree:
         return "the dict is empty: save model.state_dict()"
     if list(tree) == [""]:
-        return f"it has a {type(tree['']).__name__} instead of a dict of tensors: save model.state_dict()"
+        return f"its object is of type {type(tree['']).__name__}, not a dict of tensors: save model.state_dict()"
     names = ", ".join(repr(_shown(key)) for key in list(tree)[:8])
     training = [name for name in containers.training_state if name in tree]
     if training:

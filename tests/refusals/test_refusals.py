@@ -390,6 +390,15 @@ def test_another_architectures_file(name, strict, tmp_path):
 
 
 @STRICT
+@pytest.mark.parametrize("mapping", [None, "hf_clip"])
+@pytest.mark.parametrize("kind", ["npy", "pt"])
+def test_one_tensor_without_a_key_is_refused_with_what_to_save(kind, mapping, strict, tmp_path):
+    path = _npy(tmp_path) if kind == "npy" else save(tmp_path / "proj.pt", torch.ones(3, 4))
+    words = ["one tensor without a key, [3, 4]", "save a dict of tensors"]
+    refuses(openclip.clip(), path, keymap.DetectionError, *words, strict=strict, mapping=mapping)
+
+
+@STRICT
 def test_a_language_model_that_could_be_a_text_tower_of_another_model(strict, tmp_path):
     state = {
         "embeddings.word_embeddings.weight": torch.randn(99, 32),
