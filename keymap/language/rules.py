@@ -258,7 +258,8 @@ Step = tuple[Rule, tuple[str, ...], str]  # one application of a rule, for `Plan
 
 
 _MANY = 100  # rules of a table; those of real formats have fewer
-_MAX_SEEN = 1000  # forms of keys that a table remembers
+_MAX_SEEN = 1000  # forms of keys that a table remembers ...
+_MAX_ALIKE = 8  # ... and owners of each
 _DIGITS = re.compile(r"[0-9]+")
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 
@@ -365,11 +366,16 @@ class RuleTable:
             may = key.startswith(rule.source.starts) and key.endswith(rule.source.ends)
             values = rule.match(key) if may else None
             if values is not None:
-                new = len(self._seen) < _MAX_SEEN and not rule.rest and all(rule is not other for other, _ in seen)
-                if new and self._counts:
-                    self._seen.setdefault(form, []).append((rule, _like(rule, values)))
+                if self._counts and not rule.rest and len(self._seen) < _MAX_SEEN and len(seen) < _MAX_ALIKE:
+                    self._remember(form, rule, values)
                 return rule, values
         return None
+
+    def _remember(self, form: bytes, rule: Rule, values: Mapping[str, str]) -> None:
+        """The owner of a key, for others of its form; a rule with a choice of digits can own a form in several ways."""
+        alike, new = self._seen.setdefault(form, []), (rule, _like(rule, values))
+        if all(rule is not other or new[1] != like for other, like in alike):
+            alike.append(new)
 
     @cached_property
     def literals(self) -> tuple[tuple[str, tuple[str, ...]], ...]:

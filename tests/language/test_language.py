@@ -18,7 +18,7 @@ import keymap
 from keymap.language.apply import apply_rules
 from keymap.language.compile import compile_mapping
 from keymap.language.layout import Layout, whole
-from keymap.language.rules import RuleTable
+from keymap.language.rules import Rule, RuleTable
 from keymap.language.yaml_marks import parse_yaml
 from keymap.load.copying import materialise
 from keymap.source.detect import apply_aliases, file_rules
@@ -136,6 +136,22 @@ def test_a_rule_does_not_own_a_key_whose_index_would_fall_below_zero():
     assert table.find("layer0.w") is None
     assert table.inverse().find("stages.0.w") is not None
     assert RuleTable(compiled(r"n.(\d+).w: m.<1+2>.w").rules).inverse().find("m.1.w") is None
+
+
+def test_a_rule_that_owns_a_key_of_a_block_is_not_searched_for_the_same_key_of_other_blocks(monkeypatch):
+    """Also where keys of one rule, or of several, differ in a digit that is no index."""
+    table = RuleTable(
+        compiled("b.(\\d+).norm(1|2).w: b.\\1.n\\2.w\nb.(\\d+).fc1.w: b.\\1.up\nb.(\\d+).fc2.w: b.\\1.down").rules
+    )
+    searched, match = [], Rule.match
+    monkeypatch.setattr(Rule, "match", lambda rule, key: searched.append(key) or match(rule, key))
+    names = {"norm1.w": "n1.w", "norm2.w": "n2.w", "fc1.w": "up", "fc2.w": "down"}
+    for layer in range(10):
+        for name, target in names.items():
+            rule, values = table.find(f"b.{layer}.{name}")
+            assert rule.targets[0].write(values) == f"b.{layer}.{target}"
+    assert {key.split(".")[1] for key in searched} == {"0"}
+    assert table.find("b.3.norm3.w") is None and table.find("b.03.norm1.w") is None
 
 
 def test_index_arithmetic_folds_two_indices_into_one():
