@@ -152,7 +152,7 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
         }
         title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
-        lines += compare(title, cases, "fastest parallel read", 2 * rounds, partial(settle, path, read_fast))
+        lines += compare(title, cases, "fastest parallel read", 4 * rounds, partial(settle, path, read_fast))
         path.unlink()
     return lines
 

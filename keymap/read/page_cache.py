@@ -16,7 +16,7 @@ _byte = [bytearray(1)]
 
 
 @contextmanager
-def scattered(file: SourceFile, starts: Iterable[int]) -> Iterator[None]:
+def scattered(file: SourceFile, parts: Iterable[tuple[int, int]]) -> Iterator[None]:
     """Around reads of a few bytes each, all over a file that the system may not have in its cache.
 
     Pages that the cache lacks are asked for all at once, so that they are read in parallel. Afterwards they are given
@@ -25,7 +25,7 @@ def scattered(file: SourceFile, starts: Iterable[int]) -> Iterator[None]:
 
     Args:
         file: nobody has written to its mapping, and no tensor views it.
-        starts: bytes of the file; those outside it are left out.
+        parts: the first byte of each read, and the one after its last; what lies outside the file is left out.
     """
     able = hasattr(mmap, "MADV_WILLNEED") and hasattr(os, "posix_fadvise")
     handle = file.open_again() if able else None  # closed at once: a model may have more shards than descriptors
@@ -33,7 +33,8 @@ def scattered(file: SourceFile, starts: Iterable[int]) -> Iterator[None]:
         yield
         return
     try:
-        pages = {start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts if 0 <= start < file.size}
+        ends = [end for start, stop in parts for end in (start, stop - 1)]  # a few bytes can lie in two pages
+        pages = {end // mmap.PAGESIZE * mmap.PAGESIZE for end in ends if 0 <= end < file.size}
         cached = _cached(handle, sorted(pages))
         asked = [page for page, held in cached.items() if not held]
         with suppress(OSError):

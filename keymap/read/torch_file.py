@@ -128,7 +128,7 @@ def _legacy_blocks(file: SourceFile, at: int, keys: Any, storages: list[Storage]
             raise file.error(f"{fact}, but the file ends at {file.size}", AGAIN)
         blocks[key] = Block(file, key, at + 8, size, size)
         at += 8 + size
-    with scattered(file, (block.start - 8 for block in blocks.values())):
+    with scattered(file, ((block.start - 8, block.start) for block in blocks.values())):
         for key, block in blocks.items():
             written = int.from_bytes(file.data[block.start - 8 : block.start], "little", signed=True)
             if written != known[key].numel:

@@ -68,7 +68,8 @@ def read_directory(file: SourceFile) -> dict[str, Block]:
         raise file.error(f"is a truncated or corrupt zip archive ({error})", AGAIN) from error
     file.limit_tensors(len(entries))
     members: dict[str, Block] = {}
-    with scattered(file, (entry.header_offset for entry in entries)):
+    headers = ((e.header_offset, e.header_offset + LOCAL_HEADER.size + len(e.orig_filename)) for e in entries)
+    with scattered(file, headers):
         for entry in entries:
             if entry.orig_filename in members:
                 raise file.error(f"has the member {brief(entry.orig_filename)} twice", AGAIN)

@@ -1038,8 +1038,19 @@ def test_places_outside_the_file_are_no_error(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(3000)}, tmp_path / "a.pt")
     _cache(monkeypatch, held=False)
     file = SourceFile(tmp_path / "a.pt")
-    with scattered(file, [-1, 0, file.size - 1, 10 * file.size]):
+    with scattered(file, [(-1, 0), (0, 2), (file.size - 1, file.size + 9), (10 * file.size, 11 * file.size)]):
         assert file.data[:2] == b"PK"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice on its page cache")
+def test_a_header_that_lies_in_two_pages_gives_both_back(tmp_path, monkeypatch):
+    from keymap.read.page_cache import scattered
+
+    torch.save({"w": torch.ones(3 * mmap.PAGESIZE)}, tmp_path / "a.pt")
+    told, page = _cache(monkeypatch, held=False), mmap.PAGESIZE
+    with scattered(SourceFile(tmp_path / "a.pt"), [(page - 2, page + 30), (2 * page, 2 * page + 30)]):
+        pass
+    assert sorted(told) == [0, page, 2 * page]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
