@@ -58,6 +58,13 @@ def settle(path: Path, read: Run) -> None:
     evict(path)
 
 
+def write_once(source: Path, out: Path) -> None:
+    """Copy a file and remove the copy: the next case writes a new file, after the same case as all others."""
+    shutil.copyfile(source, out)
+    os.sync()
+    out.unlink()
+
+
 def read_once(path: Path) -> None:
     """Read a file from its beginning to its end."""
     with path.open("rb", buffering=0) as file:
@@ -116,8 +123,8 @@ def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
         "load, convert and save by hand": lambda: by_hand(source, out),
         "transformers: from_pretrained, save_pretrained": through_transformers,
     }
-    fresh = partial(out.unlink, missing_ok=True)  # to replace a file, ext4 first writes the new one to disk
-    lines = compare(f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB", cases, "cp", rounds, fresh)
+    title = f"convert .safetensors of {source.stat().st_size / 1e6:.0f} MB"
+    lines = compare(title, cases, "cp", rounds, partial(write_once, source, out))
     shutil.rmtree(folder / "hf2")
     npz = folder / "hf.npz"
     keymap.convert_checkpoint(source, npz, "hf_clip")
@@ -128,7 +135,7 @@ def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
             "load, convert and save by hand": partial(by_hand, other, out),
         }
         title = f"convert {other.suffix} of {other.stat().st_size / 1e6:.0f} MB to .safetensors"
-        lines += compare(title, cases, "cp", rounds, fresh)
+        lines += compare(title, cases, "cp", rounds, partial(write_once, other, out))
         other.unlink()
     out.unlink()
     return lines
