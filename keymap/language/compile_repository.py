@@ -32,8 +32,8 @@ def compile_repository(compiler: Compiler) -> Repository | None:
         for number, item in enumerate(data.get("refuse", ()))
     ]
     one_file = bool(data.get("one_file"))
-    instead = data.get("instead", {})
-    return Repository(data["weights"], files, requires, when, tuple(alike), tuple(refuse), one_file, instead)
+    instead, alone = data.get("instead", {}), tuple(data.get("alone", ()))
+    return Repository(data["weights"], files, requires, when, tuple(alike), tuple(refuse), one_file, instead, alone)
 
 
 def _template(compiler: Compiler, value: Any, where: Where) -> Template:

@@ -326,6 +326,7 @@ class Repository(NamedTuple):
         refuse: evidence on the keys that are written of what no class of the format opens, and what to do.
         instead: of a required setting, other settings and their values; with one of them it need not be known.
         one_file: the weights are one file; what reads the folder knows no shards.
+        alone: sections of the files; a file in which one of them is there alone holds what is in that section.
         none: why there is no such folder; "" where there is one.
     """
 
@@ -337,6 +338,7 @@ class Repository(NamedTuple):
     refuse: tuple[Refusal, ...] = ()
     one_file: bool = False
     instead: Mapping[str, Mapping[str, Scalar]] = {}
+    alone: tuple[str, ...] = ()
     none: str = ""
 
 

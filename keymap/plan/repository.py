@@ -95,7 +95,7 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     data = {}
     for name, template in repository.files.items():
         writer.begin(name, _own_file(planned, name) if model is None else _Own())
-        data[name] = writer.section(template)
+        data[name] = _alone(repository, writer.section(template))
     faults = _faults(planned, repository, keys, writer)
     if faults:
         files = " and ".join(repository.files)
@@ -107,6 +107,13 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     )
     notes = (*notes, *writer.losses())
     return FolderTexts({name: json.dumps(value, indent=2) + "\n" for name, value in data.items()}, notes)
+
+
+def _alone(repository: Repository, data: dict[str, Any]) -> dict[str, Any]:
+    """A file; the inside of its one section where the format's owner writes a tower's section as a file of its own."""
+    (section, *others) = [name for name in repository.alone if name in data] or [""]
+    inside: dict[str, Any] = data[section] if section and not others else data
+    return inside
 
 
 class _Own(NamedTuple):

@@ -222,6 +222,24 @@ def test_a_folder_of_one_file_is_not_cut_into_shards(registered, tmp_path):
     assert sum(file.endswith(".safetensors") for file in result.files) > 1
 
 
+def test_a_file_of_one_section_alone_holds_what_is_in_it(registered, tmp_path):
+    sections = """  alone: [first, extra]
+  files:
+    settings.json:
+      kind: both
+      first: {width: {from: 'a.weight[0]'}}
+      extra: {width: {from: 'c.weight[0]'}}
+"""
+    registered((FORMAT[FORMAT.index("  refuse: ") :], sections))
+    model = Press(act="gelu")
+    keymap.save_checkpoint(model, tmp_path / "one", "pressed")
+    assert json.loads((tmp_path / "one" / "settings.json").read_text()) == {"width": 8}
+    model.extra = nn.Linear(7, 6, bias=False)
+    keymap.save_checkpoint(model, tmp_path / "two", "pressed")
+    both = {"kind": "both", "first": {"width": 8}, "extra": {"width": 6}}
+    assert json.loads((tmp_path / "two" / "settings.json").read_text()) == both
+
+
 def test_a_kept_value_comes_from_the_sources_own_file_or_from_the_model(registered, tmp_path):
     registered()
 

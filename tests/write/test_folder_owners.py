@@ -35,6 +35,8 @@ def test_siglip2(tower, tmp_path):
     keymap.save_checkpoint(model, tmp_path / "out", "hf_siglip2_naflex", towers=tower)
     owner = {None: transformers.Siglip2Model, **naflex.TOWERS}[tower]
     peer = opened(owner, tmp_path / "out")
+    if tower != "text":  # of which transformers has no AutoModel
+        assert type(transformers.AutoModel.from_pretrained(tmp_path / "out")) is owner
     if tower != "text":
         batch = naflex.naflex_batch([images(28)[0], images((14, 42))[0]], 14)
         assert max_diff(naflex.image_features(peer, batch), model.visual(batch)) < 1e-5
@@ -99,6 +101,11 @@ def test_text_that_is_pooled_at_the_end_token_2_is_a_metaclip2(tmp_path):
     assert isinstance(peer, transformers.MetaClip2Model)
     assert max_diff(hf.text_features(peer, ids), model.encode_text(ids)) < 1e-5
     assert max_diff(hf.image_features(peer, images()), model.encode_image(images())) < 1e-5
+    keymap.save_checkpoint(model, tmp_path / "text", "hf_clip", towers="text")
+    peer = opened(transformers.MetaClip2TextModelWithProjection, tmp_path / "text")
+    assert max_diff(peer(input_ids=ids).text_embeds, model.encode_text(ids)) < 1e-5
+    back = openclip.clip(text={"pool_type": "eos", "eos_id": 2}, seed=2)
+    assert keymap.load_checkpoint(back, tmp_path / "text", towers="text").report.plan.warnings == ()
 
 
 # --- OpenCLIP ---

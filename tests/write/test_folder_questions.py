@@ -97,7 +97,7 @@ def test_the_end_token_is_asked_for_where_the_text_is_pooled_at_it(form, pool, t
 def test_a_tower_that_is_not_written_is_not_asked_about(tmp_path):
     model = openclip.clip(text={"no_causal_mask": True, "pool_type": "last"})
     keymap.save_checkpoint(model, tmp_path / "out", "hf_clip", towers=("image",))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]["num_attention_heads"] == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == 3
 
 
 UNLIKE = {  # the format, and a model with one setting that the format's code has another value for

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import open_clip
 import pytest
 import torch
@@ -56,25 +54,42 @@ def test_the_owners_loader_opens_the_folder_of_a_model(name, tmp_path):
     assert all(same_bits(value, model.state_dict()[key]) for key, value in back.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("tower", "owner"),
-    [
-        ("image", transformers.CLIPVisionModelWithProjection),
-        ("text", transformers.CLIPTextModelWithProjection),
-        ("image", transformers.CLIPVisionModel),
-    ],
-)
-def test_one_tower_is_a_folder_that_its_class_opens(tower, owner, tmp_path):
-    model = openclip.clip(seed=1).eval()
-    keymap.save_checkpoint(model, tmp_path / "out", "hf_clip", towers=(tower,))
-    assert list(json.loads((tmp_path / "out" / "config.json").read_text()).keys()) == [
-        "model_type",
-        "projection_dim",
-        "vision_config" if tower == "image" else "text_config",
-    ]
-    peer, info = owner.from_pretrained(tmp_path / "out", output_loading_info=True)
+TOWERS = {  # format and tower, the class that holds all of it, and the one that AutoModel finds, if there is one
+    ("CLIP", "image"): (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionModel),
+    ("CLIP", "text"): (transformers.CLIPTextModelWithProjection, transformers.CLIPTextModel),
+    ("Chinese-CLIP", "image"): (transformers.ChineseCLIPVisionModel, transformers.ChineseCLIPVisionModel),
+    ("SigLIP", "image"): (transformers.SiglipVisionModel, transformers.SiglipVisionModel),
+    ("SigLIP", "text"): (transformers.SiglipTextModel, None),
+}
+
+
+@pytest.mark.parametrize(("name", "tower"), TOWERS)
+def test_one_tower_is_a_folder_of_the_towers_own_class(name, tower, tmp_path):
+    """Not one of the whole model, of which transformers would make up the other tower."""
+    form, build, options, _ = OWNERS[name]
+    whole, found = TOWERS[name, tower]
+    model = build(seed=1, **options).eval()
+    keymap.save_checkpoint(model, tmp_path / "out", form, towers=(tower,))
+    peer, info = whole.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
-    assert peer.config.num_hidden_layers == (2 if tower == "image" else 3)
+    assert {key.partition(".")[0] for key in info["unexpected_keys"]} <= {"visual_projection"}  # Chinese-CLIP has none
+    if found is not None:
+        assert type(transformers.AutoModel.from_pretrained(tmp_path / "out")) is found
+    if found is not transformers.ChineseCLIPVisionModel:
+        assert not info["unexpected_keys"]
+        size = model.visual.image_size
+        inputs = {"pixel_values": images(size[0] if isinstance(size, tuple) else size)}
+        outputs = peer.eval()(**inputs) if tower == "image" else peer.eval()(input_ids=tokens())
+        ours = model.encode_image(inputs["pixel_values"]) if tower == "image" else model.encode_text(tokens())
+        embeds = getattr(outputs, f"{tower}_embeds", None)
+        assert max_diff(outputs.pooler_output if embeds is None else embeds, ours) < 1e-5
+    back = build(seed=2, **options)
+    plan = keymap.load_checkpoint(back, tmp_path / "out", towers=(tower,)).report.plan
+    assert (plan.warnings, plan.unverified) == ((), ())
+    loaded = [entry.key for entry in plan.entries]
+    assert loaded and all(same_bits(back.state_dict()[key], model.state_dict()[key]) for key in loaded)
+    keymap.convert_checkpoint(tmp_path / "out", tmp_path / "again", form)
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("options", [{}, {"quick_gelu": True}, {"vision": {"pool_type": "avg"}}, {"image_mlp": 2.7}])
