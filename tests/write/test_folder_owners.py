@@ -66,6 +66,20 @@ def test_a_dual_encoder(family, tmp_path):
     assert all(same_bits(value, model.state_dict()[key]) for key, value in back.state_dict().items())
 
 
+def test_the_text_tower_of_a_dual_encoder_alone_is_read_with_its_projection(tmp_path):
+    """Chinese-CLIP's has the same keys: the model decides, with a warning."""
+
+    def build(seed):
+        return openclip.hf_text(family="bert", pooler="cls_pooler", proj="linear", seed=seed)
+
+    model, back = build(1), build(2)
+    keymap.save_checkpoint(model, tmp_path / "text.pt", "hf_vision_text_dual_encoder", towers="text")
+    with pytest.warns(keymap.ConfigurationWarning, match="of hf_vision_text_dual_encoder and of hf_chinese_clip"):
+        plan = keymap.load_checkpoint(back, tmp_path / "text.pt", towers="text").report.plan
+    assert plan.format == "hf_vision_text_dual_encoder"
+    assert all(same_bits(value, model.text.state_dict()[key]) for key, value in back.text.state_dict().items())
+
+
 @pytest.mark.parametrize("pooler", ["cls_pooler", "mean_pooler"])
 @pytest.mark.parametrize("family", BERTS)
 def test_a_text_tower_of_berts_family(family, pooler, tmp_path):

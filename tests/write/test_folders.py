@@ -100,11 +100,17 @@ def test_one_tower_of_chinese_clip_keeps_its_projection(tower, tmp_path):
     ids = tokens()
     with torch.no_grad():
         if tower == "image":
-            found, ours = hf.image_features(peer.eval(), images()), model.encode_image(images())
+            embedding, ours = hf.image_features(peer.eval(), images()), model.encode_image(images())
         else:
             outputs = peer.eval().get_text_features(input_ids=ids, attention_mask=(ids != 0).long())
-            found, ours = outputs.pooler_output, model.encode_text(ids)
-    assert max_diff(found, ours) < 1e-5
+            embedding, ours = outputs.pooler_output, model.encode_text(ids)
+    assert max_diff(embedding, ours) < 1e-5
+    back = build(seed=2, **options)
+    loaded = [
+        entry.key for entry in keymap.load_checkpoint(back, tmp_path / "out", towers=(tower,)).report.plan.entries
+    ]
+    assert "visual.proj" in loaded or "text.proj.weight" in loaded
+    assert all(same_bits(back.state_dict()[key], model.state_dict()[key]) for key in loaded)
 
 
 @pytest.mark.parametrize("options", [{}, {"quick_gelu": True}, {"vision": {"pool_type": "avg"}}, {"image_mlp": 2.7}])
