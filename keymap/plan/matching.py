@@ -117,13 +117,9 @@ def match(sides: Sides) -> Matches:
     notes: list[str] = []
     entries: list[Entry] = []
     mismatched: dict[str, str] = {}
-    tensors, towers, positions = sides.translated.tensors, sides.towers, sides.hub.positions
     for key, target in sides.targets.items():
-        layout = tensors.get(key)
+        layout = sides.translated.tensors.get(key)
         if layout is None:
-            continue
-        if key not in positions and _fits_as_it_is(sides, layout, target):  # as most do
-            entries.append(_tuple(Entry, (key, towers[key], layout, layout.shape, layout.dtype, None, "", ())))
             continue
         try:
             entries.append(_entry(sides, key, layout, target, notes))
@@ -145,19 +141,15 @@ def match(sides: Sides) -> Matches:
 # --- keys on both sides ---
 
 
-def _fits_as_it_is(sides: Sides, layout: Layout, target: torch.Tensor) -> bool:
-    """Whether a tensor of the model is one tensor of the file: neither in another shape nor in another dtype."""
-    dtype = target.dtype
-    if layout.dtype != dtype or layout.shape != target.shape or not layout.copied_whole:
-        return False
-    source = layout.pieces[0].source
-    return source is not None and sides.file_tensors[source].dtype == dtype
-
-
 def _entry(sides: Sides, key: str, layout: Layout, target: torch.Tensor, notes: list[str]) -> Entry:
     """The entry of one key; raises MismatchError where the file's tensor cannot fill the model's."""
-    dtype, shape = target.dtype, tuple(target.shape)
+    dtype = target.dtype
     position = sides.hub.positions.get(key)
+    if position is None and layout.shape == target.shape and layout.copied_whole:  # as most are
+        source = layout.pieces[0].source
+        if layout.dtype == dtype and source is not None and sides.file_tensors[source].dtype == dtype:
+            return _tuple(Entry, (key, sides.towers[key], layout, layout.shape, dtype, None, "", ()))
+    shape = tuple(target.shape)
     if layout.dtype != dtype and _kind(layout.dtype) != _kind(dtype):
         raise MismatchError(
             f"{dtype_name(layout.dtype)} in the file, {dtype_name(dtype)} in the model: keymap does not cast between "
@@ -180,7 +172,7 @@ def _casts(sides: Sides, layout: Layout, dtype: torch.dtype) -> tuple[str, ...]:
     """The dtype conversions that a layout's sources need."""
     held = sides.file_tensors
     others = {held[piece.source].dtype for piece in layout.pieces if piece.source is not None} - {dtype}
-    return tuple(sorted(f"{dtype_name(other)} to {dtype_name(dtype)}" for other in others)) if others else ()
+    return tuple(sorted(f"{dtype_name(other)} to {dtype_name(dtype)}" for other in others))
 
 
 def _resize(

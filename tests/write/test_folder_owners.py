@@ -80,6 +80,15 @@ def test_the_text_tower_of_a_dual_encoder_alone_is_read_with_its_projection(tmp_
     assert all(same_bits(value, model.text.state_dict()[key]) for key, value in back.text.state_dict().items())
 
 
+def test_chinese_clip_without_a_tensor_of_its_first_text_layer_is_told_which(tmp_path):
+    model = openclip.hf_text(family="bert", pooler="cls_last_hidden_state_pooler", proj="linear", seed=1)
+    state = keymap.convert_state_dict(model.state_dict(), "hf_chinese_clip")
+    missing = "text_model.encoder.layer.0.attention.self.query.weight"
+    torch.save({key: value for key, value in state.items() if key != missing}, tmp_path / "part.pt")
+    with pytest.raises(keymap.PlanError, match=rf"the text tower is incomplete; missing keys: {missing}"):
+        keymap.load_checkpoint(model, tmp_path / "part.pt")
+
+
 @pytest.mark.parametrize("pooler", ["cls_pooler", "mean_pooler"])
 @pytest.mark.parametrize("family", BERTS)
 def test_a_text_tower_of_berts_family(family, pooler, tmp_path):
