@@ -112,8 +112,8 @@ def convert_checkpoint(
             format's own layout, with its configuration made from shapes, facts and the source's configuration.
         to: the format to write, as in `convert_state_dict`.
         mapping, wrapper, towers: as in `convert_state_dict`.
-        facts: as in `convert_state_dict`; for a folder also settings that are words or fractions, for example
-            ``{"image.activation": "quick_gelu", "image.eps": 1e-5}``.
+        facts: as in `convert_state_dict`; for a folder also settings that are words, fractions or (h, w), for example
+            ``{"image.activation": "quick_gelu", "image.eps": 1e-5, "image.size": (224, 448)}``.
         dtype: the dtype of floating tensors, for example ``"float16"``; None keeps that of the source. A value that
             would become infinite is refused.
         max_shard_size: bytes, or a text such as ``"5GB"``: cut .safetensors into shards with an index, named as

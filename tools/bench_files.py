@@ -1,17 +1,19 @@
 """Compare conversions with `cp` of the same file, and loads of files that are not in the page cache with their read.
 
-    python tools/bench_files.py             some minutes, 10 GB of free disk
+    python tools/bench_files.py             half an hour, 10 GB of free disk
     python tools/bench_files.py --write     the same, and docs/benchmarks-files.md
     python tools/bench_files.py --quick     a tiny model, to check that it runs
 
-Ratios compare times of one run: each round has all cases, in another order. Each line shows the median, the minimum and
-the maximum. Before a cold load the file is read once, then its pages are dropped with `posix_fadvise(DONTNEED)`; the
-storage of the machine may still cache them.
+Each round has all cases, in another order. A line shows the median, the minimum and the maximum. A ratio is the
+geometric mean of those of each round, with its standard error: storage is fast for a while and slow for a while, by a
+factor of two, so a median jumps between the two. Before a cold load the file is read once, then its pages are dropped
+with `posix_fadvise(DONTNEED)`; the storage of the machine may still cache them.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -96,14 +98,21 @@ def compare(title: str, cases: Mapping[str, Run], base: str, rounds: int, before
             start = time.perf_counter()
             cases[name]()
             times[name].append(time.perf_counter() - start)
-    middle = statistics.median(times[base])
     lines = [title]
     for name, all_of in times.items():
-        own = statistics.median(all_of)
         spread = f"({min(all_of):.2f} - {max(all_of):.2f})"
-        lines.append(f"  {name:<44} {own:6.2f} s  {spread:<16} {own / middle:5.2f} x {base}")
+        own = f"  {name:<44} {statistics.median(all_of):6.2f} s  {spread:<16}"
+        lines.append(f"{own} {ratio(all_of, times[base])} x {base}")
     print("\n".join(lines), flush=True)
     return lines
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> str:
+    """The geometric mean of the ratios of the rounds, and its standard error."""
+    logarithms = [math.log(own / other) for own, other in zip(times, base, strict=True)]
+    error = statistics.stdev(logarithms) / math.sqrt(len(logarithms)) if len(logarithms) > 1 else 0.0
+    middle = math.exp(statistics.mean(logarithms))
+    return f"{middle:5.2f} ± {middle * error:.2f}"
 
 
 def conversions(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
@@ -159,7 +168,7 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
         }
         title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
-        lines += compare(title, cases, "fastest parallel read", 4 * rounds, partial(settle, path, read_fast))
+        lines += compare(title, cases, "fastest parallel read", 8 * rounds, partial(settle, path, read_fast))
         path.unlink()
     return lines
 
@@ -182,7 +191,8 @@ def main() -> int:
         PAGE.write_text(
             "<!-- Written by tools/bench_files.py --write. -->\n# Conversions and cold loads\n\n"
             f"ViT-L-14, measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores. Each line shows the median,\n"
-            "then the minimum and the maximum of rounds with all cases in a new order, and the ratio in this run.\n"
+            "the minimum and the maximum of rounds with all cases in a new order. A ratio is the geometric mean of\n"
+            "those of each round, with its standard error.\n"
             "Files are written without fsync. Before a cold load the file is read and dropped from the page cache.\n\n"
             f"```text\n{text}\n```\n",
             encoding="utf-8",

@@ -26,11 +26,16 @@ def _pairs(value: Any) -> list[str]:
     """``NAME=VALUE``; a value that the message leaves open is VALUE."""
     if not isinstance(value, Mapping):
         return [str(value)]
-    return [f"{name}={'VALUE' if inner is ... else inner}" for name, inner in value.items()]
+    return [f"{name}={'VALUE' if inner is ... else _sides(inner)}" for name, inner in value.items()]
 
 
 def _grid(value: Any) -> list[str]:
-    return ["x".join(map(str, value))] if isinstance(value, (tuple, list)) else [str(value)]
+    return [_sides(value)]
+
+
+def _sides(value: Any) -> str:
+    """``HxW`` for two sides; any other value as it is."""
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _switch(_value: Any) -> list[str]:

@@ -52,7 +52,7 @@ FACT = click.option(
     "facts",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A number that shapes cannot show, such as that of heads.",
+    help="What shapes cannot show, such as the number of heads; HxW for the size of an image.",
 )
 HUB = click.option("--hub", metavar="NAME", help="The hub, where several know the keys or have such a format.")
 WRAPPER = click.option("--wrapper", metavar="NAME", help="Which state dict of the file.")
@@ -139,9 +139,9 @@ def load_arguments(
     }
 
 
-def settings_of(facts: Sequence[str]) -> dict[str, int | float | str | bool] | None:
-    """The values of ``NAME=VALUE``: numbers, true and false, and words; None for none."""
-    found: dict[str, int | float | str | bool] = {}
+def settings_of(facts: Sequence[str]) -> dict[str, int | float | str | bool | tuple[int, int]] | None:
+    """The values of ``NAME=VALUE``: numbers, true and false, HxW, and words; None for none."""
+    found: dict[str, int | float | str | bool | tuple[int, int]] = {}
     for fact in facts:
         name, equals, value = fact.partition("=")
         if not (name and equals and value):
@@ -150,7 +150,9 @@ def settings_of(facts: Sequence[str]) -> dict[str, int | float | str | bool] | N
             read = json.loads(value)
         except ValueError:
             read = value
-        found[name] = read if isinstance(read, (int, float, bool)) else value
+        sides = _GRID.fullmatch(value)
+        word = value if sides is None else (int(sides[1]), int(sides[2]))
+        found[name] = read if isinstance(read, (int, float, bool)) else word
     return found or None
 
 

@@ -72,6 +72,7 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
         data.get("minus", 0),
         data.get("per", 1),
         bool(data.get("square")),
+        data.get("grid", ""),
         times if isinstance(times, int) else _length(compiler, times, where),
         _length(compiler, divide, where) if "[" in divide else divide,
         _length(compiler, data["over"], where) if "over" in data else None,
@@ -79,6 +80,7 @@ def _computed(compiler: Compiler, data: Mapping[str, Any], where: Where) -> Comp
         bool(data.get("optional")),
         _length(compiler, data["divides"], where) if "divides" in data else None,
         _inner(compiler, data, "agrees", where),
+        data.get("side", ""),
     )
 
 

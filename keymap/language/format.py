@@ -44,7 +44,7 @@ __all__ = [
     "ignored_in_model",
 ]
 
-Scalar = str | int | float | bool
+Scalar = str | int | float | bool | tuple[int, int]  # a pair is (height, width)
 _MAX_LIST = 120  # characters of a list of words; of a longer one the rest is a digest
 
 
@@ -63,14 +63,19 @@ def config_text(value: object) -> str:
     """A value as a configuration file writes it."""
     if value is None:
         return "null"
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def as_word(value: Any) -> Any:
     """A list of words, such as the kind of each layer, as one word: what repeats, once; any other value as it is.
 
-    Two lists of one length have the same word if they are equal.
+    Two lists of one length have the same word if they are equal. Two positive whole numbers are (height, width), or the
+    side of a square.
     """
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
+        return value[0] if value[0] == value[1] else (value[0], value[1])
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
         return value
     period = next(n for n in range(1, len(value) + 1) if all(map(eq, value[n:], value)))
@@ -234,12 +239,16 @@ class Computed(NamedTuple):
 
     Attributes:
         fact: the hub's name of a setting; "" for a value that tensors show.
+        side: "height" or "width" of a setting that may have both; "" for the setting.
         length: what tensors show; None without a fact for a fixed ``value``.
         value: one that is written as it is.
         words: the file's values by the hub's words.
         others: what is taken if the fact is not known, or has no word.
         minus, per: subtracted; a whole number to divide by.
-        square, times: whether to take the side of a square with so many elements; multiplied by.
+        square: whether to take the side of a square with so many elements.
+        grid: "square" or "any" for a number of positions: take the side of their grid, or (h, w) of one that is not
+            square. With "square" the format has no other images.
+        times: multiplied by.
         divide: a fact to divide by, or a length.
         over: what the number is divided by, as a fraction.
         absent: the value if there is no such key; None leaves it out.
@@ -256,6 +265,7 @@ class Computed(NamedTuple):
     minus: int = 0
     per: int = 1
     square: bool = False
+    grid: str = ""
     times: Length | int = 1
     divide: str | Length = ""
     over: Length | None = None
@@ -263,6 +273,7 @@ class Computed(NamedTuple):
     optional: bool = False
     divides: Length | None = None
     agrees: Computed | None = None
+    side: str = ""
 
 
 class Cases(NamedTuple):
@@ -368,7 +379,8 @@ class Fact(NamedTuple):
         only: facts of the model under which this one matters.
         formerly: the name that the fact had before.
         width_per: the fact is the width of its tower divided by this one; "" for none.
-        kind: what its value is: a count from 1 on, an index from 0 on, a positive number, a flag or a word; "" for any.
+        kind: what its value is: a count from 1 on, an index from 0 on, a size (a count, or height and width), a
+            positive number, a flag or a word; "" for any.
     """
 
     paths: tuple[Attribute, ...]

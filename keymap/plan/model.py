@@ -16,7 +16,17 @@ from keymap.errors import PlanError, some
 from keymap.language.format import Fact, Format, Scalar, as_word, config_text
 from keymap.language.layout import Layout, whole
 
-__all__ = ["ABSENT", "ModelView", "State", "attribute", "has_memory", "modules_of", "state_of", "view_model"]
+__all__ = [
+    "ABSENT",
+    "ModelView",
+    "State",
+    "attribute",
+    "grids_of",
+    "has_memory",
+    "modules_of",
+    "state_of",
+    "view_model",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,11 +154,6 @@ def _fact_value(fact: Fact, model: nn.Module) -> tuple[Any, str]:
     return None, ""
 
 
-def _side_of_square(value: Any) -> Any:
-    """The side of a square (h, w); any other value as it is."""
-    return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
-
-
 def has_memory(tensor: torch.Tensor) -> bool:
     """True where a tensor's elements lie in memory of its own; a subclass with its own dispatch may have none."""
     kind = type(tensor)
@@ -211,17 +216,23 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
     state = state_of(model) if state is None else state
     facts: dict[str, Scalar] = {}
     paths: dict[str, str] = {}
-    grids: dict[str, tuple[int, int]] = {}
     grid_facts = {position.grid_fact for position in hub.positions.values()}
     for name, fact in hub.facts.items():
-        value, path = _fact_value(fact, model)
-        if name in grid_facts:
-            sides = (value, value) if type(value) is int else value
-            if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
-                grids[name] = sides
-        elif isinstance(scalar := _side_of_square(value), (str, int, float)):
-            facts[name], paths[name] = scalar, path
-    return ModelView(model, state.tensors, facts, grids, paths, state.lazy, state.modules)
+        value, path = _fact_value(fact, model) if name not in grid_facts else (None, "")
+        if isinstance(value, (str, int, float, tuple)):
+            facts[name], paths[name] = value, path
+    return ModelView(model, state.tensors, facts, grids_of(model, hub), paths, state.lazy, state.modules)
+
+
+def grids_of(model: nn.Module, hub: Format) -> dict[str, tuple[int, int]]:
+    """(h, w) in patches of a model's image positions, by the hub's names of them."""
+    grids = {}
+    for name in {position.grid_fact for position in hub.positions.values()} & hub.facts.keys():
+        value, _ = _fact_value(hub.facts[name], model)
+        sides = (value, value) if type(value) is int else value
+        if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid
+            grids[name] = sides
+    return grids
 
 
 def _state_dict(model: nn.Module) -> Mapping[str, Any]:

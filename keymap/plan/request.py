@@ -11,7 +11,7 @@ from torch import nn
 
 from keymap.errors import CheckpointError, PlanError, some
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Format, Scalar
+from keymap.language.format import Fact, Format, Scalar, as_word
 from keymap.language.rules import Rule
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
@@ -168,7 +168,7 @@ def sizes_of(facts: Mapping[str, Scalar]) -> dict[str, int]:
 
 
 def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
-    """The caller's facts for a folder with a configuration: numbers, and words such as the name of an activation.
+    """The caller's facts for a folder with a configuration: numbers, (h, w), and words such as that of an activation.
 
     Raises:
         PlanError: as `checked_facts`.
@@ -176,9 +176,19 @@ def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
     others = {}
     if isinstance(facts, Mapping):
         words = known.hub.facts.keys() - _sizes_of_rules(known)
-        others = {n: v for n, v in facts.items() if type(v) in (str, float, bool) and isinstance(n, str) and n in words}
+        named = {name: fact for name, fact in known.hub.facts.items() if name in words and name in facts}
+        pairs = {name: as_word(facts[name]) for name, fact in named.items() if fact.kind == "size"}
+        facts = {**facts, **pairs}
+        others = {name: facts[name] for name, fact in named.items() if _is_setting(fact, facts[name])}
         facts = {name: value for name, value in facts.items() if name not in others}
     return {**checked_facts(facts or None, known), **others}
+
+
+def _is_setting(fact: Fact, value: object) -> bool:
+    """Whether a value is one that a setting may have and that no rule counts by."""
+    if type(value) is int:
+        return fact.kind == "index" and value >= 0
+    return type(value) in (str, float, bool) or (fact.kind == "size" and type(value) is tuple and len(value) == 2)
 
 
 def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
@@ -192,21 +202,22 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     _refuse_none(facts)
     hub = known.hub
     grids = {position.grid_fact for position in hub.positions.values()}
-    if isinstance(facts, Mapping) and all(
-        isinstance(name, str) and type(value) is int and value > 0 for name, value in facts.items()
-    ):
-        names = hub.facts.keys() - grids
-        unknown = [name for name in facts if name not in names]
-        if unknown:
-            names |= _sizes_of_rules(known) - grids
-            faults = [_unknown_fact(name, facts[name], names, grids) for name in unknown if name not in names]
-            if faults:
-                raise PlanError("facts=: a name is wrong", faults)
-        return facts
-    named = [name for name in facts if name in hub.facts] if isinstance(facts, Mapping) else []
-    counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
-    example = next((f", for example facts={{{name!r}: 12}}" for name in (*named, *counts)), "")
-    raise PlanError(f"facts={facts!r}: expected names and positive integers{example}")
+    wrong = facts
+    if isinstance(facts, Mapping):
+        wrong = {n: v for n, v in facts.items() if not (isinstance(n, str) and type(v) is int and v > 0)}
+    if wrong or not isinstance(facts, Mapping):
+        named = [name for name in hub.facts if isinstance(wrong, Mapping) and name in wrong]
+        counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
+        example = next((f", for example facts={{{name!r}: 12}}" for name in (*named, *counts)), "")
+        raise PlanError(f"facts={wrong!r}: expected names and positive integers{example}")
+    names = hub.facts.keys() - grids
+    unknown = [name for name in facts if name not in names]
+    if unknown:
+        names |= _sizes_of_rules(known) - grids
+        faults = [_unknown_fact(name, facts[name], names, grids) for name in unknown if name not in names]
+        if faults:
+            raise PlanError("facts=: a name is wrong", faults)
+    return facts
 
 
 def _refuse_none(facts: object) -> None:

@@ -274,7 +274,9 @@ def _shown(value: Any) -> str:
 
 
 def _is_comparable(value: Any) -> bool:
-    """Whether a value is a short printable string or a number of moderate size."""
+    """Whether a value is a short printable string, a number of moderate size, or two of them."""
+    if isinstance(value, tuple):
+        return all(map(_is_comparable, value))
     if isinstance(value, str):
         return len(value) <= _MAX_WORD and value.isprintable()
     return isinstance(value, (int, float)) and -_MAX_NUMBER < value < _MAX_NUMBER

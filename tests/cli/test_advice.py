@@ -34,6 +34,7 @@ SPELLINGS = {
     "load with towers=('image',)": "load with --tower image",
     "towers=('image', 'scale').": "--tower image --tower scale.",
     "pass facts={'image.heads': ..., 'text.heads': 12} (": "pass --fact image.heads=VALUE --fact text.heads=12 (",
+    "facts={'image.size': (28, 56)}: no": "--fact image.size=28x56: no",
     "pass source_grid=(h, w), one of 2x3": "pass --source-grid HxW, one of 2x3",
     "source_grid=(2, 3): does not": "--source-grid 2x3: does not",
     "pass strict=False": "pass --no-strict",
@@ -228,6 +229,11 @@ def a_folder_needs_a_setting():
     return ["convert", saved(state(openclip.clip(seed=1))), "y", "--to", "open_clip"]
 
 
+def a_folder_of_images_that_are_not_square():
+    file = saved(openclip.clip(seed=1, image_size=(28, 56)).state_dict())
+    return ["convert", file, "out", "--to", "open_clip", *shlex.split(FOLDER)]
+
+
 def shards_are_there():
     words = ["convert", saved(state(openclip.clip(seed=1))), "y.safetensors", "--to", "hf_clip", "--max-shard-size"]
     assert main([*words, "150000"]) == 0
@@ -266,6 +272,7 @@ FOLLOWED = {  # the file and the command; options that the refusal must offer; t
     "two models to be like": (two_models_to_be_like, ["--like-wrapper student", "--like-wrapper teacher"], 0),
     "heads": (heads_are_not_shown, ["--fact image.heads=VALUE", "--fact text.heads=VALUE"], 0),
     "a folder": (a_folder_needs_a_setting, ["--fact image.activation=VALUE", "--fact text.eps=VALUE"], 0),
+    "a size": (a_folder_of_images_that_are_not_square, ["--fact image.size=VALUE"], 0),
     "shards": (shards_are_there, ["--overwrite"], 0),
     "numpy": (too_wide_for_numpy, ["--dtype float32"], 0),
     "code": (a_class_that_runs_code, ["--unsafe-pickle"], 0),
@@ -276,6 +283,7 @@ FOLDER = """--fact image.activation=gelu --fact image.head_width=16 --fact image
 --fact text.heads=2 --fact text.pool=argmax --fact text.causal=true --fact text.eps=1e-5 --fact text.activation=gelu"""
 OPEN = {
     "--fact image.activation=VALUE": FOLDER,
+    "--fact image.size=VALUE": "--fact image.size=28x56",
     "--fact image.heads=VALUE": "--fact image.heads=3 --fact text.heads=2",
     "--source-grid HxW": "--source-grid 2x3",
 }
