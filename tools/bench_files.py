@@ -1,7 +1,7 @@
 """Compare conversions with `cp` of the same file, and loads of files that are not in the page cache with their read.
 
     python tools/bench_files.py             half an hour, 10 GB of free disk
-    python tools/bench_files.py --write     the same, and docs/benchmarks-files.md
+    python tools/bench_files.py --write     the same, and docs/benchmarks-files.md; with --only a part of it
     python tools/bench_files.py --quick     a tiny model, to check that it runs
 
 Each round has all cases, in another order. A line shows the median, the minimum and the maximum. A ratio is the
@@ -168,9 +168,31 @@ def cold_loads(folder: Path, model: torch.nn.Module, rounds: int) -> list[str]:
             "open_clip.load_checkpoint": partial(open_clip.load_checkpoint, model, str(path)),
         }
         title = f"load {suffix} of {path.stat().st_size / 1e6:.0f} MB, not in the page cache"
-        lines += compare(title, cases, "fastest parallel read", 8 * rounds, partial(settle, path, read_fast))
+        lines += compare(title, cases, "fastest parallel read", rounds, partial(settle, path, read_fast))
         path.unlink()
     return lines
+
+
+PARTS: dict[str, tuple[Callable[[Path, torch.nn.Module, int], list[str]], int]] = {
+    "Conversions": (conversions, 15),  # with so many rounds
+    "Cold loads": (cold_loads, 40),
+}
+
+
+def write(measured: Mapping[str, list[str]]) -> None:
+    """Write the measured parts of the page; the others stay."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    sections = {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in text.split("\n## ")[1:]}
+    day = f"ViT-L-14, measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores."
+    for name, lines in measured.items():
+        sections[name] = "\n".join([day, "", "```text", *lines, "```"])
+    head = (
+        "<!-- Written by tools/bench_files.py --write. -->\n# Conversions and cold loads\n\n"
+        "Each line shows the median, the minimum and the maximum of rounds with all cases in a new order. A ratio is\n"
+        "the geometric mean of those of each round, with its standard error. Files are written without fsync.\n"
+        "Before a cold load the file is read and dropped from the page cache.\n"
+    )
+    PAGE.write_text(head + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in PARTS if name in sections), "utf-8")
 
 
 def main() -> int:
@@ -178,25 +200,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks-files.md")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
+    parser.add_argument("--only", choices=PARTS, help="one part of the page; the other stays")
     parser.add_argument("--folder", type=Path, help="where files are written")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     hf.clip()  # imports transformers before the first round
-    rounds = 1 if options.quick else 5
     model = openclip.clip(seed=1) if options.quick else openclip.clip(seed=1, quick_gelu=True, **SIZES["large"])
+    measured = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        lines = [*conversions(Path(name), model, rounds), *cold_loads(Path(name), model, rounds)]
+        for part in [options.only] if options.only else PARTS:
+            measure, rounds = PARTS[part]
+            measured[part] = measure(Path(name), model, 1 if options.quick else rounds)
     if options.write:
-        text = "\n".join(lines)
-        PAGE.write_text(
-            "<!-- Written by tools/bench_files.py --write. -->\n# Conversions and cold loads\n\n"
-            f"ViT-L-14, measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores. Each line shows the median,\n"
-            "the minimum and the maximum of rounds with all cases in a new order. A ratio is the geometric mean of\n"
-            "those of each round, with its standard error.\n"
-            "Files are written without fsync. Before a cold load the file is read and dropped from the page cache.\n\n"
-            f"```text\n{text}\n```\n",
-            encoding="utf-8",
-        )
+        write(measured)
     return 0
 
 
