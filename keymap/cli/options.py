@@ -30,7 +30,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
 
-_GRID = re.compile(r"(\d{1,9})[x,](\d{1,9})")
+_GRID = re.compile(r"\[?(\d{1,9}) ?[x,] ?(\d{1,9})\]?", re.ASCII | re.IGNORECASE)
 
 PATH = click.Path()  # without a check: the library says what is wrong with a path
 

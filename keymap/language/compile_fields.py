@@ -53,7 +53,7 @@ def compile_positions(compiler: Compiler) -> dict[str, Position]:
                 f"a grid is resized by {', '.join(methods)}" if grid else f"a line is resized by {' or '.join(methods)}"
             )
             compiler.fault(compiler.marked, ("positions", key, "method"), what)
-        return Position(key, lead, grid, rows, apart, entry.get("grid", ""), method)
+        return Position(key, lead, grid, rows, apart, entry.get("grid", ""), entry.get("patch", ""), method)
 
     return {key: position(key, entry) for key, entry in data.get("positions", {}).items()}
 

@@ -39,6 +39,7 @@ __all__ = [
     "Template",
     "Unsupported",
     "Variant",
+    "as_size",
     "as_word",
     "config_text",
     "ignored_in_model",
@@ -71,17 +72,21 @@ def config_text(value: object) -> str:
 def as_word(value: Any) -> Any:
     """A list of words, such as the kind of each layer, as one word: what repeats, once; any other value as it is.
 
-    Two lists of one length have the same word if they are equal. Two positive whole numbers are (height, width), or the
-    side of a square.
+    Two lists of one length have the same word if they are equal.
     """
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
-        return value[0] if value[0] == value[1] else (value[0], value[1])
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, str) for item in value):
         return value
     period = next(n for n in range(1, len(value) + 1) if all(map(eq, value[n:], value)))
     runs = [(len(list(run)), word) for word, run in groupby(value[:period])]
     text = ", ".join(word if count == 1 else f"{count} {word}" for count, word in runs)
     return text if len(text) <= _MAX_LIST else f"{text[:_MAX_LIST]}... ({crc32(text.encode()):08x})"
+
+
+def as_size(value: Any) -> Any:
+    """Two whole numbers as (height, width), or as the side of a square; any other value as it is."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or any(type(side) is not int for side in value):
+        return value
+    return value[0] if value[0] == value[1] else (value[0], value[1])
 
 
 class Clue(NamedTuple):
@@ -157,6 +162,7 @@ class Position(NamedTuple):
         prefix: how many rows come before the grid, or the keys whose tensors bring them.
         apart: the grid has two separate axes, ``1 h w d``, so its shape shows it.
         grid_fact: the fact that gives the model's grid (h, w).
+        patch: the key of the hub's weight whose last two axes are the sides of a patch in pixels; "" for none.
         method: how it is resampled, by torch's name.
     """
 
@@ -166,6 +172,7 @@ class Position(NamedTuple):
     prefix: int | tuple[str, ...]
     apart: bool = False
     grid_fact: str = ""
+    patch: str = ""
     method: str = "linear"
 
 

@@ -70,7 +70,7 @@ def _named(source: Source, model: nn.Module) -> Source:
         return source._replace(file=_NAME)
     assert source.found is not None and config is not None, "only a format's configuration is looked for"
     found = source.found
-    settings = settings_in(data, found.mapping, f"{config.model} of the model", found.tensors)
+    settings = settings_in(data, found.mapping, source.known.hub, f"{config.model} of the model", found.tensors)
     return source._replace(file=_NAME, settings=settings)
 
 

@@ -21,8 +21,9 @@ from keymap.language.rules import Check, RuleTable
 from keymap.plan.model import ModelView, has_memory
 from keymap.plan.plan import Entry, dtype_name
 from keymap.plan.request import Request
-from keymap.plan.resize import MismatchError, Resize, Rows, assumed_grid, plan_resize
+from keymap.plan.resize import MismatchError, Resize, Rows, assumed_grid, patch_of, plan_resize, prefixes_of
 from keymap.plan.to_hub import Translated, tower_of
+from keymap.source.settings import Settings
 
 __all__ = ["Matches", "Sides", "key_before_bridges", "match"]
 
@@ -39,7 +40,7 @@ class Sides:
         format: the file's.
         translated: the file's tensors under the hub's names, in the model's layouts.
         file_tensors: the file's tensors by its own keys.
-        config_grid: (h, w) in patches by the source's configuration, or None.
+        settings: that the source states.
         model: its tensors and facts.
         request: what the caller asked for.
         hub_applies: what the hub says of keys holds for the model; it does not for a model of another kind.
@@ -49,7 +50,7 @@ class Sides:
     format: Format
     translated: Translated
     file_tensors: Mapping[str, Shaped]
-    config_grid: tuple[int, int] | None
+    settings: Settings
     model: ModelView
     request: Request
     hub_applies: bool = True
@@ -180,9 +181,9 @@ def _resize(
 ) -> Resize | None:
     origin = sides.hub.positions.get(key_before_bridges(sides, position.key), position)
     prefixes = _prefixes(sides, origin)
-    grid, config_grid = sides.request.source_grid, sides.config_grid
-    if grid is None and config_grid is not None and len(layout.shape) > position.lead:
-        grid = config_grid if layout.shape[position.lead] - prod(config_grid) in prefixes else None
+    grid, stated = sides.request.source_grid, sides.settings.grid(patch_of(origin, sides.translated.unbridged))
+    if grid is None and stated is not None and len(layout.shape) > position.lead:
+        grid = stated if layout.shape[position.lead] - prod(stated) in prefixes else None
     target = Rows(shape, _prefixes(sides, position), sides.model.grids.get(position.grid_fact))
     file_rows = Rows(layout.shape, prefixes, grid)
     guess = assumed_grid(position, file_rows, target)
@@ -211,14 +212,7 @@ def _other_tokens(sides: Sides, position: Position) -> str:
 
 def _prefixes(sides: Sides, position: Position) -> list[int]:
     """How many rows may come before the grid; prefix tokens may have rows of their own, or none."""
-    if isinstance(position.prefix, int):
-        return [position.prefix]
-    total = 0
-    for name in position.prefix:
-        token: Shaped | None = sides.translated.unbridged.get(name, sides.model.tensors.get(name))
-        if token is not None:
-            total += token.shape[1] if len(token.shape) == 3 else 1
-    return [0, total] if total else [0]
+    return prefixes_of(position, sides.translated.unbridged, sides.model.tensors)
 
 
 def key_before_bridges(sides: Sides, key: str) -> str:

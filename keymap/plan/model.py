@@ -13,7 +13,7 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from keymap.errors import PlanError, some
-from keymap.language.format import Fact, Format, Scalar, as_word, config_text
+from keymap.language.format import Fact, Format, Scalar, as_size, as_word, config_text
 from keymap.language.layout import Layout, whole
 
 __all__ = [
@@ -219,7 +219,8 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
     grid_facts = {position.grid_fact for position in hub.positions.values()}
     for name, fact in hub.facts.items():
         value, path = _fact_value(fact, model) if name not in grid_facts else (None, "")
-        if isinstance(value, (str, int, float, tuple)):
+        value = as_size(value)
+        if isinstance(value, (str, int, float)) or (isinstance(value, tuple) and fact.kind == "size"):
             facts[name], paths[name] = value, path
     return ModelView(model, state.tensors, facts, grids_of(model, hub), paths, state.lazy, state.modules)
 

@@ -41,9 +41,7 @@ def make_plan(source: Source, model: ModelView, request: Request) -> Plan:
     request = request._replace(stripped="".join(unwrapped.prefixes))
     translated, file_counts, tower_notes = _translate(source, found, model, request)
     hub_applies = not own or not is_foreign(known.hub, model)
-    sides = Sides(
-        known, found.mapping, translated, unwrapped.tensors, source.settings.grid, model, request, hub_applies
-    )
+    sides = Sides(known, found.mapping, translated, unwrapped.tensors, source.settings, model, request, hub_applies)
     matches = judge(sides, match(sides), file_counts, unwrapped.remarks)
     towers = dict.fromkeys(entry.tower for entry in matches.entries if not entry.filled)
     settings = compared(known.hub, towers, source.settings, model.facts)

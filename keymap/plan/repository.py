@@ -15,6 +15,7 @@ from keymap.language.layout import Layout
 from keymap.plan.describe import describe, recorded_facts
 from keymap.plan.export import Export
 from keymap.plan.model import grids_of
+from keymap.plan.resize import patch_of, prefixes_of
 from keymap.plan.templates import Own, Writer
 from keymap.plan.to_hub import tower_of
 from keymap.source.config import own_file
@@ -80,9 +81,9 @@ def repository_files(planned: Export, given: Mapping[str, Scalar], model: nn.Mod
     recorded = recorded_facts(planned.source.known, describe(planned.source.known, planned.hub))
     facts = {**hub.fixed, **{name: value for name, (value, _) in recorded.items()}, **source, **given}
     known = {name: in_hub_words(hub.facts[name], value) for name, value in facts.items() if name in hub.facts}
-    configured = planned.source.settings.grid
-    grids = [*(grids_of(model, hub).values() if model is not None else ()), *((configured,) if configured else ())]
-    writer = Writer(planned.tensors, hub, known, grids, model)
+    configured = (planned.source.settings.grid(patch_of(one, planned.hub)) for one in hub.positions.values())
+    grids = [*(grids_of(model, hub).values() if model is not None else ()), *filter(None, configured)]
+    writer = Writer(planned.tensors, hub, known, grids, planned.source.settings.image_size, model)
     data = {}
     for name, template in repository.files.items():
         writer.begin(name, _own_file(planned, name) if model is None else Own())
@@ -128,7 +129,12 @@ def _faults(planned: Export, repository: Repository, keys: Mapping[str, Layout],
     required = {name: None for name in needed if writer.lacks(name) and not _instead(repository, name, known)}
     groups = [group.facts for group in repository.alike if matching_keys(group.when, keys) is not None]
     alike = {name: None for group in groups for name in group if writer.lacks(name)}
-    faults = [*_forbidden(needed, hub, known), *_unlike(groups, known), *writer.faults]
+    faults = [
+        *_forbidden(needed, hub, known),
+        *_unlike(groups, known),
+        *_unlike_positions(planned, writer),
+        *writer.faults,
+    ]
     unknown = {**writer.unknown, **{name: () for name in (*required, *alike) if name not in writer.unknown}}
     for name, (value, origin) in planned.source.settings.facts.items():
         if name in unknown and isinstance(value, Unknown) and value != config_text(None):
@@ -172,6 +178,28 @@ def _unlike(groups: Iterable[tuple[str, ...]], known: Mapping[str, Scalar]) -> I
         if len(values) > 1:
             texts = ", ".join(map(config_text, values))
             yield f"{' and '.join(names)} differ ({texts}), and the format has one value"
+
+
+def _unlike_positions(planned: Export, writer: Writer) -> Iterator[str]:
+    """Sizes of images that are written as they are stated, and that the position embedding does not fit."""
+    for position in writer.hub.positions.values():
+        tensor, patch = planned.hub.get(position.key), patch_of(position, planned.hub)
+        if tensor is None or patch is None or len(tensor.shape) <= position.lead:
+            continue
+        rows, sizes = (
+            tensor.shape[position.lead],
+            (name for name in writer.used if writer.hub.facts[name].kind == "size"),
+        )
+        for name in sizes:
+            value = writer.known.get(name)
+            height, width = value if isinstance(value, tuple) else (value, value)
+            if type(height) is not int or type(width) is not int:
+                continue  # a fault of its own
+            if rows - height // patch[0] * (width // patch[1]) not in prefixes_of(position, planned.hub):
+                yield (
+                    f"{name} is {config_text(height if height == width else (height, width))}, but the weights have "
+                    f"{rows} positions, with the tokens, of {patch[0]} by {patch[1]} pixels"
+                )
 
 
 def _question(repository: Repository, hub: Format, name: str, cases: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from keymap.errors import CheckpointError, PlanError, some
 from keymap.language.catalogue import Catalogue
-from keymap.language.format import Fact, Format, Scalar, as_word
+from keymap.language.format import Fact, Format, Scalar, as_size
 from keymap.language.rules import Rule
 from keymap.plan.allowed import checked_patterns
 from keymap.plan.model import ModelView
@@ -35,6 +35,7 @@ __all__ = [
     "with_own",
 ]
 
+_EXAMPLES: Mapping[str, object] = {"size": (224, 448), "index": 0, "positive": 0.5}
 _MAX_NAME = 100  # characters of a name that are compared with the known names
 
 
@@ -177,7 +178,7 @@ def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
     if isinstance(facts, Mapping):
         words = known.hub.facts.keys() - _sizes_of_rules(known)
         named = {name: fact for name, fact in known.hub.facts.items() if name in words and name in facts}
-        pairs = {name: as_word(facts[name]) for name, fact in named.items() if fact.kind == "size"}
+        pairs = {name: as_size(facts[name]) for name, fact in named.items() if fact.kind == "size"}
         facts = {**facts, **pairs}
         others = {name: facts[name] for name, fact in named.items() if _is_setting(fact, facts[name])}
         facts = {name: value for name, value in facts.items() if name not in others}
@@ -186,9 +187,11 @@ def checked_settings(facts: object, known: Catalogue) -> Mapping[str, Scalar]:
 
 def _is_setting(fact: Fact, value: object) -> bool:
     """Whether a value is one that a setting may have and that no rule counts by."""
+    if fact.kind == "size":
+        return type(value) is tuple and len(value) == 2
     if type(value) is int:
         return fact.kind == "index" and value >= 0
-    return type(value) in (str, float, bool) or (fact.kind == "size" and type(value) is tuple and len(value) == 2)
+    return type(value) in (str, float, bool)
 
 
 def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
@@ -208,7 +211,8 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     if wrong or not isinstance(facts, Mapping):
         named = [name for name in hub.facts if isinstance(wrong, Mapping) and name in wrong]
         counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
-        example = next((f", for example facts={{{name!r}: 12}}" for name in (*named, *counts)), "")
+        examples = {name: _EXAMPLES.get(hub.facts[name].kind, 12) for name in (*named, *counts)}
+        example = next((f", for example facts={{{name!r}: {value}}}" for name, value in examples.items()), "")
         raise PlanError(f"facts={wrong!r}: expected names and positive integers{example}")
     names = hub.facts.keys() - grids
     unknown = [name for name in facts if name not in names]

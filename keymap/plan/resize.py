@@ -6,13 +6,14 @@ here only sizes are decided.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isqrt, prod
 from typing import NamedTuple
 
 from keymap.language.format import Position
+from keymap.language.layout import Shaped
 
-__all__ = ["MismatchError", "Resize", "Rows", "assumed_grid", "plan_resize"]
+__all__ = ["MismatchError", "Resize", "Rows", "assumed_grid", "patch_of", "plan_resize", "prefixes_of"]
 
 _LISTED_GRIDS = 16  # grids that a message offers
 
@@ -69,6 +70,29 @@ class Rows(NamedTuple):
     shape: tuple[int, ...]
     prefixes: Sequence[int]
     grid: Grid | None = None
+
+
+def prefixes_of(position: Position, *tensors: Mapping[str, Shaped]) -> list[int]:
+    """How many rows may come before the grid; prefix tokens may have rows of their own, or none.
+
+    Args:
+        position: says which tensors bring them.
+        tensors: by the hub's keys; the first that has a key counts.
+    """
+    if isinstance(position.prefix, int):
+        return [position.prefix]
+    total = 0
+    for name in position.prefix:
+        token = next((held[name] for held in tensors if name in held), None)
+        if token is not None:
+            total += token.shape[1] if len(token.shape) == 3 else 1
+    return [0, total] if total else [0]
+
+
+def patch_of(position: Position, tensors: Mapping[str, Shaped]) -> Grid | None:
+    """(h, w) of a patch in pixels, where the weights show it."""
+    weight = tensors.get(position.patch)
+    return (weight.shape[-2], weight.shape[-1]) if weight is not None and len(weight.shape) == 4 else None
 
 
 def plan_resize(position: Position, source: Rows, target: Rows) -> Resize | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from keymap.language.format import Cases, Computed, Format, Kept, Length, Scalar, Template, config_text
+from keymap.language.format import Cases, Computed, Format, Kept, Length, Scalar, Template, as_size, config_text
 from keymap.language.pattern import Side
 from keymap.plan.export import Target
 from keymap.plan.model import ABSENT, attribute
@@ -66,9 +66,9 @@ def _is_of_kind(kind: str, value: Scalar) -> bool:
 
 def _grid(size: Scalar, patch: int) -> tuple[int, int]:
     """(h, w) in patches of an image of a size in pixels; zeros for what is no size."""
-    height, width = size if isinstance(size, tuple) else (size, size)
-    if not (type(height) is int and type(width) is int):
+    if not _is_of_kind("size", size):
         return 0, 0
+    height, width = size if isinstance(size, tuple) else (int(size), int(size))
     return height // patch, width // patch
 
 
@@ -90,6 +90,7 @@ class Writer:
         unknown: the facts that are needed and not known, with the values that have a case.
         faults: what else is wrong.
         grids: (h, w) of the image positions that the source states.
+        size: (h, w) of an image in pixels by the source's configuration.
         model: that is written; None for a file.
         file: that is filled.
         own: the source's own file of that name.
@@ -100,6 +101,7 @@ class Writer:
     hub: Format
     known: Mapping[str, Scalar]
     grids: Collection[tuple[int, int]] = ()
+    size: tuple[int, int] | None = None
     model: nn.Module | None = None
     file: str = ""
     own: Own = field(default_factory=Own)
@@ -198,10 +200,10 @@ class Writer:
         if computed.words or computed.length.exists:
             return computed.words.get(config_text(number), number)
         number = (number - computed.minus) // computed.per
-        times = computed.times if isinstance(computed.times, int) else self.number(computed.times)
         if computed.grid:
-            return self.image(computed.grid, number, times)
-        number = (isqrt(number) if computed.square else number) * times
+            return self.image(computed, number)
+        number = isqrt(number) if computed.square else number
+        number *= computed.times if isinstance(computed.times, int) else self.number(computed.times)
         if computed.divide:
             by = self.divisor(computed.divide)
             if by is None:
@@ -211,31 +213,62 @@ class Writer:
             self.agree(computed, number)
         return number if computed.over is None else _fraction(number, self.number(computed.over))
 
-    def image(self, images: str, number: int, patch: int) -> Any:
-        """The side of an image in pixels, or [height, width]; where the format cannot have it, a fault says so.
+    def image(self, computed: Computed, number: int) -> Any:
+        """The side of an image of so many positions in pixels, or [height, width]; a fault where there is none.
+
+        A size that is stated counts if it gives as many positions: it may have pixels beyond the last whole patch.
+        """
+        patch = computed.times if isinstance(computed.times, int) else self.number(computed.times)
+        stated = {name: self.known[name] for name in self.size_facts() if name in self.known}
+        sizes = [*stated.values(), *((as_size(self.size),) if self.size is not None else ())]
+        fitting = [size for size in sizes if prod(_grid(size, patch)) == number]
+        side = isqrt(number)
+        grids = [*self.grids, *(_grid(size, patch) for size in fitting), (side, side)]
+        grid = next((grid for grid in grids if prod(grid) == number), None)
+        unlike = {name: size for name, size in stated.items() if size not in fitting}
+        fault = self.wrong_grid(computed, f"{number} positions of {patch} pixels", grid, unlike)
+        if fault or grid is None:
+            self.faults.append(fault)
+            return None
+        made = grid[0] * patch if grid[0] == grid[1] else (grid[0] * patch, grid[1] * patch)
+        return next((size for size in fitting if _grid(size, patch) == grid), made)
+
+    def wrong_grid(
+        self, computed: Computed, positions: str, grid: tuple[int, int] | None, unlike: Mapping[str, Scalar]
+    ) -> str:
+        """What is wrong with the grid of an image; empty for nothing.
 
         Args:
-            images: "square" or "any": those of the format.
-            number: of positions.
-            patch: pixels of one, along each side.
+            computed: the value.
+            positions: how many there are, in words.
+            grid: None if it is not known.
+            unlike: sizes that are stated and that do not fit. Of a square image the weights show the size.
         """
-        sizes = [name for name, fact in self.hub.facts.items() if fact.kind == "size"]
-        stated = {name: self.known[name] for name in sizes if name in self.known}
-        grids = [*self.grids, *(_grid(value, patch) for value in stated.values())]
-        side = isqrt(number)
-        height, width = next((grid for grid in grids if prod(grid) == number), (side, side))
-        squares = "and the format has square images only"
-        unlike = [name for name, value in stated.items() if prod(_grid(value, patch)) != number]
-        if any(type(stated[name]) is not int for name in unlike):  # of a square image the weights show the size
-            texts = (f"{name}: {config_text(stated[name])}" for name in unlike)
-            self.faults += [f"{text}, but the weights have {number} positions of {patch} pixels" for text in texts]
-        elif height * width != number:
-            wanted = next((f"; pass facts={{{name!r}: ...}}, height and width in pixels" for name in sizes), "")
-            unknown = f"and neither the model nor a configuration shows their grid{wanted}"
-            self.faults.append(f"{number} positions are no square, {unknown if images == 'any' else squares}")
-        elif height != width and images == "square":
-            self.faults.append(f"the grid of positions is {height} by {width}, {squares}")
-        return height * patch if height == width else [height * patch, width * patch]
+        if self.patches_differ(computed.times):
+            return "the patches are not square, and those of the format are"
+        if unlike and (grid is None or any(isinstance(size, tuple) for size in unlike.values())):
+            texts = " and ".join(f"{name} is {config_text(size)}" for name, size in unlike.items())
+            return f"{texts}, but the weights have {positions}; state (height, width) that fit"
+        if grid is None and computed.grid == "any":
+            wanted = next(
+                (f"; pass facts={{{name!r}: ...}}, height and width in pixels" for name in self.size_facts()), ""
+            )
+            return f"{positions} are no square, and neither the model nor a configuration shows their grid{wanted}"
+        if grid is None:
+            return f"{positions} are no square, and the format has square images only"
+        if grid[0] != grid[1] and computed.grid == "square":
+            return f"the grid of positions is {grid[0]} by {grid[1]}, and the format has square images only"
+        return ""
+
+    def size_facts(self) -> list[str]:
+        """The settings that are sizes of images."""
+        return [name for name, fact in self.hub.facts.items() if fact.kind == "size"]
+
+    def patches_differ(self, side: Length | int) -> bool:
+        """Whether the axis of a length and the one after it are the sides of patches that are not square."""
+        if isinstance(side, int) or side.axis is None:
+            return False
+        return any(len(set(target.shape[side.axis : side.axis + 2])) > 1 for target in self.matching(side.side))
 
     def agree(self, computed: Computed, number: int) -> None:
         """Look whether another computed value is the same; if not, a fault says so."""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from keymap.language.format import Computed, Config, Format, Place, Scalar, Template, as_word
+from keymap.language.format import Computed, Config, Format, Place, Scalar, Template, as_size, as_word
 from keymap.language.layout import Shaped
 from keymap.read.shards import leads_out
 from keymap.source.detect import fixed_by
@@ -56,24 +56,43 @@ def read_config(
                 continue
             settings = _parse(data, config, origin)
             if settings is not None:
-                facts, counts = {**fixed, **settings.facts}, tuple(_counts(data, mapping, config, origin))
+                facts = {**fixed, **_of_their_kinds(settings.facts, hub)}
+                counts = tuple(_counts(data, mapping, config, origin))
                 return settings._replace(facts=facts, notes=tuple(notes), counts=counts)
     return Settings(facts=fixed, notes=tuple(dict.fromkeys(notes)))
 
 
-def settings_in(data: Any, mapping: Format, origin: str, keys: Mapping[str, Shaped]) -> Settings:
+def settings_in(data: Any, mapping: Format, hub: Format, origin: str, keys: Mapping[str, Shaped]) -> Settings:
     """The settings that the format fixes, and those of a configuration in memory.
 
     Args:
         data: what a file of the format's configuration would hold.
         mapping: the format.
+        hub: of the format.
         origin: where the data is, for messages.
         keys: of the state dict.
     """
     own = fixed_by(mapping, keys)
     fixed: dict[str, tuple[Scalar, str]] = {name: (v, f"format {mapping.name}") for name, v in own.items()}
     settings = _parse(data, mapping.config, origin) if mapping.config is not None else None
-    return Settings(facts=fixed) if settings is None else settings._replace(facts={**fixed, **settings.facts})
+    if settings is None:
+        return Settings(facts=fixed)
+    return settings._replace(facts={**fixed, **_of_their_kinds(settings.facts, hub)})
+
+
+def _of_their_kinds(facts: Mapping[str, tuple[Scalar, str]], hub: Format) -> dict[str, tuple[Scalar, str]]:
+    """Settings of a configuration; only a size can be two numbers."""
+    return {
+        name: (_as_size_or_unknown(value, name in hub.facts and hub.facts[name].kind == "size"), origin)
+        for name, (value, origin) in facts.items()
+    }
+
+
+def _as_size_or_unknown(value: Scalar, is_size: bool) -> Scalar:
+    if not isinstance(value, tuple):
+        return value
+    size: Scalar = as_size(value)
+    return size if is_size else Unknown(config_text(value))
 
 
 def own_file(file: Path, metadata: Mapping[str, str], name: str) -> Any:
@@ -253,6 +272,8 @@ def _word(data: Any, place: Place, value: Any) -> Any:
     ``_IGNORED`` if the next place counts.
     """
     value = value if place.words else as_word(value)
+    if isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value):
+        value = value[0], value[1]
     known: Scalar | None = value if _is_comparable(value) else None
     if place.minus[0] and type(value) is int:
         subtracted = _at(data, place.minus[0])

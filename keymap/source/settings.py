@@ -68,12 +68,16 @@ class Settings(NamedTuple):
     notes: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
 
-    @property
-    def grid(self) -> Size | None:
-        """(h, w) in patches; None if unknown."""
-        if self.image_size is None or self.patch_size is None:
+    def grid(self, patch: Size | None = None) -> Size | None:
+        """(h, w) in patches; None if unknown.
+
+        Args:
+            patch: (h, w) of a patch in pixels, if the weights show it.
+        """
+        patch = patch or self.patch_size
+        if self.image_size is None or patch is None:
             return None
-        height, width = (size // patch for size, patch in zip(self.image_size, self.patch_size, strict=True))
+        height, width = (size // side for size, side in zip(self.image_size, patch, strict=True))
         return (height, width) if height and width else None
 
     @property
