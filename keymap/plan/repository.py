@@ -186,12 +186,9 @@ def _unlike_positions(planned: Export, writer: Writer) -> Iterator[str]:
         tensor, patch = planned.hub.get(position.key), patch_of(position, planned.hub)
         if tensor is None or patch is None or len(tensor.shape) <= position.lead:
             continue
-        rows, sizes = (
-            tensor.shape[position.lead],
-            (name for name in writer.used if writer.hub.facts[name].kind == "size"),
-        )
-        for name in sizes:
-            value = writer.known.get(name)
+        rows = tensor.shape[position.lead]
+        for name in writer.size_facts():
+            value = writer.known.get(name) if name in writer.used else None
             height, width = value if isinstance(value, tuple) else (value, value)
             if type(height) is not int or type(width) is not int:
                 continue  # a fault of its own

@@ -208,7 +208,7 @@ def checked_facts(facts: object, known: Catalogue) -> Mapping[str, int]:
     wrong = facts
     if isinstance(facts, Mapping):
         wrong = {n: v for n, v in facts.items() if not (isinstance(n, str) and type(v) is int and v > 0)}
-    if wrong or not isinstance(facts, Mapping):
+    if not isinstance(facts, Mapping) or wrong:
         named = [name for name in hub.facts if isinstance(wrong, Mapping) and name in wrong]
         counts = [name for name in hub.facts if name not in grids and name in _sizes_of_rules(known)]
         examples = {name: _EXAMPLES.get(hub.facts[name].kind, 12) for name in (*named, *counts)}

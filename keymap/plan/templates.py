@@ -231,7 +231,8 @@ class Writer:
             self.faults.append(fault)
             return None
         made = grid[0] * patch if grid[0] == grid[1] else (grid[0] * patch, grid[1] * patch)
-        return next((size for size in fitting if _grid(size, patch) == grid), made)
+        exact = (size for size in fitting if _grid(size, patch) == grid)
+        return next((size for size in exact if computed.grid == "any" or type(size) is int), made)
 
     def wrong_grid(
         self, computed: Computed, positions: str, grid: tuple[int, int] | None, unlike: Mapping[str, Scalar]

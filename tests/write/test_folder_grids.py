@@ -291,3 +291,8 @@ def test_an_index_can_be_zero(tmp_path):
     facts = {**BARE, "text.eos": -1, "image.heads": 0}
     with pytest.raises(keymap.PlanError, match=r"facts=\{'image.heads': 0, 'text.eos': -1\}: expected names and"):
         keymap.convert_checkpoint(tmp_path / "x.safetensors", tmp_path / "out", "open_clip", facts=facts)
+
+
+def test_a_format_of_square_images_has_the_whole_patches_of_a_size(tmp_path):
+    keymap.save_checkpoint(openclip.clip(seed=1, image_size=(30, 40)), tmp_path / "out", "hf_clip")
+    assert written(tmp_path / "out", "vision_config", "image_size") == 28
