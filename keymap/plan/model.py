@@ -216,19 +216,26 @@ def view_model(model: nn.Module, hub: Format, state: State | None = None) -> Mod
     state = state_of(model) if state is None else state
     facts: dict[str, Scalar] = {}
     paths: dict[str, str] = {}
-    grid_facts = {position.grid_fact for position in hub.positions.values()}
+    grid_facts = _grid_facts(hub)
     for name, fact in hub.facts.items():
-        value, path = _fact_value(fact, model) if name not in grid_facts else (None, "")
+        if name in grid_facts:
+            continue
+        value, path = _fact_value(fact, model)
         value = as_size(value)
         if isinstance(value, (str, int, float)) or (isinstance(value, tuple) and fact.kind == "size"):
             facts[name], paths[name] = value, path
     return ModelView(model, state.tensors, facts, grids_of(model, hub), paths, state.lazy, state.modules)
 
 
+def _grid_facts(hub: Format) -> set[str]:
+    """The facts that are a model's grids."""
+    return {position.grid_fact for position in hub.positions.values()} & hub.facts.keys()
+
+
 def grids_of(model: nn.Module, hub: Format) -> dict[str, tuple[int, int]]:
     """(h, w) in patches of a model's image positions, by the hub's names of them."""
     grids = {}
-    for name in {position.grid_fact for position in hub.positions.values()} & hub.facts.keys():
+    for name in _grid_facts(hub):
         value, _ = _fact_value(hub.facts[name], model)
         sides = (value, value) if type(value) is int else value
         if isinstance(sides, tuple) and min(sides) > 0:  # anything else is not a grid

@@ -82,17 +82,10 @@ def settings_in(data: Any, mapping: Format, hub: Format, origin: str, keys: Mapp
 
 def _of_their_kinds(facts: Mapping[str, tuple[Scalar, str]], hub: Format) -> dict[str, tuple[Scalar, str]]:
     """Settings of a configuration; only a size can be two numbers."""
-    return {
-        name: (_as_size_or_unknown(value, name in hub.facts and hub.facts[name].kind == "size"), origin)
-        for name, (value, origin) in facts.items()
-    }
-
-
-def _as_size_or_unknown(value: Scalar, is_size: bool) -> Scalar:
-    if not isinstance(value, tuple):
-        return value
-    size: Scalar = as_size(value)
-    return size if is_size else Unknown(config_text(value))
+    sizes = {name for name, fact in hub.facts.items() if fact.kind == "size"}
+    pairs = {name: entry for name, entry in facts.items() if isinstance(entry[0], tuple)}
+    read = {n: (as_size(v) if n in sizes else Unknown(config_text(v)), origin) for n, (v, origin) in pairs.items()}
+    return {**facts, **read}
 
 
 def own_file(file: Path, metadata: Mapping[str, str], name: str) -> Any:
